@@ -1,0 +1,170 @@
+"""The contract every backend fulfils: say what this machine can do, build, open, run.
+
+Public methods check once what is common to all; a backend fills in the `_impl` hooks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from pcn_deploy.errors import DataError, DependencyError
+from pcn_deploy.progress import Progress, silent
+from pcn_deploy.specs import EngineSpec, TensorSpec
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Availability:
+    """What a backend can do on this machine.
+
+    Attributes:
+        can_build: Its library is present and builds engines here.
+        can_run: It can also execute them here (a GPU is present where one is needed).
+        detail: One line for a person: versions found, or what is missing.
+        remedy: The command that would mend it, or an empty string.
+    """
+
+    can_build: bool
+    can_run: bool
+    detail: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphSource:
+    """What an engine is built from.
+
+    Attributes:
+        onnx: The typed ONNX graph, explicit Q/DQ included, serialised.
+        torchscript: The frozen TorchScript module, serialised; empty where it is not at hand.
+        spec: Interface of the network and the batch range to build for.
+    """
+
+    onnx: bytes
+    torchscript: bytes
+    spec: EngineSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineArtifact:
+    """An engine as it goes into a bundle.
+
+    Attributes:
+        data: The serialised engine, exactly as the backend's own tools expect it.
+        built_with: Library versions and settings that decide where it can run, all as text.
+    """
+
+    data: bytes
+    built_with: dict[str, str] = field(default_factory=dict)
+
+
+class Session(ABC):
+    """An opened engine. Use it as a context manager, or call `close`."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Execute the engine once.
+
+        Args:
+            inputs: One array per input of the engine, `(N, ...)`, of the stated dtype, N within the batch range.
+
+        Returns:
+            One array per output, `(N, ...)`, owned by the caller.
+
+        Raises:
+            DataError: If an input is missing, of another dtype or shape, or the batch is out of range.
+        """
+        expected = {tensor.name for tensor in self.spec.inputs}
+        if set(inputs) != expected:
+            msg = f"Inputs given: {sorted(inputs)}; the engine takes {sorted(expected)}."
+            raise DataError(msg)
+        for tensor in self.spec.inputs:
+            self._check(tensor, inputs[tensor.name])
+        return self._run_impl({name: np.ascontiguousarray(array) for name, array in inputs.items()})
+
+    def _check(self, tensor: TensorSpec, array: Array) -> None:
+        low, high = self.spec.batch.min, self.spec.batch.max
+        batch = array.shape[0] if array.ndim else 0
+        if str(array.dtype) != tensor.dtype or array.shape != tensor.with_batch(batch):
+            msg = (
+                f"Input {tensor.name!r} is {array.dtype} of shape {array.shape}; "
+                f"the engine takes {tensor.dtype} of shape {tensor.shape}."
+            )
+            raise DataError(msg)
+        if not low <= batch <= high:
+            msg = f"Batch of {batch} images; the engine was built for {self.spec.batch} (MIN:OPT:MAX)."
+            raise DataError(msg)
+
+    @abstractmethod
+    def _run_impl(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        """Execute on checked, contiguous inputs."""
+
+    def close(self) -> None:  # noqa: B027 - a backend without resources has nothing to release
+        """Release what the session holds. May be called more than once."""
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Backend(ABC):
+    """One way to turn a graph into an engine and to run it."""
+
+    target: ClassVar[str]
+    """Name on the command line and in the bundle."""
+
+    extra: ClassVar[str]
+    """Extra of this distribution that installs the backend's library."""
+
+    member: ClassVar[str]
+    """Where the engine lives in a bundle; a backend that executes the graph itself names `model.onnx` or `model.ts`."""
+
+    @abstractmethod
+    def availability(self) -> Availability:
+        """What this machine can do with this backend. Never raises, never starts a GPU context."""
+
+    def build(self, source: GraphSource, progress: Progress = silent) -> EngineArtifact:
+        """Build an engine.
+
+        Raises:
+            DependencyError: If the backend's library is missing; the message holds the pip line.
+            BuildError: If the library refuses the graph; its own messages are included.
+        """
+        state = self.availability()
+        if not state.can_build:
+            msg = f"Target {self.target!r} cannot be built here: {state.detail}. {state.remedy}".rstrip()
+            raise DependencyError(msg)
+        return self._build_impl(source, progress)
+
+    def open(self, data: bytes, spec: EngineSpec) -> Session:
+        """Open an engine whose bytes were verified by the caller.
+
+        Raises:
+            DependencyError: If the backend's library is missing.
+            IncompatibleError: If the engine does not fit this device or this version of the library.
+        """
+        state = self.availability()
+        if not state.can_run:
+            msg = f"Target {self.target!r} cannot run here: {state.detail}. {state.remedy}".rstrip()
+            raise DependencyError(msg)
+        return self._open_impl(data, spec)
+
+    @abstractmethod
+    def _build_impl(self, source: GraphSource, progress: Progress) -> EngineArtifact: ...
+
+    @abstractmethod
+    def _open_impl(self, data: bytes, spec: EngineSpec) -> Session: ...

@@ -1,0 +1,1 @@
+"""Attention-augmented convolutional networks from checkpoint to proven TensorRT engine."""
