@@ -1,0 +1,87 @@
+"""The two targets `tensorrt` and `tensorrt-rtx`. Importing this loads no library of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from pcn_deploy.engines.base import Availability, Backend, EngineArtifact, GraphSource, Session
+from pcn_deploy.engines.tensorrt import cuda, library
+from pcn_deploy.engines.tensorrt.build import PORTABLE, BuildOptions, build
+from pcn_deploy.engines.tensorrt.flavour import TENSORRT, TENSORRT_RTX, Flavour
+from pcn_deploy.engines.tensorrt.run import open_engine
+from pcn_deploy.errors import DependencyError
+from pcn_deploy.progress import Progress
+from pcn_deploy.specs import EngineSpec
+
+
+class _TensorRT(Backend):
+    """What both flavours share."""
+
+    flavour: ClassVar[Flavour]
+    options: BuildOptions
+
+    def availability(self) -> Availability:
+        """What this machine can do with this flavour. Never raises, never starts a GPU context."""
+        flavour = self.flavour
+        try:
+            found = f"{flavour.title} {library.version(library.load(flavour))}"
+        except DependencyError as error:
+            return Availability(can_build=False, can_run=False, detail=str(error), remedy=flavour.remedy)
+        devices = cuda.devices()
+        problem = devices.problem
+        if not problem:
+            try:
+                cuda.Cuda.load(devices.driver)
+            except DependencyError as error:
+                problem = str(error)
+        if not problem:
+            return Availability(can_build=True, can_run=True, detail=f"{found}, {', '.join(devices.names)}")
+        if flavour.ahead_of_time:
+            detail = f"{found} builds here, but cannot run an engine: {problem}"
+        else:
+            detail = f"{found} builds and runs engines only where there is a GPU: {problem}"
+        return Availability(can_build=flavour.ahead_of_time, can_run=False, detail=detail)
+
+    def _build_impl(self, source: GraphSource, progress: Progress) -> EngineArtifact:
+        return build(library.load(self.flavour), self.flavour, source, self.options, progress)
+
+    def _open_impl(self, data: bytes, spec: EngineSpec) -> Session:
+        devices = cuda.devices()
+        runtime = cuda.Cuda.load(devices.driver)
+        index = runtime.device()
+        device = devices.names[index] if index < len(devices.names) else "this device"
+        return open_engine(self.flavour, library.load(self.flavour), runtime, device, data, spec)
+
+
+class TensorRTBackend(_TensorRT):
+    """TensorRT 10.3 and later, 11 included: builds for the device at hand, on that device.
+
+    Args:
+        tf32: Let FP32 convolutions and products round their inputs to TF32. Off unless asked for.
+    """
+
+    target = "tensorrt"
+    extra = "tensorrt"
+    member = "engines/tensorrt.engine"
+    flavour = TENSORRT
+
+    def __init__(self, *, tf32: bool = False) -> None:
+        self.options = BuildOptions(tf32=tf32)
+
+
+class TensorRTRTXBackend(_TensorRT):
+    """TensorRT-RTX 1: builds ahead of time on the CPU, for a list of compute capabilities.
+
+    Args:
+        compute_capabilities: What to build for, such as `("SM89",)`; the same list whether or not a GPU is here.
+        tf32: Let FP32 convolutions and products round their inputs to TF32. Off unless asked for.
+    """
+
+    target = "tensorrt-rtx"
+    extra = "tensorrt-rtx"
+    member = "engines/tensorrt-rtx.engine"
+    flavour = TENSORRT_RTX
+
+    def __init__(self, *, compute_capabilities: Sequence[str] = PORTABLE, tf32: bool = False) -> None:
+        self.options = BuildOptions(compute_capabilities=tuple(compute_capabilities), tf32=tf32)

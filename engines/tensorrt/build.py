@@ -1,0 +1,188 @@
+"""Building a plan from a typed ONNX graph: one recipe for TensorRT 10.3, 10.13, 11 and TensorRT-RTX 1."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+from pcn_deploy.engines.base import EngineArtifact, GraphSource
+from pcn_deploy.engines.tensorrt import cuda
+from pcn_deploy.engines.tensorrt.flavour import Flavour
+from pcn_deploy.engines.tensorrt.library import version
+from pcn_deploy.engines.tensorrt.messages import Messages, interrupt_deferred, log_of
+from pcn_deploy.engines.tensorrt.monitor import Meter, attach
+from pcn_deploy.engines.tensorrt.wanted import check_precision
+from pcn_deploy.errors import BuildError, DependencyError, OptionError
+from pcn_deploy.progress import Progress
+from pcn_deploy.specs import EngineSpec
+
+_LOG = logging.getLogger(__name__)
+
+PORTABLE = ("SM80", "SM86", "SM89", "SM120")
+"""Compute capabilities of Ampere, Ada and Blackwell: what TensorRT-RTX builds for unless told otherwise.
+
+Source: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """Settings of a build.
+
+    Attributes:
+        compute_capabilities: What TensorRT-RTX builds for, such as `SM89`. TensorRT builds for the device at hand.
+        tf32: Let FP32 convolutions and products round their inputs to TF32 (10 bits of mantissa). Off, because
+            a tensor the graph types as FP32 is meant to be computed as FP32.
+    """
+
+    compute_capabilities: tuple[str, ...] = PORTABLE
+    tf32: bool = False
+
+
+def build(
+    trt: Any, flavour: Flavour, source: GraphSource, options: BuildOptions, progress: Progress
+) -> EngineArtifact:
+    """Build an engine.
+
+    The bindings release the GIL while they build (seen with TensorRT-RTX 1.7.1: another thread runs on at full
+    pace), so a display that refreshes in a thread of its own stays alive.
+
+    Args:
+        trt: The loaded bindings.
+        flavour: Which flavour they are of.
+        source: The graph and its interface.
+        options: Settings.
+        progress: Told about the build, as `TensorRT build` or `TensorRT-RTX build`.
+
+    Raises:
+        BuildError: If TensorRT refuses the graph or fails to build it; its own messages are included.
+        OptionError: If a compute capability is not known to this version.
+        KeyboardInterrupt: If Ctrl-C was pressed; TensorRT has then stopped in good order.
+    """
+    log, messages = log_of(trt)
+    messages.clear()
+    with interrupt_deferred() as pressed:
+        meter = Meter(progress, f"{flavour.title} build", pressed.is_set)
+        plan, facts = _Build(trt, flavour, log, messages).run(source, options, meter)
+    if meter.error is not None:
+        raise meter.error
+    if plan is None:
+        msg = f"{flavour.title} {version(trt)} failed to build the engine:{messages.summary()}\n{_NEXT}"
+        raise BuildError(msg)
+    for text in messages.of("WARNING"):
+        _LOG.info("%s: %s", flavour.title, text)
+    data = bytes(plan)
+    meter.finish()
+    if meter.error is not None:
+        raise meter.error
+    return EngineArtifact(data=data, built_with=facts)
+
+
+_NEXT = (
+    "If memory ran out, close other programs or build for a smaller batch. If an operator is refused, "
+    "try a newer TensorRT, or keep the part of the network that holds it in FP32."
+)
+
+
+@dataclass(frozen=True)
+class _Build:
+    """The steps of one build; each raises `BuildError` in TensorRT's words."""
+
+    trt: Any
+    flavour: Flavour
+    log: Any
+    messages: Messages
+
+    def run(self, source: GraphSource, options: BuildOptions, meter: Meter) -> tuple[Any, dict[str, str]]:
+        meter.start()
+        builder = self._builder()
+        # Strong typing is the only mode of TensorRT 11 and of TensorRT-RTX, where the flag may be given all the
+        # same; in TensorRT 10 it must be given. Its number differs between versions, so it is looked up.
+        network = builder.create_network(1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = self.trt.OnnxParser(network, self.log)  # holds the weights: must outlive the build
+        if not parser.parse(source.onnx):
+            raise self._refused("did not accept the ONNX graph", parser)
+        counts = check_precision(self.trt, network, source.onnx)
+        config = builder.create_builder_config()
+        if not options.tf32:
+            config.clear_flag(self.trt.BuilderFlag.TF32)
+        targets = self._target(config, options)
+        batch = self._batch(builder, network, config, source.spec)
+        monitor = attach(self.trt, config, meter)
+        plan = builder.build_serialized_network(network, config)
+        del monitor, parser
+        tf32 = "allowed" if options.tf32 else "off"
+        return plan, {
+            **self._facts(),
+            "compute_capabilities": targets,
+            "batch": batch,
+            "tf32": tf32,
+            **counts,
+        }
+
+    def _builder(self) -> Any:
+        try:
+            return self.trt.Builder(self.log)
+        except (TypeError, RuntimeError) as error:  # what the bindings make of a null pointer
+            raise self._refused("could not start a builder") from error
+
+    def _refused(self, what: str, parser: Any = None) -> BuildError:
+        said = [str(parser.get_error(index)) for index in range(parser.num_errors)] if parser else []
+        return BuildError(
+            f"{self.flavour.title} {version(self.trt)} {what}:{self.messages.summary(said)}\n{_NEXT}"
+        )
+
+    def _target(self, config: Any, options: BuildOptions) -> str:
+        """Choose what to build for, and put it in words."""
+        if not self.flavour.ahead_of_time:
+            return ", ".join(cuda.devices().names[:1]) or "this device"
+        known = self.trt.ComputeCapability.__members__
+        names = [name for name in known if name.startswith("SM")]
+        wrong = [name for name in options.compute_capabilities if name not in names]
+        if wrong or not options.compute_capabilities:
+            asked = ", ".join(wrong) or "none"
+            msg = f"Compute capabilities asked for: {asked}. {self.flavour.title} knows: {', '.join(names)}."
+            raise OptionError(msg)
+        config.num_compute_capabilities = len(options.compute_capabilities)
+        for index, name in enumerate(options.compute_capabilities):
+            if not config.set_compute_capability(known[name], index):
+                raise self._refused(f"cannot build for {name}")
+        return ", ".join(options.compute_capabilities)
+
+    def _batch(self, builder: Any, network: Any, config: Any, spec: EngineSpec) -> str:
+        """Add one optimisation profile if the graph has a symbolic batch, and put the range in words."""
+        shapes = {item.name: tuple(item.shape) for item in map(network.get_input, range(network.num_inputs))}
+        outputs = {network.get_output(index).name for index in range(network.num_outputs)}
+        expected = {item.name: item.with_batch(-1) for item in spec.inputs}
+        if shapes != expected or outputs != {item.name for item in spec.outputs}:
+            msg = (
+                f"The ONNX graph has inputs {shapes} and outputs {sorted(outputs)}; its specification says "
+                f"{expected} and {sorted(item.name for item in spec.outputs)} (-1 is the batch). Export it again."
+            )
+            raise BuildError(msg)
+        dynamic = [item for item in spec.inputs if -1 in expected[item.name]]
+        if not dynamic:
+            return "static"
+        profile = builder.create_optimization_profile()
+        for item in dynamic:
+            sizes = (spec.batch.min, spec.batch.opt, spec.batch.max)
+            profile.set_shape(item.name, *(item.with_batch(size) for size in sizes))
+        if config.add_optimization_profile(profile) < 0:
+            raise self._refused(f"did not accept the batch range {spec.batch}")
+        return str(spec.batch)
+
+    def _facts(self) -> dict[str, str]:
+        facts = {
+            "flavour": self.flavour.title,
+            "version": version(self.trt),
+            "typed": "strongly",
+            "platform": f"{platform.system()} {platform.machine()}".lower(),
+            "host": platform.platform(),
+        }
+        try:
+            facts["cuda"] = cuda.version_text(cuda.Cuda.load().version)
+        except DependencyError:
+            pass  # TensorRT-RTX builds without a CUDA runtime
+        return facts

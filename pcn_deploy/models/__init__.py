@@ -1,0 +1,1 @@
+"""Scriptable model definitions, their registry, checkpoint loading and the deploy form."""

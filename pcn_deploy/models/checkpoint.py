@@ -1,0 +1,179 @@
+"""Reading weights: containers, safety, strictness, and the shape of a network from its keys.
+
+Pickles are read with `weights_only=True` only. The official PatchConvNet files come flat or wrapped; every container
+the authors used is accepted (facebookresearch/deit: `model`, `state_dict`, `model_ema`, prefix `module.`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pcn_deploy.errors import CheckpointError
+
+StateDict = dict[str, Tensor]
+
+CONTAINERS = ("model", "state_dict", "model_ema")
+"""Keys under which a state dict may be wrapped, first match wins."""
+
+_SHOWN = 8
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """Read a `.safetensors` file or a PyTorch checkpoint without executing anything in it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Tensors by name, on the CPU, the container and a `module.` prefix removed.
+
+    Raises:
+        CheckpointError: If the file is missing, corrupt, holds other objects than tensors and plain values,
+            holds no tensors, or holds NaN or infinite values.
+    """
+    if not path.is_file():
+        msg = f"Weights file {str(path)!r} does not exist. Check the path given to --weights."
+        raise CheckpointError(msg)
+    state = _unwrap(_read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path), path)
+    broken = [
+        name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]
+    if broken:
+        msg = f"{path} holds NaN or infinite values in {len(broken)} tensors: {_listed(broken)}. Export it again."
+        raise CheckpointError(msg)
+    return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        msg = f"{path} is not a readable safetensors file ({error}). Download or export it again."
+        raise CheckpointError(msg) from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        # Training scripts of the DeiT family store their argparse.Namespace beside the weights; it is plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        named = f" (it refers to {found.group(1)})" if found else f" ({reason})"
+        msg = (
+            f"{path} is corrupt, or holds objects other than tensors{named}. Loading it could run foreign code, "
+            "so it is refused. Save the plain state dict instead: torch.save(model.state_dict(), path), "
+            "or convert it to .safetensors where you trust it."
+        )
+        raise CheckpointError(msg) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        msg = f"{path} is not a readable PyTorch checkpoint ({error}). Download or save it again."
+        raise CheckpointError(msg) from error
+
+
+def _unwrap(content: Any, path: Path) -> StateDict:
+    for container in CONTAINERS:
+        if isinstance(content, dict) and isinstance(content.get(container), dict):
+            content = content[container]
+            break
+    tensors = (
+        {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+        if isinstance(content, dict)
+        else {}
+    )
+    if not tensors:
+        msg = (
+            f"{path} holds no tensors by name. Expected a state dict, flat or under one of {', '.join(CONTAINERS)}."
+        )
+        raise CheckpointError(msg)
+    return {key.removeprefix("module."): value for key, value in tensors.items()}
+
+
+def load_strict(model: nn.Module, state: StateDict, origin: str) -> None:
+    """Load a state dict whose keys and shapes must match exactly; weights become float32.
+
+    Args:
+        model: Network to fill; it may be on the meta device.
+        state: Tensors by name.
+        origin: Where the weights come from, for the message.
+
+    Raises:
+        CheckpointError: If a key is missing, extra or misshapen; all three lists are in the message.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = expected.keys() - state.keys()
+    extra = state.keys() - expected.keys()
+    misshapen = [
+        f"{name} {tuple(state[name].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    if missing or extra or misshapen:
+        lines = [f"{origin} does not fit this network:"]
+        for kind, names in (("missing", sorted(missing)), ("extra", sorted(extra)), ("misshapen", misshapen)):
+            if names:
+                lines.append(f"  {len(names)} {kind}: {_listed(names)}")
+        lines.append("Check the model name, --num-classes and that the file belongs to this architecture.")
+        raise CheckpointError("\n".join(lines))
+    full = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    model.load_state_dict(full, strict=True, assign=True)
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def stack_class_heads(state: StateDict) -> StateDict:
+    """Stack the official multi-class-token heads `head.<i>.weight (1, C)` into one `head.weight (classes, C)`."""
+    heads = sorted(
+        {int(match.group(1)) for key in state if (match := re.fullmatch(r"head\.(\d+)\.weight", key))}
+    )
+    if not heads or heads != list(range(len(heads))):
+        return state
+    if any(f"head.{index}.bias" not in state for index in heads):
+        return state
+    stacked = {key: value for key, value in state.items() if not re.fullmatch(r"head\.\d+\.(weight|bias)", key)}
+    stacked["head.weight"] = torch.cat([state[f"head.{index}.weight"] for index in heads])
+    stacked["head.bias"] = torch.cat([state[f"head.{index}.bias"] for index in heads])
+    return stacked
+
+
+def infer_patchconvnet(state: StateDict) -> dict[str, Any]:
+    """Read the arguments of `PatchConvNet` off the keys and shapes of its state dict (heads stacked).
+
+    Raises:
+        CheckpointError: If a key that decides the shape is absent: this is not a PatchConvNet.
+    """
+    try:
+        width = state["cls_token"].shape[-1]
+        stem = [key for key in state if re.fullmatch(r"patch_embed\.proj\.\d+\.0\.weight", key)]
+        depth = 1 + max(int(match.group(1)) for key in state if (match := re.match(r"blocks\.(\d+)\.", key)))
+        return {
+            "width": width,
+            "depth": depth,
+            "patch": 2 ** len(stem),
+            "num_classes": state["head.weight"].shape[0],
+            "in_channels": state["patch_embed.proj.0.0.weight"].shape[1],
+            "mlp_ratio": state["blocks_token_only.0.mlp.fc1.weight"].shape[0] / width,
+            "multi_class_token": state["cls_token"].shape[1] > 1,
+        }
+    except (KeyError, ValueError, IndexError) as error:
+        msg = (
+            f"The weights are not a PatchConvNet: {error} is absent. Found keys such as {_listed(sorted(state))}. "
+            "Check the model name and the file."
+        )
+        raise CheckpointError(msg) from error

@@ -1,0 +1,195 @@
+"""The deploy form: exact rewrites that leave less to quantise and less to execute.
+
+Each rewrite changes the modules it knows, in place, and returns how many it changed; `to_deploy` applies all of them
+to a copy. Products of weights are formed in float64 and stored in the dtype of the weights.
+
+Source of the algebra: arXiv 2112.13692 (LayerScale, aggregation); softmax is invariant to a constant added to all
+logits, and its weights sum to one, hence biases of keys vanish and biases of values pass through.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from pcn_deploy.models.patchconvnet import Aggregation, PatchConvNet, TokenBlock, TrunkBlock
+
+log = logging.getLogger(__name__)
+
+
+class AbsorbedAggregation(nn.Module):
+    """`Aggregation` whose queries are constants: keys are absorbed into them, values into the output projection.
+
+    Args:
+        query: One row per class token, `(T, C)`: the attention logit of a patch is its product with the patch.
+        weight: Value projection followed by the output projection, `(C, C)`.
+        bias: Bias of both, `(C,)`.
+        attend_token: Whether the tokens themselves are keys too.
+        project_first: Project the patches before the weighted sum (cheaper when there are more tokens than patches).
+    """
+
+    def __init__(
+        self, query: Tensor, weight: Tensor, bias: Tensor, *, attend_token: bool, project_first: bool
+    ) -> None:
+        super().__init__()
+        self.attend_token = attend_token
+        self.project_first = project_first
+        self.query = nn.Parameter(query, requires_grad=False)
+        self.value = nn.Linear(weight.shape[1], weight.shape[0], bias=not project_first, device="meta")
+        self.value.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+        if not project_first:
+            self.value.bias = self.bias
+
+    def forward(self, tokens: Tensor, patches: Tensor) -> Tensor:
+        """Aggregate normalised patches `(N, H * W, C)`; returns the update of the tokens, `(N, T, C)`."""
+        keys = torch.cat((tokens, patches), 1) if self.attend_token else patches
+        weights = (self.query @ keys.transpose(1, 2)).softmax(-1)
+        if self.project_first:
+            return weights @ self.value(keys) + self.bias
+        update: Tensor = self.value(weights @ keys)
+        return update
+
+
+def _scale_rows(layer: nn.Conv2d | nn.Linear, gamma: Tensor) -> None:
+    """Multiply the outputs of `layer` by `gamma`, `(C_out,)`."""
+    layer.weight.data = layer.weight * gamma.reshape(-1, *[1] * (layer.weight.ndim - 1))
+    if layer.bias is not None:
+        layer.bias.data = layer.bias * gamma
+
+
+def fold_layer_scale(model: nn.Module) -> int:
+    """Fold LayerScale into the layer before it: the last 1x1 of a trunk block, `attn.proj` and `mlp.fc2`."""
+    folded = 0
+    for module in model.modules():
+        sites: list[tuple[str, nn.Module]] = []
+        if isinstance(module, TrunkBlock):
+            sites = [("gamma_1", module.attn.qkv_pos[-1])]
+        elif isinstance(module, TokenBlock) and isinstance(module.attn, Aggregation):
+            sites = [("gamma_1", module.attn.proj), ("gamma_2", module.mlp.fc2)]
+        for name, layer in sites:
+            gamma = getattr(module, name)
+            if gamma is not None and isinstance(layer, nn.Conv2d | nn.Linear):
+                _scale_rows(layer, gamma)
+                module.register_parameter(name, None)
+                folded += 1
+    return folded
+
+
+def fold_attention_scale(model: nn.Module) -> int:
+    """Fold the factor 1 / sqrt(C) of the attention logits into the query projection."""
+    sites = [module for module in model.modules() if isinstance(module, Aggregation) and module.scale != 1.0]
+    for module in sites:
+        _scale_rows(module.q, torch.full_like(module.q.bias, module.scale))
+        module.scale = 1.0
+    return len(sites)
+
+
+def absorb_key_value(model: nn.Module) -> int:
+    """Replace the aggregation by one whose query, key, value and output projections are merged.
+
+    The queries are made from the class tokens alone, which are parameters, so they are constants:
+    `q.(Wk x + bk) = (Wk^T q).x + const`, and the constant cancels in the softmax. As the weights sum to one,
+    `Wp (sum_i a_i (Wv x_i + bv)) + bp = (Wp Wv) (sum_i a_i x_i) + (Wp bv + bp)`.
+    """
+    sites = [module for module in model.modules() if isinstance(module, PatchConvNet)]
+    absorbed = 0
+    for network in sites:
+        block = network.blocks_token_only[0]
+        attn = block.attn
+        if not isinstance(attn, Aggregation):
+            continue
+        query = attn.q(block.norm1(network.cls_token))[0].double() * attn.scale
+        value, proj = attn.v, attn.proj
+        dtype = proj.weight.dtype
+        block.attn = AbsorbedAggregation(
+            (query @ attn.k.weight.double()).to(dtype),
+            (proj.weight.double() @ value.weight.double()).to(dtype),
+            (proj.weight.double() @ value.bias.double() + proj.bias.double()).to(dtype),
+            attend_token=attn.attend_token,
+            project_first=network.multi_class_token,
+        )
+        absorbed += 1
+    return absorbed
+
+
+def _sequential_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names of (convolution, BatchNorm) that follow each other in an `nn.Sequential`."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Sequential):
+            names = [f"{path}.{name}" if path else name for name, _ in module.named_children()]
+            yield from zip(names, names[1:], strict=False)
+
+
+def _traced_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names of (module, module) where the second is the only reader of the first, each called once."""
+    try:
+        graph = fx.Tracer().trace(model)
+    except Exception as error:  # noqa: BLE001 - tracing runs the user's code; without it, only Sequentials are folded
+        log.debug("BatchNorm folding looks at nn.Sequential only: %s", error)
+        return
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    counts = Counter(str(node.target) for node in calls)
+    for node in calls:
+        readers = list(node.users)
+        if len(readers) == 1 and readers[0].op == "call_module":
+            first, second = str(node.target), str(readers[0].target)
+            if counts[first] == counts[second] == 1:
+                yield first, second
+
+
+def fold_batch_norm(model: nn.Module) -> int:
+    """Fold each BatchNorm that alone reads a convolution into that convolution.
+
+    Pairs are found in `nn.Sequential` and, where the network can be traced symbolically, in the data flow.
+    """
+    folded = 0
+    for conv_path, norm_path in [*_sequential_pairs(model), *_traced_pairs(model)]:
+        conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
+            model.set_submodule(conv_path, fuse_conv_bn_eval(conv, norm))
+            model.set_submodule(norm_path, nn.Identity())
+            folded += 1
+    return folded
+
+
+REWRITES: tuple[Callable[[nn.Module], int], ...] = (
+    fold_batch_norm,
+    fold_layer_scale,
+    fold_attention_scale,
+    absorb_key_value,
+)
+
+
+def share_weights(model: nn.Module) -> nn.Module:
+    """Copy the modules of a network; the weights stay the same memory until one side is given new ones.
+
+    Returns:
+        The copy; its parameters need no gradient.
+    """
+    memo: dict[int, object] = {id(buffer): buffer.detach() for buffer in model.buffers()}
+    memo.update(
+        (id(parameter), nn.Parameter(parameter.detach(), requires_grad=False)) for parameter in model.parameters()
+    )
+    return copy.deepcopy(model, memo)
+
+
+def to_deploy(model: nn.Module) -> tuple[nn.Module, dict[str, int]]:
+    """Apply every rewrite to a copy of the network, which shares the weights that no rewrite changed.
+
+    Args:
+        model: Network in evaluation mode; left as it is.
+
+    Returns:
+        The deploy form, without gradients, and how often each rewrite applied.
+    """
+    deployed = share_weights(model).eval()
+    with torch.no_grad():
+        applied = {rewrite.__name__: rewrite(deployed) for rewrite in REWRITES}
+    return deployed, applied

@@ -1,0 +1,37 @@
+"""Layers shared by the networks: scriptable, NCHW, any height and width."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer normalisation over the channels of a feature map.
+
+    The two permutations are views. They keep the operator a single `LayerNormalization` in ONNX, which TensorRT
+    runs with FP32 statistics; a chain of mean and variance over axis 1 overflows in FP16 instead.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `(N, C, H, W)` over C; same shape and dtype."""
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate: global mean, 1x1 to `channels // 4`, ReLU, 1x1 back, sigmoid.
+
+    Source: Hu et al., "Squeeze-and-Excitation Networks", section 3; ratio 1/4 as in PatchConvNet.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv_reduce = nn.Conv2d(channels, channels // 4, 1)
+        self.conv_expand = nn.Conv2d(channels // 4, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale each channel of `(N, C, H, W)`; same shape and dtype."""
+        gate = self.conv_expand(F.relu(self.conv_reduce(x.mean((2, 3), keepdim=True))))
+        return x * torch.sigmoid(gate)
