@@ -28,7 +28,7 @@ from typing import Any
 IMAGE_SHAPE = (3, 224, 224)
 COMPUTE_CAPABILITIES = ("SM80", "SM86", "SM89", "SM120")
 LAYER_SCALE = 0.2  # the initial 1e-4 of the official code would hide every block from the calibration
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.1
 MIB = 2**20
 PLUGIN_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"  # its wheel carries the TensorRT-RTX libraries
 DISTRIBUTIONS = (

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from pcn_deploy.engines.base import Availability, Backend, EngineArtifact, GraphSource, Session
 from pcn_deploy.engines.tensorrt import cuda, library
-from pcn_deploy.engines.tensorrt.build import PORTABLE, BuildOptions, build
-from pcn_deploy.engines.tensorrt.flavour import TENSORRT, TENSORRT_RTX, Flavour
+from pcn_deploy.engines.tensorrt.build import BuildOptions, build
+from pcn_deploy.engines.tensorrt.flavour import PORTABLE, TENSORRT, TENSORRT_RTX, Flavour
 from pcn_deploy.engines.tensorrt.run import open_engine
-from pcn_deploy.errors import DependencyError
+from pcn_deploy.errors import DependencyError, PcnDeployError
 from pcn_deploy.progress import Progress
 from pcn_deploy.specs import EngineSpec
 
@@ -33,25 +33,25 @@ class _TensorRT(Backend):
         if not problem:
             try:
                 cuda.Cuda.load(devices.driver)
-            except DependencyError as error:
+            except PcnDeployError as error:
                 problem = str(error)
         if not problem:
-            return Availability(can_build=True, can_run=True, detail=f"{found}, {', '.join(devices.names)}")
+            return Availability(
+                can_build=True, can_run=True, detail=f"{found}, {', '.join(map(str, devices.found))}"
+            )
         if flavour.ahead_of_time:
             detail = f"{found} builds here, but cannot run an engine: {problem}"
-        else:
-            detail = f"{found} builds and runs engines only where there is a GPU: {problem}"
-        return Availability(can_build=flavour.ahead_of_time, can_run=False, detail=detail)
+            return Availability(can_build=True, can_run=False, detail=detail)
+        detail = f"{found} builds and runs engines only where there is a GPU: {problem}"
+        remedy = f"On the device: pcn-compile engine FILE.pcn --target {self.target}"
+        return Availability(can_build=False, can_run=False, detail=detail, remedy=remedy)
 
     def _build_impl(self, source: GraphSource, progress: Progress) -> EngineArtifact:
         return build(library.load(self.flavour), self.flavour, source, self.options, progress)
 
     def _open_impl(self, data: bytes, spec: EngineSpec) -> Session:
-        devices = cuda.devices()
-        runtime = cuda.Cuda.load(devices.driver)
-        index = runtime.device()
-        device = devices.names[index] if index < len(devices.names) else "this device"
-        return open_engine(self.flavour, library.load(self.flavour), runtime, device, data, spec)
+        runtime = cuda.Cuda.load(cuda.devices().driver)
+        return open_engine(self.flavour, library.load(self.flavour), runtime, cuda.current(), data, spec)
 
 
 class TensorRTBackend(_TensorRT):
@@ -74,7 +74,7 @@ class TensorRTRTXBackend(_TensorRT):
     """TensorRT-RTX 1: builds ahead of time on the CPU, for a list of compute capabilities.
 
     Args:
-        compute_capabilities: What to build for, such as `("SM89",)`; the same list whether or not a GPU is here.
+        compute_capabilities: What to build for, such as `("SM89",)`; a GPU that is here changes nothing.
         tf32: Let FP32 convolutions and products round their inputs to TF32. Off unless asked for.
     """
 

@@ -5,26 +5,25 @@ from __future__ import annotations
 import logging
 import platform
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from pcn_deploy.engines.base import EngineArtifact, GraphSource
 from pcn_deploy.engines.tensorrt import cuda
-from pcn_deploy.engines.tensorrt.flavour import Flavour
+from pcn_deploy.engines.tensorrt.flavour import PORTABLE, Flavour
 from pcn_deploy.engines.tensorrt.library import version
 from pcn_deploy.engines.tensorrt.messages import Messages, interrupt_deferred, log_of
 from pcn_deploy.engines.tensorrt.monitor import Meter, attach
 from pcn_deploy.engines.tensorrt.wanted import check_precision
-from pcn_deploy.errors import BuildError, DependencyError, OptionError
+from pcn_deploy.errors import BuildError, OptionError
 from pcn_deploy.progress import Progress
 from pcn_deploy.specs import EngineSpec
 
 _LOG = logging.getLogger(__name__)
 
-PORTABLE = ("SM80", "SM86", "SM89", "SM120")
-"""Compute capabilities of Ampere, Ada and Blackwell: what TensorRT-RTX builds for unless told otherwise.
-
-Source: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html
-"""
+_NEXT = (
+    "If memory ran out, close other programs or build for a smaller batch. If an operator is refused, "
+    "try a newer TensorRT, or keep the part of the network that holds it in FP32."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +31,9 @@ class BuildOptions:
     """Settings of a build.
 
     Attributes:
-        compute_capabilities: What TensorRT-RTX builds for, such as `SM89`. TensorRT builds for the device at hand.
-        tf32: Let FP32 convolutions and products round their inputs to TF32 (10 bits of mantissa). Off, because
-            a tensor the graph types as FP32 is meant to be computed as FP32.
+        compute_capabilities: What TensorRT-RTX builds for, such as `SM89`. TensorRT: the GPU at hand.
+        tf32: Let FP32 convolutions and products round their inputs to TF32 (10 bits of mantissa). Off,
+            because a tensor the graph types as FP32 is meant to be computed as FP32.
     """
 
     compute_capabilities: tuple[str, ...] = PORTABLE
@@ -46,8 +45,8 @@ def build(
 ) -> EngineArtifact:
     """Build an engine.
 
-    The bindings release the GIL while they build (seen with TensorRT-RTX 1.7.1: another thread runs on at full
-    pace), so a display that refreshes in a thread of its own stays alive.
+    The bindings release the GIL while they build (seen with TensorRT-RTX 1.7.1: another thread runs on at
+    full pace), so a display that refreshes in a thread of its own stays alive.
 
     Args:
         trt: The loaded bindings.
@@ -80,12 +79,6 @@ def build(
     return EngineArtifact(data=data, built_with=facts)
 
 
-_NEXT = (
-    "If memory ran out, close other programs or build for a smaller batch. If an operator is refused, "
-    "try a newer TensorRT, or keep the part of the network that holds it in FP32."
-)
-
-
 @dataclass(frozen=True)
 class _Build:
     """The steps of one build; each raises `BuildError` in TensorRT's words."""
@@ -98,17 +91,17 @@ class _Build:
     def run(self, source: GraphSource, options: BuildOptions, meter: Meter) -> tuple[Any, dict[str, str]]:
         meter.start()
         builder = self._builder()
-        # Strong typing is the only mode of TensorRT 11 and of TensorRT-RTX, where the flag may be given all the
-        # same; in TensorRT 10 it must be given. Its number differs between versions, so it is looked up.
+        # Strong typing is the only mode of TensorRT 11 and of TensorRT-RTX, where the flag may be given all
+        # the same; in TensorRT 10 it must be given. Its number differs between versions: it is looked up.
         network = builder.create_network(1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = self.trt.OnnxParser(network, self.log)  # holds the weights: must outlive the build
         if not parser.parse(source.onnx):
-            raise self._refused("did not accept the ONNX graph", parser)
+            self._refuse("did not accept the ONNX graph", parser)
         counts = check_precision(self.trt, network, source.onnx)
         config = builder.create_builder_config()
         if not options.tf32:
             config.clear_flag(self.trt.BuilderFlag.TF32)
-        targets = self._target(config, options)
+        target = self._target(config, options)
         batch = self._batch(builder, network, config, source.spec)
         monitor = attach(self.trt, config, meter)
         plan = builder.build_serialized_network(network, config)
@@ -116,7 +109,7 @@ class _Build:
         tf32 = "allowed" if options.tf32 else "off"
         return plan, {
             **self._facts(),
-            "compute_capabilities": targets,
+            **target,
             "batch": batch,
             "tf32": tf32,
             **counts,
@@ -126,18 +119,19 @@ class _Build:
         try:
             return self.trt.Builder(self.log)
         except (TypeError, RuntimeError) as error:  # what the bindings make of a null pointer
-            raise self._refused("could not start a builder") from error
+            self._refuse("could not start a builder", cause=error)
 
-    def _refused(self, what: str, parser: Any = None) -> BuildError:
+    def _refuse(self, what: str, parser: Any = None, cause: Exception | None = None) -> NoReturn:
         said = [str(parser.get_error(index)) for index in range(parser.num_errors)] if parser else []
-        return BuildError(
-            f"{self.flavour.title} {version(self.trt)} {what}:{self.messages.summary(said)}\n{_NEXT}"
-        )
+        reason = self.messages.summary(said)
+        msg = f"{self.flavour.title} {version(self.trt)} {what}:{reason}\n{_NEXT}"
+        raise BuildError(msg) from cause
 
-    def _target(self, config: Any, options: BuildOptions) -> str:
+    def _target(self, config: Any, options: BuildOptions) -> dict[str, str]:
         """Choose what to build for, and put it in words."""
         if not self.flavour.ahead_of_time:
-            return ", ".join(cuda.devices().names[:1]) or "this device"
+            device = cuda.current()
+            return {"compute_capabilities": device.capability, "device": device.name}
         known = self.trt.ComputeCapability.__members__
         names = [name for name in known if name.startswith("SM")]
         wrong = [name for name in options.compute_capabilities if name not in names]
@@ -148,8 +142,8 @@ class _Build:
         config.num_compute_capabilities = len(options.compute_capabilities)
         for index, name in enumerate(options.compute_capabilities):
             if not config.set_compute_capability(known[name], index):
-                raise self._refused(f"cannot build for {name}")
-        return ", ".join(options.compute_capabilities)
+                self._refuse(f"cannot build for {name}")
+        return {"compute_capabilities": ", ".join(options.compute_capabilities)}
 
     def _batch(self, builder: Any, network: Any, config: Any, spec: EngineSpec) -> str:
         """Add one optimisation profile if the graph has a symbolic batch, and put the range in words."""
@@ -159,7 +153,7 @@ class _Build:
         if shapes != expected or outputs != {item.name for item in spec.outputs}:
             msg = (
                 f"The ONNX graph has inputs {shapes} and outputs {sorted(outputs)}; its specification says "
-                f"{expected} and {sorted(item.name for item in spec.outputs)} (-1 is the batch). Export it again."
+                f"{expected} and {sorted(item.name for item in spec.outputs)} (-1: batch). Export it again."
             )
             raise BuildError(msg)
         dynamic = [item for item in spec.inputs if -1 in expected[item.name]]
@@ -170,7 +164,7 @@ class _Build:
             sizes = (spec.batch.min, spec.batch.opt, spec.batch.max)
             profile.set_shape(item.name, *(item.with_batch(size) for size in sizes))
         if config.add_optimization_profile(profile) < 0:
-            raise self._refused(f"did not accept the batch range {spec.batch}")
+            self._refuse(f"did not accept the batch range {spec.batch}")
         return str(spec.batch)
 
     def _facts(self) -> dict[str, str]:
@@ -179,10 +173,9 @@ class _Build:
             "version": version(self.trt),
             "typed": "strongly",
             "platform": f"{platform.system()} {platform.machine()}".lower(),
-            "host": platform.platform(),
+            "host": " ".join((*platform.libc_ver(), "Python", platform.python_version())).strip(),
         }
-        try:
-            facts["cuda"] = cuda.version_text(cuda.Cuda.load().version)
-        except DependencyError:
-            pass  # TensorRT-RTX builds without a CUDA runtime
+        driver = cuda.devices().driver
+        if driver:  # TensorRT-RTX builds without one
+            facts["cuda_driver"] = cuda.version_text(driver)
         return facts

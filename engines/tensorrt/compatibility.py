@@ -6,7 +6,8 @@ import logging
 import re
 from typing import Any
 
-from pcn_deploy.engines.tensorrt.flavour import Flavour
+from pcn_deploy.engines.tensorrt.cuda import Device
+from pcn_deploy.engines.tensorrt.flavour import PORTABLE, Flavour
 from pcn_deploy.engines.tensorrt.library import version
 from pcn_deploy.engines.tensorrt.messages import Messages
 from pcn_deploy.errors import IncompatibleError
@@ -24,12 +25,12 @@ _DIAGNOSES = {
     "CUDA_ERROR": "CUDA reported an error while the engine was looked at",
 }
 
-# Which number is whose follows from reports that also name the GPU, such as github.com/NVIDIA/TensorRT/issues/564.
+# Which number is whose follows from reports that name the GPU too: github.com/NVIDIA/TensorRT/issues/564.
 _COMPUTE = re.compile(r"expecting compute (?P<here>[\d.]+),? got (?:compute )?(?P<there>[\d.]+\d)")
 _TAG = re.compile(r"Current Version: (?P<here>\d+), Serialized Engine Version: (?P<there>\d+)")
 
 
-def plainly(message: str, library: str, device: str) -> str:
+def plainly(message: str, library: str, device: Device) -> str:
     """One of TensorRT's messages, in words that name the engine's side and this side.
 
     Args:
@@ -45,25 +46,35 @@ def plainly(message: str, library: str, device: str) -> str:
         return f"the engine was built for compute capability {there}; this device ({device}) has {here}"
     if found := _TAG.search(message):
         return (
-            f"the engine was built with another version of TensorRT (its format has the number {found['there']}); "
-            f"here is {library} (format {found['here']})"
+            f"the engine was built with another version of TensorRT (its format is number {found['there']}); "
+            f"here is {library} (format number {found['here']})"
         )
     return message
 
 
-def refused(flavour: Flavour, trt: Any, device: str, reasons: list[str]) -> IncompatibleError:
+def refused(flavour: Flavour, trt: Any, device: Device, reasons: list[str]) -> IncompatibleError:
     """The error for an engine that does not fit, with all reasons and what to do next."""
     library = f"{flavour.title} {version(trt)}"
     why = "; ".join(dict.fromkeys(plainly(reason, library, device) for reason in reasons))
     return IncompatibleError(
         f"The engine does not fit {library} on {device}: {why or 'the library gave no reason'}. "
         "`pcn-compile inspect FILE.pcn` says what it was built with. "
-        f"Rebuild it here with: pcn-compile engine FILE.pcn --target {flavour.target}"
+        f"{_next_step(flavour, trt, device.capability)}"
     )
 
 
+def _next_step(flavour: Flavour, trt: Any, capability: str) -> str:
+    """What helps on a device; an RTX build that would not fit it either is not advised."""
+    command = "pcn-compile engine FILE.pcn --target"
+    if not flavour.ahead_of_time or capability in PORTABLE:
+        return f"Rebuild it here with: {command} {flavour.target}"
+    if capability in trt.ComputeCapability.__members__:
+        return f'Rebuild it with TensorRTRTXBackend(compute_capabilities=["{capability}"])'
+    return f"{flavour.title} does not build for {capability}. Build here with: {command} tensorrt"
+
+
 def check_validity(
-    flavour: Flavour, trt: Any, runtime: Any, data: bytes, device: str, messages: Messages
+    flavour: Flavour, trt: Any, runtime: Any, data: bytes, device: Device, messages: Messages
 ) -> None:
     """Ask the library whether an engine fits, from its header alone. Only TensorRT-RTX can tell.
 
@@ -72,7 +83,7 @@ def check_validity(
         trt: The loaded bindings.
         runtime: A runtime of theirs.
         data: The engine.
-        device: The device at hand, in words.
+        device: The device at hand.
         messages: What the library has logged.
 
     Raises:

@@ -9,10 +9,9 @@ import ctypes
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from pcn_deploy.engines.tensorrt.library import package_folder
+from pcn_deploy.engines.tensorrt.library import package_folders
 from pcn_deploy.errors import DependencyError, PcnDeployError
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
@@ -20,17 +19,28 @@ _TO_DEVICE, _TO_HOST = 1, 2  # cudaMemcpyHostToDevice and cudaMemcpyDeviceToHost
 _NON_BLOCKING = 1  # cudaStreamNonBlocking
 
 
+@dataclass(frozen=True)
+class Device:
+    """One GPU: its name, and its compute capability such as `SM89`."""
+
+    name: str
+    capability: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.capability})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Devices:
     """What the driver says, without any CUDA context having been created.
 
     Attributes:
-        names: One text per GPU, such as `NVIDIA GeForce RTX 4090 (SM89)`.
+        found: The GPUs, in the order CUDA numbers them.
         driver: Highest CUDA version of the driver, such as 13000 for 13.0; 0 without a driver.
         problem: Why there is no GPU to use, or an empty string.
     """
 
-    names: tuple[str, ...] = ()
+    found: tuple[Device, ...] = ()
     driver: int = 0
     problem: str = ""
 
@@ -47,19 +57,31 @@ def devices() -> Devices:
     version, count = ctypes.c_int(), ctypes.c_int()
     driver.cuDriverGetVersion(ctypes.byref(version))
     driver.cuDeviceGetCount(ctypes.byref(count))
-    names = tuple(_describe(driver, index) for index in range(count.value))
-    problem = "" if names else "the NVIDIA driver finds no GPU"
-    return Devices(names=names, driver=version.value, problem=problem)
+    found = tuple(_describe(driver, index) for index in range(count.value))
+    problem = "" if found else "the NVIDIA driver finds no GPU"
+    return Devices(found=found, driver=version.value, problem=problem)
 
 
-def _describe(driver: ctypes.CDLL, index: int) -> str:
+def current() -> Device:
+    """The calling thread's device.
+
+    Raises:
+        DependencyError: If there is no GPU, or no CUDA runtime to ask.
+    """
+    state = devices()
+    if state.problem:
+        raise DependencyError(state.problem)
+    return state.found[Cuda.load(state.driver).device()]
+
+
+def _describe(driver: ctypes.CDLL, index: int) -> Device:
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     name = ctypes.create_string_buffer(256)
     driver.cuDeviceGet(ctypes.byref(device), index)
     driver.cuDeviceGetName(name, len(name), device)
     driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
     driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
-    return f"{name.value.decode(errors='replace')} (SM{major.value}{minor.value})"
+    return Device(name.value.decode(errors="replace"), f"SM{major.value}{minor.value}")
 
 
 def _candidates() -> Iterator[str]:
@@ -70,8 +92,8 @@ def _candidates() -> Iterator[str]:
         ("nvidia", "*/lib/libcudart.so.*"),
         ("onnxruntime_ep_nv_tensorrt_rtx", "libcudart.so.*"),
     ):
-        folder: Path | None = package_folder(package)
-        yield from (str(path) for path in sorted(folder.glob(pattern), reverse=True)) if folder else ()
+        for folder in package_folders(package):
+            yield from sorted((str(path) for path in folder.glob(pattern)), reverse=True)
 
 
 def version_text(number: int) -> str:
@@ -93,7 +115,7 @@ class Cuda:
         """Load the CUDA runtime.
 
         Args:
-            driver: CUDA version of the driver; a runtime of a newer major version is passed over. 0 takes any.
+            driver: CUDA version of the driver; runtimes of a newer major version are skipped. 0: any.
 
         Raises:
             DependencyError: If no runtime is found that the driver can serve.

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PORTABLE = ("SM80", "SM86", "SM89", "SM120")
+"""Compute capabilities of Ampere, Ada and Blackwell: what TensorRT-RTX builds for unless told otherwise.
+
+Source: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flavour:
@@ -16,7 +22,7 @@ class Flavour:
         modules: Python bindings, in the order they are tried; all have the same interface.
         library_package: Installed package whose folder also holds the shared libraries, or an empty string.
         library_prefixes: Beginnings of the file names of those libraries, in the order they are loaded.
-        ahead_of_time: Whether engines are built on a machine without a GPU, for a list of compute capabilities.
+        ahead_of_time: Whether it builds without a GPU, for a list of compute capabilities.
     """
 
     target: str

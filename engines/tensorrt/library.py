@@ -13,14 +13,13 @@ from pcn_deploy.engines.tensorrt.flavour import Flavour
 from pcn_deploy.errors import DependencyError
 
 
-def package_folder(package: str) -> Path | None:
-    """Folder of an installed package, found without importing it; None where it is not installed."""
+def package_folders(package: str) -> list[Path]:
+    """Folders of an installed package, found without importing it; none if it is missing."""
     try:
         spec = find_spec(package)
     except (ImportError, ValueError):
-        return None
-    places = list(spec.submodule_search_locations or ()) if spec else []
-    return Path(places[0]) if places else None
+        return []
+    return [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
 
 
 @cache
@@ -53,11 +52,10 @@ def load(flavour: Flavour) -> Any:
 
 def _preload(flavour: Flavour) -> None:
     """Load the shared libraries that another package carries; bindings find them by their soname."""
-    folder = package_folder(flavour.library_package) if flavour.library_package else None
-    if folder is None:
-        return
+    folders = package_folders(flavour.library_package) if flavour.library_package else []
     for prefix in flavour.library_prefixes:
-        for path in sorted(folder.glob(f"{prefix}*"))[:1]:
+        found = sorted(path for folder in folders for path in folder.glob(f"{prefix}*"))
+        for path in found[:1]:
             ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
 
 

@@ -57,7 +57,7 @@ def log_of(trt: Any) -> tuple[Any, Messages]:
     """
     messages = Messages()
 
-    class Log(trt.ILogger):  # type: ignore[misc]  # the base is known only once the library is loaded
+    class Log(trt.ILogger):  # type: ignore[misc]  # the base is loaded at run time
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -75,7 +75,7 @@ def interrupt_deferred() -> Iterator[threading.Event]:
     unwind through its frames, which is undefined; so the handler only sets a flag that the monitor reads.
 
     Yields:
-        The flag, set once Ctrl-C was pressed. Never set in threads other than the main one, which get no signals.
+        The flag, set once Ctrl-C was pressed. Only ever set in the main thread: others get no signals.
 
     Raises:
         KeyboardInterrupt: When the block is left, if Ctrl-C was pressed in it.

@@ -20,7 +20,7 @@ class _Phase:
 
 
 class Meter:
-    """Turns phases and steps into calls of a `Progress`: it never goes back, and reaches its end once, in `finish`.
+    """Turns phases and steps into calls of a `Progress`: never back, and to the end once, in `finish`.
 
     Args:
         progress: Who is told.
@@ -104,7 +104,7 @@ def attach(trt: Any, config: Any, meter: Meter) -> Any:
     if not hasattr(trt, "IProgressMonitor"):
         return None
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the base is known only once the library is loaded
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the base is loaded at run time
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
 
@@ -117,5 +117,6 @@ def attach(trt: Any, config: Any, meter: Meter) -> Any:
         def phase_finish(self, name: str) -> None:
             meter.phase_finish(name)
 
-    config.progress_monitor = Monitor()
-    return config.progress_monitor
+    monitor = Monitor()
+    config.progress_monitor = monitor
+    return monitor

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.engines.base import Array, Session
 from pcn_deploy.engines.tensorrt.compatibility import check_validity, refused
-from pcn_deploy.engines.tensorrt.cuda import Cuda
+from pcn_deploy.engines.tensorrt.cuda import Cuda, Device
 from pcn_deploy.engines.tensorrt.flavour import Flavour
+from pcn_deploy.engines.tensorrt.library import version
 from pcn_deploy.engines.tensorrt.messages import Messages, interrupt_deferred, log_of
 from pcn_deploy.errors import IncompatibleError, PcnDeployError
 from pcn_deploy.specs import EngineSpec
@@ -40,15 +41,15 @@ class _Tensor:
 
 
 def open_engine(
-    flavour: Flavour, trt: Any, cuda: Cuda, device: str, data: bytes, spec: EngineSpec
+    flavour: Flavour, trt: Any, cuda: Cuda, device: Device, data: bytes, spec: EngineSpec
 ) -> TensorRTSession:
-    """Check, deserialise and open an engine. Host code in engines stays forbidden, which is TensorRT's default.
+    """Check, deserialise and open an engine. Host code in engines stays forbidden: TensorRT's default.
 
     Args:
         flavour: Which flavour.
         trt: The loaded bindings.
         cuda: The CUDA runtime.
-        device: The device at hand, in words.
+        device: The device at hand.
         data: The engine, verified by the caller.
         spec: Its interface.
 
@@ -59,7 +60,11 @@ def open_engine(
     log, messages = log_of(trt)
     messages.clear()
     with interrupt_deferred():
-        runtime = trt.Runtime(log)
+        try:
+            runtime = trt.Runtime(log)
+        except (TypeError, RuntimeError) as error:  # what the bindings make of a null pointer
+            msg = f"{flavour.title} {version(trt)} could not start its runtime:{messages.summary()}"
+            raise PcnDeployError(msg) from error
         check_validity(flavour, trt, runtime, data, device, messages)
         engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
@@ -70,7 +75,8 @@ def open_engine(
 class TensorRTSession(Session):
     """An opened engine on the device that was current when it was opened.
 
-    Threads may share it; they take turns.
+    Threads may share it; they take turns. Arrays are ordinary (pageable) memory: CUDA is done with the
+    caller's memory when a copy returns, so nothing dangles if a later call fails.
 
     Args:
         trt: The loaded bindings.
@@ -98,7 +104,7 @@ class TensorRTSession(Session):
             owned.callback(cuda.drop_stream, self._stream)
             self._context = engine.create_execution_context()
             if self._context is None:
-                raise self._failed("could not create an execution context")
+                self._fail("could not create an execution context")
             self._inputs = [self._input(item.name, dtypes, owned) for item in spec.inputs]
             self._outputs = [self._output(item.name, dtypes, owned) for item in spec.outputs]
             self._owned = owned.pop_all()
@@ -110,14 +116,14 @@ class TensorRTSession(Session):
         inputs = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
         expected = {item.name for item in self.spec.inputs}
         if inputs != expected or set(names) - inputs != {item.name for item in self.spec.outputs}:
-            msg = f"The engine has the tensors {sorted(names)}; its bundle says {self.spec}. Build the engine again."
+            msg = f"The engine has the tensors {sorted(names)}; its bundle says {self.spec}. Build it again."
             raise IncompatibleError(msg)
         kinds = {name: engine.get_tensor_dtype(name).name for name in names}
         for item in (*self.spec.inputs, *self.spec.outputs):
             if _DTYPES.get(kinds[item.name]) != item.dtype:
                 msg = (
-                    f"Tensor {item.name!r} of the engine is {kinds[item.name]}; its bundle says {item.dtype}, and "
-                    f"numpy can hold {', '.join(_DTYPES)}. Build the engine again, with inputs and outputs in FP32."
+                    f"Tensor {item.name!r} of the engine is {kinds[item.name]}; its bundle says "
+                    f"{item.dtype}. Known are {', '.join(_DTYPES)}. Build it with FP32 inputs and outputs."
                 )
                 raise IncompatibleError(msg)
         return {name: np.dtype(_DTYPES[kind]) for name, kind in kinds.items()}
@@ -126,7 +132,7 @@ class TensorRTSession(Session):
         spec = next(item for item in self.spec.inputs if item.name == name)
         shape = spec.with_batch(self.spec.batch.max)
         if not self._context.set_input_shape(name, shape):
-            msg = f"The engine does not take {name!r} of shape {shape}, though its bundle says so. Build it again."
+            msg = f"The engine refuses {name!r} of shape {shape}, which its bundle allows. Build it again."
             raise IncompatibleError(msg)
         return self._tensor(name, dtypes[name], shape, owned)
 
@@ -136,18 +142,19 @@ class TensorRTSession(Session):
     def _shape(self, name: str) -> tuple[int, ...]:
         shape = tuple(int(dim) for dim in self._context.get_tensor_shape(name))
         if min(shape, default=0) < 0:
-            raise self._failed(f"cannot tell the shape of output {name!r} ahead of execution")
+            self._fail(f"cannot tell the shape of output {name!r} ahead of execution")
         return shape
 
     def _tensor(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], owned: ExitStack) -> _Tensor:
         address = self._cuda.allocate(max(int(np.prod(shape)) * dtype.itemsize, 1))
         owned.callback(self._cuda.release, address)
         if not self._context.set_tensor_address(name, address):
-            raise self._failed(f"refused the memory of {name!r}")
+            self._fail(f"refused the memory of {name!r}")
         return _Tensor(name=name, dtype=dtype, address=address)
 
-    def _failed(self, what: str) -> PcnDeployError:
-        return PcnDeployError(f"TensorRT {what}:{self._messages.summary()}")
+    def _fail(self, what: str) -> NoReturn:
+        msg = f"TensorRT {what}:{self._messages.summary()}"
+        raise PcnDeployError(msg)
 
     def _run_impl(self, inputs: dict[str, Array]) -> dict[str, Array]:
         with self._lock:
@@ -159,9 +166,9 @@ class TensorRTSession(Session):
                 array = inputs[tensor.name]
                 self._cuda.to_device(tensor.address, array.ctypes.data, array.nbytes, self._stream)
                 if not self._context.set_input_shape(tensor.name, array.shape):
-                    raise self._failed(f"refused {tensor.name!r} of shape {array.shape}")
+                    self._fail(f"refused {tensor.name!r} of shape {array.shape}")
             if not self._context.execute_async_v3(self._stream):
-                raise self._failed("failed to execute the engine")
+                self._fail("failed to execute the engine")
             outputs = {
                 tensor.name: np.empty(self._shape(tensor.name), tensor.dtype) for tensor in self._outputs
             }
@@ -174,7 +181,10 @@ class TensorRTSession(Session):
     def close(self) -> None:
         """Free the device memory, the stream and the engine. May be called more than once."""
         with self._lock:
-            if self._engine is not None:
+            if self._engine is None:
+                return
+            with suppress(PcnDeployError):  # a device that has failed must not keep the rest from being freed
                 self._cuda.use_device(self._device)
+                self._cuda.wait(self._stream)
             self._context = self._engine = self._runtime = None
             self._owned.close()

@@ -85,7 +85,7 @@ def wanted_by(onnx: bytes) -> tuple[Counter[str], set[str]]:
 
 
 def check_precision(trt: Any, network: Any, onnx: bytes) -> dict[str, str]:
-    """Compare the parsed network with the graph it was parsed from: nothing may have lost precision on the way.
+    """Compare the parsed network with the graph it was parsed from: nothing may lose precision on the way.
 
     Args:
         trt: The loaded bindings.
@@ -99,7 +99,9 @@ def check_precision(trt: Any, network: Any, onnx: bytes) -> dict[str, str]:
         BuildError: If the network is not strongly typed, or lacks Q/DQ layers or types that the graph has.
     """
     if not network.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED):
-        msg = "TensorRT did not take the network as strongly typed; it could change precisions. Use TensorRT 10.3 or newer."
+        msg = (
+            "TensorRT did not take the network as strongly typed: precisions could change. Use 10.3 or newer."
+        )
         raise BuildError(msg)
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     kinds = Counter(layer.type.name for layer in layers)

@@ -1,0 +1,1 @@
+"""Images, observers, calibrators, the precision plan and the quantised module."""

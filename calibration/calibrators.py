@@ -1,0 +1,135 @@
+"""From the distribution of a tensor to its range: the amax that the largest INT8 code stands for. numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pcn_deploy.errors import OptionError
+
+LEVELS = 128
+"""Magnitudes a symmetric signed 8-bit code can take, zero included."""
+
+PERCENTILE = 99.99
+"""Default share of magnitudes, in percent, inside the range of the percentile calibrator."""
+
+_CANDIDATE_STEP = 8
+
+Floats = npt.NDArray[np.float64]
+
+
+class Histogram(Protocol):
+    """Largest magnitude, counts of magnitudes in equal bins, and the width of a bin."""
+
+    @property
+    def amax(self) -> float: ...
+    @property
+    def counts(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def width(self) -> float: ...
+
+
+def calibrate_max(histogram: Histogram) -> float:
+    """The largest magnitude: nothing is clipped."""
+    return histogram.amax
+
+
+def calibrate_percentile(histogram: Histogram) -> float:
+    """The magnitude below which `PERCENTILE` percent of all values lie."""
+    cumulative = np.cumsum(histogram.counts)
+    last = int(np.searchsorted(cumulative, cumulative[-1] * PERCENTILE / 100))
+    return min((last + 1) * histogram.width, histogram.amax)
+
+
+def calibrate_mse(histogram: Histogram) -> float:
+    """The range with the least mean squared error of clipping and rounding together."""
+    centres = (np.arange(len(histogram.counts)) + 0.5) * histogram.width
+    used = histogram.counts > 0
+    counts, centres = histogram.counts[used].astype(np.float64), centres[used]
+    candidates = _candidates(histogram) * histogram.width
+    errors = [
+        float(counts @ (np.minimum(np.rint(centres * 127 / limit), 127) * limit / 127 - centres) ** 2)
+        for limit in candidates
+    ]
+    return float(min(candidates[int(np.argmin(errors))], histogram.amax))
+
+
+def calibrate_entropy(histogram: Histogram) -> float:
+    """The range whose quantised distribution loses the least information about the clipped one.
+
+    For each candidate, P is the histogram up to it with everything above added to its last bin, and Q spreads the
+    count of each of the `LEVELS` levels evenly over the non-empty bins of that level; the candidate of least
+    Kullback-Leibler divergence KL(P || Q) wins. The divergence of a level needs only three sums over its bins, so
+    cumulative sums give all candidates at once. The first bin takes the count of the second: zero is exact in any
+    range and must not decide it.
+
+    Source: Migacz, "8-bit Inference with TensorRT", GTC 2017, slides 25 to 27; treatment of the first bin as in
+    NVIDIA's pytorch-quantization.
+    """
+    counts = histogram.counts.astype(np.float64)
+    counts[0] = counts[1]
+    candidates = _candidates(histogram)
+    total = counts.sum()
+    if total == 0:
+        return histogram.amax
+    divergences = _divergences(counts, candidates, total)
+    return float(min(candidates[int(np.argmin(divergences))] * histogram.width, histogram.amax))
+
+
+def _candidates(histogram: Histogram) -> npt.NDArray[np.int64]:
+    """Numbers of bins a range may span: from one bin per level up to the largest magnitude."""
+    used = min(int(histogram.amax / histogram.width) + 1, len(histogram.counts))
+    if used <= LEVELS:
+        return np.array([used])
+    return np.unique(np.append(np.arange(LEVELS, used, _CANDIDATE_STEP), used))
+
+
+def _cumulative(values: Floats) -> Floats:
+    return np.concatenate(([0.0], np.cumsum(values)))
+
+
+def _xlogy(x: Floats, y: Floats) -> Floats:
+    """Return x log y, 0 where x is 0."""
+    return x * np.log(np.where(x > 0, y, 1.0))
+
+
+def _divergences(counts: Floats, candidates: npt.NDArray[np.int64], total: float) -> Floats:
+    """KL(P || Q) of every candidate, `(K,)`; infinite where Q is 0 and P is not."""
+    inside = _cumulative(counts)[candidates]
+    inside = np.maximum(inside, 1.0)
+    last = counts[candidates - 1]
+    clipped = last + total - _cumulative(counts)[candidates]
+    # sum over bins of p log p, the last bin holding all that is clipped
+    entropy = _cumulative(_xlogy(counts, counts))[candidates] - _xlogy(last, last) + _xlogy(clipped, clipped)
+    # sum over levels of (counts of the level) log(counts / non-empty bins), the clipped part on the last level
+    edges = (candidates[:, None] * np.arange(LEVELS + 1)[None, :]) // LEVELS
+    level = np.diff(_cumulative(counts)[edges], axis=1)
+    occupied = np.maximum(np.diff(_cumulative((counts > 0).astype(np.float64))[edges], axis=1), 1.0)
+    spread = level / occupied
+    cross = _xlogy(level, spread).sum(1) + (clipped - last) * np.log(np.maximum(spread[:, -1], 1e-300))
+    divergence = (entropy - cross) / total - np.log(total) + np.log(inside)
+    return np.where((clipped > 0) & (last == 0), np.inf, divergence)
+
+
+_CALIBRATORS: dict[str, Callable[[Histogram], float]] = {
+    "max": calibrate_max,
+    "percentile": calibrate_percentile,
+    "entropy": calibrate_entropy,
+    "mse": calibrate_mse,
+}
+CALIBRATORS = tuple(_CALIBRATORS)
+
+
+def get_calibrator(name: str) -> Callable[[Histogram], float]:
+    """Return the calibrator of that name.
+
+    Raises:
+        OptionError: If there is none; the known ones are listed.
+    """
+    if name not in _CALIBRATORS:
+        msg = f"Unknown calibrator {name!r}. Known: {', '.join(CALIBRATORS)}."
+        raise OptionError(msg)
+    return _CALIBRATORS[name]

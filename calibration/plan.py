@@ -1,0 +1,247 @@
+"""The precision plan: which operation runs in which precision, and why.
+
+The placement rules and their evidence are in docs/quantization.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pcn_deploy.errors import DataError, ModelError, OptionError
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+REMAINDERS = ("fp16", "fp32")
+MIN_CHANNELS = 16
+"""INT8 kernels of TensorRT work on tiles of 16 channels; narrower layers gain nothing. Source: NVIDIA ModelOpt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFacts:
+    """What the planner knows of a layer.
+
+    Attributes:
+        path: Name of the module in the deploy form.
+        kind: Class name of the module.
+        rows: Output positions per image: the M of the matrix product.
+        in_channels: Input channels or features; 0 for a layer without weights.
+        out_channels: Output channels or features: the N of the product.
+        groups: Groups of a convolution.
+        kernel: Kernel height and width; (1, 1) for a linear layer.
+        reads_image: Whether its input is the input of the network.
+    """
+
+    path: str
+    kind: str
+    rows: int = 0
+    in_channels: int = 0
+    out_channels: int = 0
+    groups: int = 1
+    kernel: tuple[int, int] = (1, 1)
+    reads_image: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanEntry:
+    """The decision for one layer.
+
+    Attributes:
+        op: Name of the module in the deploy form.
+        kind: Class name of the module.
+        precision: One of `PRECISIONS`.
+        reason: Why, in words.
+        input_amax: Magnitude that the largest INT8 code of the input stands for; None unless `precision` is int8.
+    """
+
+    op: str
+    kind: str
+    precision: str
+    reason: str
+    input_amax: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionPlan:
+    """Precision per layer.
+
+    Attributes:
+        precision: The precision asked for.
+        remainder: Type of everything that is not INT8.
+        entries: One per layer, in the order of the network.
+    """
+
+    precision: str
+    remainder: str
+    entries: tuple[PlanEntry, ...]
+
+    @property
+    def int8_entries(self) -> dict[str, PlanEntry]:
+        """The quantised layers by name."""
+        return {entry.op: entry for entry in self.entries if entry.precision == "int8"}
+
+    def summary(self) -> list[tuple[str, str, str, int]]:
+        """Precision, kind, reason and how many layers share them, most frequent first."""
+        counts = Counter((entry.precision, entry.kind, entry.reason) for entry in self.entries)
+        return [(*key, count) for key, count in counts.most_common()]
+
+    def with_ranges(self, ranges: dict[str, float]) -> PrecisionPlan:
+        """Fill in calibrated ranges; layers whose input was all zero fall back to the remainder's precision."""
+        return replace(self, entries=tuple(self._with_range(entry, ranges) for entry in self.entries))
+
+    def _with_range(self, entry: PlanEntry, ranges: dict[str, float]) -> PlanEntry:
+        if entry.precision != "int8":
+            return entry
+        amax = ranges[entry.op]
+        if amax > 0:
+            return replace(entry, input_amax=amax)
+        return replace(entry, precision=self.remainder, reason="its input was all zero on every calibration image")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> PrecisionPlan:
+        """Inverse of `to_json`."""
+        return cls(
+            precision=data["precision"],
+            remainder=data["remainder"],
+            entries=tuple(PlanEntry(**entry) for entry in data["entries"]),
+        )
+
+
+Rule = Callable[[LayerFacts], str]
+"""Returns why a layer must not be INT8, or an empty string."""
+
+
+def _has_weights(layer: LayerFacts) -> str:
+    return "" if layer.in_channels else "no weights: Q/DQ would only add conversions"
+
+
+def _is_dense(layer: LayerFacts) -> str:
+    return "" if layer.groups == 1 else "depthwise or grouped: little gain, and conversions on both sides"
+
+
+def _is_matrix_product(layer: LayerFacts) -> str:
+    return "" if min(layer.rows, layer.out_channels) > 1 else "matrix times vector: bound by memory, not arithmetic"
+
+
+def _is_wide(layer: LayerFacts) -> str:
+    narrow = min(layer.in_channels, layer.out_channels) < MIN_CHANNELS
+    image_stem = layer.reads_image and layer.out_channels % 8 == 0 and layer.kernel[0] == layer.kernel[1]
+    return f"fewer than {MIN_CHANNELS} channels" if narrow and not image_stem else ""
+
+
+INT8_RULES: tuple[Rule, ...] = (_has_weights, _is_dense, _is_matrix_product, _is_wide)
+
+
+def make_plan(layers: list[LayerFacts], precision: str, remainder: str = "fp16") -> PrecisionPlan:
+    """Decide the precision of every layer.
+
+    Args:
+        layers: The layers in the order of the network, as `inspect_layers` returns them.
+        precision: One of `PRECISIONS`.
+        remainder: Type of what stays unquantised when `precision` is int8.
+
+    Returns:
+        The plan; ranges are still to be filled in.
+
+    Raises:
+        OptionError: If a precision is unknown.
+        ModelError: If INT8 is asked for and no layer may be quantised.
+    """
+    if precision not in PRECISIONS or remainder not in REMAINDERS:
+        msg = f"Precision {precision!r} with remainder {remainder!r}: known are {PRECISIONS} with {REMAINDERS}."
+        raise OptionError(msg)
+    if precision != "int8":
+        entries = [PlanEntry(op=x.path, kind=x.kind, precision=precision, reason="as asked for") for x in layers]
+        return PrecisionPlan(precision=precision, remainder=precision, entries=tuple(entries))
+    entries = [_decide(layer, remainder) for layer in layers]
+    if not any(entry.precision == "int8" for entry in entries):
+        msg = "No layer of this network gains from INT8 (see `--explain`); build it with --precision fp16."
+        raise ModelError(msg)
+    return PrecisionPlan(precision=precision, remainder=remainder, entries=tuple(entries))
+
+
+def _decide(layer: LayerFacts, remainder: str) -> PlanEntry:
+    against = next((reason for rule in INT8_RULES if (reason := rule(layer))), "")
+    return PlanEntry(
+        op=layer.path,
+        kind=layer.kind,
+        precision=remainder if against else "int8",
+        reason=against or "dense product of enough rows and channels",
+    )
+
+
+def inspect_layers(model: nn.Module, example: Tensor) -> list[LayerFacts]:
+    """Run the network once and collect the facts of every layer that was executed.
+
+    Args:
+        model: The deploy form, in evaluation mode.
+        example: One image, `(1, C, H, W)`.
+
+    Returns:
+        One entry per executed leaf module, in the order of their first execution.
+
+    Raises:
+        ModelError: If the network cannot run on the example, with its own words.
+        DataError: If a layer runs more than once with different inputs (one range would not fit both).
+    """
+    facts: dict[str, LayerFacts] = {}
+    repeated: list[str] = []
+
+    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if path in facts and facts[path].in_channels:
+                repeated.append(path)
+            facts[path] = _facts(path, module, output, bool(inputs) and inputs[0] is example)
+
+        return record
+
+    leaves = [(path, module) for path, module in model.named_modules() if not any(module.children()) and path]
+    handles = [module.register_forward_hook(hook(path)) for path, module in leaves]
+    try:
+        with torch.inference_mode():
+            model(example)
+    except RuntimeError as error:
+        msg = f"The network cannot run on an input of shape {tuple(example.shape)}: {error}. Check --resolution."
+        raise ModelError(msg) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if repeated:
+        msg = f"Layers used more than once cannot be quantised yet: {', '.join(sorted(set(repeated)))}."
+        raise DataError(msg)
+    return list(facts.values())
+
+
+def _facts(path: str, module: nn.Module, output: Any, reads_image: bool) -> LayerFacts:
+    kind = type(module).__name__
+    if not isinstance(output, Tensor):
+        return LayerFacts(path=path, kind=kind)
+    if isinstance(module, nn.Conv2d):
+        return LayerFacts(
+            path=path,
+            kind=kind,
+            rows=output.shape[2] * output.shape[3],
+            in_channels=module.in_channels,
+            out_channels=module.out_channels,
+            groups=module.groups,
+            kernel=(module.kernel_size[0], module.kernel_size[1]),
+            reads_image=reads_image,
+        )
+    if isinstance(module, nn.Linear):
+        return LayerFacts(
+            path=path,
+            kind=kind,
+            rows=output.shape[:-1].numel(),
+            in_channels=module.in_features,
+            out_channels=module.out_features,
+            reads_image=reads_image,
+        )
+    return LayerFacts(path=path, kind=kind)
