@@ -6,6 +6,7 @@ does not depend on how many there are.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,6 @@ from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.errors import DataError, DependencyError
 
 ImageArray = npt.NDArray[np.float32]
-Images = "str | Path | Iterable[npt.NDArray[np.float32]]"
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 MAX_UNREADABLE_SHARE = 0.05
@@ -72,9 +72,19 @@ class ImageSource:
         if limit is not None and limit < 1:
             msg = f"{limit} images were asked for; at least 1 is needed."
             raise DataError(msg)
-        if limit is not None and limit < len(self._items):
-            chosen = np.linspace(0, len(self._items) - 1, limit).round().astype(int)
+        self._spread(limit or len(self._items))
+
+    def _spread(self, count: int) -> None:
+        """Keep `count` items at even distances."""
+        if count < len(self._items):
+            chosen = np.linspace(0, len(self._items) - 1, count).round().astype(int)
             self._items = [self._items[index] for index in chosen]
+
+    def subset(self, count: int) -> ImageSource:
+        """At most `count` of the images, spread evenly."""
+        part = copy.copy(self)
+        part._spread(count)
+        return part
 
     def __len__(self) -> int:
         """Number of images, unreadable ones included."""

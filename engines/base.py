@@ -137,6 +137,17 @@ class Backend(ABC):
     def availability(self) -> Availability:
         """What this machine can do with this backend. Never raises, never starts a GPU context."""
 
+    def check_can_build(self) -> None:
+        """Raise what `build` would raise before it starts.
+
+        Raises:
+            DependencyError: If the backend's library is missing; the message holds the pip line.
+        """
+        state = self.availability()
+        if not state.can_build:
+            msg = f"Target {self.target!r} cannot be built here: {state.detail}. {state.remedy}".rstrip()
+            raise DependencyError(msg)
+
     def build(self, source: GraphSource, progress: Progress = silent) -> EngineArtifact:
         """Build an engine.
 
@@ -144,11 +155,19 @@ class Backend(ABC):
             DependencyError: If the backend's library is missing; the message holds the pip line.
             BuildError: If the library refuses the graph; its own messages are included.
         """
-        state = self.availability()
-        if not state.can_build:
-            msg = f"Target {self.target!r} cannot be built here: {state.detail}. {state.remedy}".rstrip()
-            raise DependencyError(msg)
+        self.check_can_build()
         return self._build_impl(source, progress)
+
+    def check_can_run(self) -> None:
+        """Raise what `open` would raise before it looks at the engine.
+
+        Raises:
+            DependencyError: If the backend's library, or the GPU it needs, is missing.
+        """
+        state = self.availability()
+        if not state.can_run:
+            msg = f"Target {self.target!r} cannot run here: {state.detail}. {state.remedy}".rstrip()
+            raise DependencyError(msg)
 
     def open(self, data: bytes, spec: EngineSpec) -> Session:
         """Open an engine whose bytes were verified by the caller.
@@ -157,10 +176,7 @@ class Backend(ABC):
             DependencyError: If the backend's library is missing.
             IncompatibleError: If the engine does not fit this device or this version of the library.
         """
-        state = self.availability()
-        if not state.can_run:
-            msg = f"Target {self.target!r} cannot run here: {state.detail}. {state.remedy}".rstrip()
-            raise DependencyError(msg)
+        self.check_can_run()
         return self._open_impl(data, spec)
 
     @abstractmethod

@@ -1,1 +1,61 @@
-"""Attention-augmented convolutional networks from checkpoint to proven TensorRT engine."""
+"""Attention-augmented convolutional networks from checkpoint to a TensorRT engine proven equal to the trained model.
+
+The verbs are `compile`, `load` and `verify`; the command line `pcn-compile` wraps them. Importing this package imports
+neither torch, onnx, onnxruntime nor tensorrt; each name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pcn_deploy.bundle import Bundle as Bundle
+    from pcn_deploy.calibration.images import ImageSource as ImageSource
+    from pcn_deploy.calibration.transform import Transform as Transform
+    from pcn_deploy.compile import CompileResult as CompileResult
+    from pcn_deploy.compile import compile as compile  # noqa: A004 - the verb's public name
+    from pcn_deploy.errors import PcnDeployError as PcnDeployError
+    from pcn_deploy.models.registry import create_model as create_model
+    from pcn_deploy.models.registry import list_models as list_models
+    from pcn_deploy.options import CompileOptions as CompileOptions
+    from pcn_deploy.parity import ParityBudget as ParityBudget
+    from pcn_deploy.parity import ParityReport as ParityReport
+    from pcn_deploy.runtime import Engine as Engine
+    from pcn_deploy.runtime import load as load
+    from pcn_deploy.specs import BatchRange as BatchRange
+    from pcn_deploy.verify import verify as verify
+
+_HOMES = {
+    "BatchRange": "specs",
+    "Bundle": "bundle",
+    "CompileOptions": "options",
+    "CompileResult": "compile",
+    "Engine": "runtime",
+    "ImageSource": "calibration.images",
+    "ParityBudget": "parity",
+    "ParityReport": "parity",
+    "PcnDeployError": "errors",
+    "Transform": "calibration.transform",
+    "compile": "compile",
+    "create_model": "models.registry",
+    "list_models": "models.registry",
+    "load": "runtime",
+    "verify": "verify",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605 - a list of the names above
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        msg = f"module 'pcn_deploy' has no attribute {name!r}"
+        raise AttributeError(msg)
+    value = getattr(import_module(f"pcn_deploy.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

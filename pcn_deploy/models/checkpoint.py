@@ -43,13 +43,22 @@ def read_state_dict(path: Path) -> StateDict:
         msg = f"Weights file {str(path)!r} does not exist. Check the path given to --weights."
         raise CheckpointError(msg)
     state = _unwrap(_read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path), path)
+    check_finite(state, str(path))
+    return state
+
+
+def check_finite(state: StateDict, origin: str) -> None:
+    """Refuse weights that are not numbers.
+
+    Raises:
+        CheckpointError: If a tensor holds NaN or infinity; the names are in the message.
+    """
     broken = [
         name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()
     ]
     if broken:
-        msg = f"{path} holds NaN or infinite values in {len(broken)} tensors: {_listed(broken)}. Export it again."
+        msg = f"{origin} holds NaN or infinite values in {len(broken)} tensors: {_listed(broken)}. Train or export it again."
         raise CheckpointError(msg)
-    return state
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import threading
 from collections import Counter
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -19,19 +18,16 @@ from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.engines.tensorrt import cuda, library
 from pcn_deploy.engines.tensorrt.backend import TensorRTBackend, TensorRTRTXBackend
 from pcn_deploy.engines.tensorrt.build import BuildOptions, build
-from pcn_deploy.engines.tensorrt.compatibility import check_validity, plainly
 from pcn_deploy.engines.tensorrt.cuda import Device
 from pcn_deploy.engines.tensorrt.flavour import TENSORRT, TENSORRT_RTX, Flavour
-from pcn_deploy.engines.tensorrt.messages import Messages, interrupt_deferred, log_of
-from pcn_deploy.engines.tensorrt.monitor import Meter
+from pcn_deploy.engines.tensorrt.messages import log_of
 from pcn_deploy.engines.tensorrt.wanted import check_precision, wanted_by
-from pcn_deploy.errors import BuildError, DependencyError, IncompatibleError, OptionError
+from pcn_deploy.errors import BuildError, DependencyError, OptionError
 from pcn_deploy.progress import silent
 from pcn_deploy.specs import BatchRange, EngineSpec, TensorSpec
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'pcn-deploy[compile]'")
 
-H200 = Device("NVIDIA H200", "SM90")
 RANGE = BatchRange(min=1, opt=2, max=4)
 
 
@@ -180,29 +176,6 @@ def test_ctrl_c_stops_the_build_and_leaves_the_library_usable() -> None:
     assert signal.getsignal(signal.SIGINT) is handler
     assert told[-1] < 500  # it did not run to its end
     assert TensorRTRTXBackend().build(source()).data
-
-
-def test_ctrl_c_is_held_back_until_the_library_has_returned() -> None:
-    reached = []
-    with pytest.raises(KeyboardInterrupt):  # noqa: SIM117 - the point is where it is raised
-        with interrupt_deferred() as pressed:
-            signal.raise_signal(signal.SIGINT)
-            reached.append(pressed.is_set())
-    assert reached == [True]
-
-
-def test_threads_leave_signals_alone() -> None:
-    handlers: list[Any] = []
-
-    def work() -> None:
-        with interrupt_deferred() as pressed:
-            handlers.append(signal.getsignal(signal.SIGINT))
-            assert not pressed.is_set()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert handlers == [signal.getsignal(signal.SIGINT)]
 
 
 def test_an_error_of_the_display_comes_out_as_it_is() -> None:
@@ -354,147 +327,3 @@ def test_importing_the_backend_loads_no_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def told_by(events: list[tuple[Any, ...]], stop_after: int = 10**6) -> tuple[list[int], list[bool]]:
-    told: list[int] = []
-    meter = Meter(lambda _step, done, _total: told.append(done), "build", lambda: len(told) > stop_after)
-    meter.start()
-    going = []
-    for kind, *values in events:
-        answer = getattr(meter, kind)(*values)
-        going += [answer] if kind == "step_complete" else []
-    meter.finish()
-    return told, going
-
-
-def test_nested_phases_count_for_their_share() -> None:
-    told, going = told_by(
-        [
-            ("phase_start", "all", None, 2),
-            ("phase_start", "first", "all", 4),
-            ("step_complete", "first", 0),
-            ("step_complete", "first", 3),
-            ("phase_finish", "first"),
-            ("step_complete", "all", 0),
-            ("phase_start", "second", "all", 2),
-            ("step_complete", "second", 0),
-            ("step_complete", "all", 1),
-            ("phase_finish", "all"),
-        ]
-    )
-    assert told == [0, 125, 500, 750, 999, 1000]
-    assert all(going)
-
-
-def test_phases_out_of_order_never_turn_progress_back() -> None:
-    told, _ = told_by(
-        [
-            ("phase_start", "all", None, 2),
-            ("step_complete", "all", 0),
-            ("phase_start", "left open", "all", 1),
-            ("step_complete", "left open", 0),
-            ("phase_start", "beside", "all", 100),
-            ("step_complete", "beside", 0),
-            ("step_complete", "never started", 5),
-            ("phase_finish", "never started"),
-            ("phase_start", "another root", None, 10),
-            ("step_complete", "another root", 0),
-        ]
-    )
-    assert told == [0, 500, 999, 1000]
-
-
-def test_a_step_of_the_parent_ends_what_is_open_inside() -> None:
-    told, _ = told_by(
-        [
-            ("phase_start", "all", None, 4),
-            ("phase_start", "inside", "all", 2),
-            ("step_complete", "inside", 0),
-            ("step_complete", "all", 0),
-            ("phase_finish", "inside"),
-            ("step_complete", "all", 1),
-        ]
-    )
-    assert told == [0, 125, 250, 500, 1000]
-
-
-def test_a_stopped_build_is_told_to_stop() -> None:
-    events = [("phase_start", "all", None, 4), *(("step_complete", "all", step) for step in range(3))]
-    assert told_by(events, stop_after=2)[1] == [True, False, False]
-
-
-@pytest.mark.parametrize(
-    ("message", "words"),
-    [
-        (
-            "Error Code 6: API Usage Error (The engine plan file is generated on an incompatible device, "
-            "expecting compute 8.9 got compute 8.6, please rebuild.)",
-            "the engine was built for compute capability 8.6; this device (RTX 4090 (SM89)) has 8.9",
-        ),
-        (
-            "Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed."
-            "Version tag does not match. Note: Current Version: 237, Serialized Engine Version: 239",
-            "the engine was built with another version of TensorRT (its format is number 239); "
-            "here is TensorRT 10.3.0 (format number 237)",
-        ),
-        ("Something new", "Something new"),
-    ],
-)
-def test_messages_in_plain_words(message: str, words: str) -> None:
-    assert plainly(message, "TensorRT 10.3.0", Device("RTX 4090", "SM89")) == words
-
-
-def verdict(name: str, diagnosis: int, device: Device = H200) -> None:
-    """Ask a FAKE runtime, whose answer would need a GPU; the enumerations are the real ones."""
-    trt = rtx()
-    answer = (getattr(trt.EngineValidity, name), diagnosis)
-    runtime = SimpleNamespace(get_engine_validity=lambda _data: answer)
-    check_validity(TENSORRT_RTX, trt, runtime, b"engine", device, Messages())
-
-
-def test_a_valid_engine_passes() -> None:
-    verdict("VALID", 0)
-
-
-def test_a_suboptimal_engine_passes_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    verdict("SUBOPTIMAL", 4)
-    assert "may be slow: it needs a newer CUDA driver" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("diagnosis", "words"),
-    [
-        (1, r"another release than TensorRT-RTX 1\."),
-        (2, r"not built for the compute capability of this device \(NVIDIA H200 \(SM90\)\)"),
-        (2 | 4, "compute capability .*; it needs a newer CUDA driver"),
-        (32, "header is not that of an engine"),
-        (0, "gave no reason"),
-    ],
-)
-def test_an_invalid_engine_is_refused_in_plain_words(diagnosis: int, words: str) -> None:
-    with pytest.raises(IncompatibleError, match=words):
-        verdict("INVALID", diagnosis)
-
-
-@pytest.mark.parametrize(
-    ("capability", "words"),
-    [
-        ("SM120", r"Rebuild it here with: pcn-compile engine FILE\.pcn --target tensorrt-rtx$"),
-        ("SM75", r"Rebuild it with TensorRTRTXBackend\(compute_capabilities=\[\"SM75\"\]\)$"),
-        (
-            "SM90",
-            r"does not build for SM90\. Build here with: pcn-compile engine FILE\.pcn --target tensorrt$",
-        ),
-    ],
-)
-def test_what_is_advised_helps_on_that_device(capability: str, words: str) -> None:
-    with pytest.raises(IncompatibleError, match=words):
-        verdict("INVALID", 2, Device("RTX", capability))
-
-
-def test_the_real_runtime_refuses_what_is_no_engine() -> None:
-    trt = rtx()
-    log, messages = log_of(trt)
-    with pytest.raises(IncompatibleError, match="header is not that of an engine of TensorRT-RTX"):
-        check_validity(TENSORRT_RTX, trt, trt.Runtime(log), b"x" * 1000, Device("RTX", "SM89"), messages)

@@ -1,0 +1,68 @@
+"""Target `torchscript`: the frozen module, run by PyTorch on a CUDA device if there is one, else on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import warnings
+from typing import Any
+
+from pcn_deploy.engines.base import Array, Availability, Backend, EngineArtifact, GraphSource, Session
+from pcn_deploy.errors import BuildError, IncompatibleError
+from pcn_deploy.progress import Progress
+from pcn_deploy.specs import EngineSpec
+
+
+class TorchScriptBackend(Backend):
+    """PyTorch's own runtime for scripted modules."""
+
+    target = "torchscript"
+    extra = "compile"
+    member = "model.ts"
+
+    def availability(self) -> Availability:
+        """PyTorch builds and runs wherever it is installed."""
+        if importlib.util.find_spec("torch") is None:
+            remedy = "Install it: pip install 'pcn-deploy[compile]'"
+            return Availability(can_build=False, can_run=False, detail="torch is not installed", remedy=remedy)
+        from importlib.metadata import version
+
+        return Availability(can_build=True, can_run=True, detail=f"PyTorch {version('torch')}")
+
+    def _build_impl(self, source: GraphSource, progress: Progress) -> EngineArtifact:
+        import torch
+
+        if not source.torchscript:
+            msg = "This bundle holds no model.ts, so the target torchscript cannot be added; build it from the checkpoint."
+            raise BuildError(msg)
+        return EngineArtifact(data=source.torchscript, built_with={"torch": torch.__version__})
+
+    def _open_impl(self, data: bytes, spec: EngineSpec) -> Session:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                module = torch.jit.load(io.BytesIO(data), map_location=device)
+        except RuntimeError as error:
+            msg = f"PyTorch {torch.__version__} cannot load this TorchScript module: {error}"
+            raise IncompatibleError(msg) from error
+        return _TorchScriptSession(module, device, spec)
+
+
+class _TorchScriptSession(Session):
+    def __init__(self, module: Any, device: str, spec: EngineSpec) -> None:
+        super().__init__(spec)
+        self._module = module
+        self._device = device
+
+    def _run_impl(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        import torch
+
+        tensors = [torch.from_numpy(inputs[tensor.name]).to(self._device) for tensor in self.spec.inputs]
+        with torch.inference_mode():
+            result = self._module(*tensors)
+        results = result if isinstance(result, tuple | list) else (result,)
+        names = [tensor.name for tensor in self.spec.outputs]
+        return {name: value.cpu().numpy() for name, value in zip(names, results, strict=True)}

@@ -1,0 +1,267 @@
+"""The verb `compile`: network to bundle. The steps, in order, are the functions of this module."""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pcn_deploy.bundle import Bundle
+from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.engines.base import Backend, GraphSource
+from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.errors import DataError, DependencyError, ModelError
+from pcn_deploy.options import CompileOptions
+from pcn_deploy.parity import ParityBudget, ParityReport, budget_for
+from pcn_deploy.progress import Progress, silent
+from pcn_deploy.runtime import Engine
+from pcn_deploy.verify import verify_golden
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pcn_deploy.calibration.collect import Calibration
+    from pcn_deploy.calibration.plan import PrecisionPlan
+
+CalibrationImages = str | Path | Iterable[npt.NDArray[np.float32]] | ImageSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileResult:
+    """What a build produced; true if every engine passed its parity budget.
+
+    Attributes:
+        bundle: The artefact, in memory until `bundle.save(path)`.
+        plan: Precision per layer, with reasons.
+        reports: One parity report per target.
+    """
+
+    bundle: Bundle
+    plan: PrecisionPlan
+    reports: tuple[ParityReport, ...]
+
+    def __bool__(self) -> bool:
+        return all(self.reports)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Network:
+    """The plain network and the module whose graph is built."""
+
+    plain: nn.Module
+    built: nn.Module
+    plan: PrecisionPlan
+    calibration: Calibration | None
+    rewrites: dict[str, int]
+
+
+def compile(  # noqa: A001 - the verb's public name, as in torch.compile
+    model: nn.Module,
+    options: CompileOptions | None = None,
+    *,
+    calibration: CalibrationImages | None = None,
+    provenance: dict[str, Any] | None = None,
+    progress: Progress = silent,
+) -> CompileResult:
+    """Turn a network into a bundle of engines with the proof of parity.
+
+    Args:
+        model: Network of one float input `(N, C, H, W)` and one output `(N, K)`; left as it is.
+        options: What to build.
+        calibration: Images for INT8 ranges and for the golden set; required for INT8.
+        provenance: Where the network comes from, kept in the manifest as it is.
+        progress: Told how far each step is.
+
+    Returns:
+        The bundle, the plan and the parity reports. Look at `bool(result)` before you ship it.
+
+    Raises:
+        DataError: If INT8 has no calibration images, or images are unusable.
+        ModelError: If the network cannot be scripted, exported or run at this resolution.
+        DependencyError: If a library is missing; the message holds the pip line.
+        BuildError: If a backend refuses the graph.
+    """
+    options = options or CompileOptions()
+    backends = [get_backend(target) for target in options.targets]
+    _check_backends(backends)
+    source = _image_source(calibration, options)
+    network = _prepare(model, options, source, progress)
+    golden = _golden_set(network.plain, options, source)
+    graphs = _graphs(network, options, progress)
+    bundle = _new_bundle(network, options, graphs, golden, provenance or {})
+    for backend in backends:
+        artifact = backend.build(graphs, progress)
+        bundle.add_engine(backend.target, backend.member, artifact.data, artifact.built_with)
+    budget = budget_for(options.precision, options.max_drop)
+    reports = tuple(_prove(bundle, backend, budget, progress) for backend in backends)
+    return CompileResult(bundle=bundle, plan=network.plan, reports=reports)
+
+
+def _check_backends(backends: list[Backend]) -> None:
+    """Find out before the long work what would stop it after."""
+    try:
+        import onnx_ir  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise DependencyError.for_extra(error.name or "torch", "compile", "building a bundle") from error
+    for backend in backends:
+        backend.check_can_build()
+
+
+def _image_source(calibration: CalibrationImages | None, options: CompileOptions) -> ImageSource | None:
+    if isinstance(calibration, ImageSource):
+        return calibration
+    if calibration is not None:
+        return ImageSource(
+            calibration,
+            options.transform,
+            limit=options.calibration_images,
+            max_unreadable=options.max_unreadable,
+        )
+    if options.precision == "int8":
+        msg = (
+            "INT8 needs calibration images: without them the ranges would be guesses. "
+            "Give --calibration DIR or FILE.npz with a few hundred images like those the network will see."
+        )
+        raise DataError(msg)
+    return None
+
+
+def _prepare(
+    model: nn.Module, options: CompileOptions, source: ImageSource | None, progress: Progress
+) -> _Network:
+    import torch
+
+    from pcn_deploy.calibration.collect import calibrate
+    from pcn_deploy.calibration.plan import inspect_layers, make_plan
+    from pcn_deploy.calibration.quantized import apply_plan
+    from pcn_deploy.models.checkpoint import check_finite
+    from pcn_deploy.models.deploy import to_deploy
+
+    check_finite(model.state_dict(), "The network")
+    deployed, rewrites = to_deploy(model)
+    layers = inspect_layers(deployed, torch.zeros(1, *options.transform.shape))
+    plan = make_plan(layers, options.precision, options.remainder)
+    if source is None or options.precision != "int8":
+        return _Network(plain=model, built=deployed, plan=plan, calibration=None, rewrites=rewrites)
+    ranges = calibrate(deployed, list(plan.int8_entries), source, options.calibrator, progress)
+    plan = plan.with_ranges(ranges.ranges)
+    return _Network(
+        plain=model, built=apply_plan(deployed, plan), plan=plan, calibration=ranges, rewrites=rewrites
+    )
+
+
+def _golden_set(
+    model: nn.Module, options: CompileOptions, source: ImageSource | None
+) -> dict[str, npt.NDArray[np.float32]]:
+    """A few images with the outputs of the plain eager network."""
+    import torch
+
+    count = options.golden_images
+    if source is None:
+        images = synthetic_images(count, options)
+    else:
+        images = next(iter(source.subset(count).batches(count)))[0]
+    with torch.inference_mode():
+        rows = [model(torch.from_numpy(image[None])) for image in images]
+    if not all(isinstance(row, torch.Tensor) and row.ndim == 2 for row in rows):
+        msg = "The network must return one tensor of logits, (N, K)."
+        raise ModelError(msg)
+    logits = torch.cat(rows).numpy()
+    if not np.isfinite(logits).all():
+        msg = "The eager network returns NaN or infinite logits on the golden images; there is nothing to be equal to."
+        raise DataError(msg)
+    return {"images": images, "logits": logits}
+
+
+def synthetic_images(count: int, options: CompileOptions) -> npt.NDArray[np.float32]:
+    """Standard normal images `(count, C, H, W)`; they stand in for data only where the weights are random too."""
+    shape = (count, *options.transform.shape)
+    return np.random.default_rng(options.seed).standard_normal(shape, dtype=np.float32)
+
+
+def _graphs(network: _Network, options: CompileOptions, progress: Progress) -> GraphSource:
+    from pcn_deploy.calibration.quantized import quantized_weights
+    from pcn_deploy.graph.export import engine_spec, serialise, to_onnx
+    from pcn_deploy.graph.torchscript import to_torchscript
+    from pcn_deploy.graph.typed import reduce_precision
+
+    progress("Scripting", 0, 1)
+    torchscript = to_torchscript(network.built)
+    progress("Scripting", 1, 1)
+    scales = quantized_weights(network.built)
+    graph = to_onnx(network.built, options.transform.shape, options.batch, scales, progress)
+    if options.graph_type != "fp32":
+        reduce_precision(graph, options.graph_type)
+    return GraphSource(onnx=serialise(graph), torchscript=torchscript, spec=engine_spec(graph, options.batch))
+
+
+def _new_bundle(
+    network: _Network,
+    options: CompileOptions,
+    graphs: GraphSource,
+    golden: dict[str, npt.NDArray[np.float32]],
+    provenance: dict[str, Any],
+) -> Bundle:
+    calibration = asdict(network.calibration) if network.calibration else None
+    summary = {key: value for key, value in (calibration or {}).items() if key not in ("ranges", "amax")}
+    manifest = {
+        "model": provenance.get("model", type(network.plain).__name__),
+        "precision": options.precision,
+        "remainder": options.graph_type,
+        "interface": graphs.spec.to_json(),
+        "transform": options.transform.to_json(),
+        "calibration": summary or None,
+        "rewrites": network.rewrites,
+        "parity_budget": asdict(budget_for(options.precision, options.max_drop)),
+        "provenance": {**provenance, "built_by": _versions(), "host": platform.platform()},
+    }
+    members = {
+        "model.onnx": graphs.onnx,
+        "model.ts": graphs.torchscript,
+        "golden.npz": _npz(golden),
+        "plan.json": _json(network.plan.to_json()),
+    }
+    if calibration:
+        members["calibration.json"] = _json(calibration)
+    return Bundle(manifest, members)
+
+
+def _prove(bundle: Bundle, backend: Backend, budget: ParityBudget, progress: Progress) -> ParityReport:
+    """Run the engine on the golden set; where it cannot run here, ONNX Runtime runs the graph it was built from."""
+    executed_by = backend.target if backend.availability().can_run else "cpu"
+    with Engine.open(bundle, backend.target, executed_by=executed_by) as engine:
+        report = verify_golden(engine, budget, progress)
+    bundle.add(f"parity/{backend.target}.json", _json(report.to_json()))
+    return report
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the packages that decide the outcome."""
+    found = {"python": platform.python_version()}
+    for package in ("pcn-deploy", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _json(data: Any) -> bytes:
+    return json.dumps(data, indent=1).encode()
+
+
+def _npz(arrays: dict[str, npt.NDArray[np.float32]]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type] # numpy's stub takes allow_pickle for one of the arrays
+    return buffer.getvalue()

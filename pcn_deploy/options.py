@@ -1,0 +1,76 @@
+"""Options of the verbs: frozen, keyword-only, checked when made. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pcn_deploy.calibration.calibrators import get_calibrator
+from pcn_deploy.calibration.images import MAX_UNREADABLE_SHARE
+from pcn_deploy.calibration.transform import Transform
+from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.errors import OptionError
+from pcn_deploy.parity import budget_for
+from pcn_deploy.specs import BatchRange
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+REMAINDERS = ("fp16", "fp32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileOptions:
+    """What to build.
+
+    Attributes:
+        precision: One of `PRECISIONS`.
+        remainder: Type of what INT8 leaves unquantised, `fp16` or `fp32`; used with `int8` only.
+        targets: Names from `engines.registry.TARGETS`, each once.
+        calibrator: One of `calibrators.CALIBRATORS`.
+        calibration_images: Use at most so many images, spread evenly over the source.
+        max_unreadable: Share of unreadable image files above which the build stops, 0 to 1.
+        golden_images: Images kept in the bundle with the eager outputs, to prove parity anywhere, 1 or more.
+        transform: Evaluation transform; its resolution is the resolution of the engine.
+        batch: Batch sizes the engines take.
+        max_drop: Largest loss of top-1, in percentage points; the default of the precision if None.
+        seed: Seed of synthetic images.
+
+    Raises:
+        OptionError: If a value is unknown or out of its range.
+    """
+
+    precision: str = "fp16"
+    remainder: str = "fp16"
+    targets: tuple[str, ...] = ("cpu",)
+    calibrator: str = "entropy"
+    calibration_images: int = 512
+    max_unreadable: float = MAX_UNREADABLE_SHARE
+    golden_images: int = 8
+    transform: Transform = field(default_factory=Transform)
+    batch: BatchRange = field(default_factory=BatchRange)
+    max_drop: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS or self.remainder not in REMAINDERS:
+            msg = (
+                f"Precision {self.precision!r} with remainder {self.remainder!r}: "
+                f"known are {', '.join(PRECISIONS)} with {' or '.join(REMAINDERS)}."
+            )
+            raise OptionError(msg)
+        for target in self.targets:
+            get_backend(target)
+        if not self.targets or len(set(self.targets)) != len(self.targets):
+            msg = f"Targets {self.targets}: name at least one, and each only once."
+            raise OptionError(msg)
+        get_calibrator(self.calibrator)
+        if min(self.calibration_images, self.golden_images) < 1 or not 0 <= self.max_unreadable <= 1:
+            msg = (
+                f"{self.calibration_images} calibration images, {self.golden_images} golden images, unreadable share "
+                f"{self.max_unreadable}: expected at least 1, at least 1, and 0 to 1."
+            )
+            raise OptionError(msg)
+        budget_for(self.precision, self.max_drop)
+
+    @property
+    def graph_type(self) -> str:
+        """Type of the graph outside Q/DQ: fp32, fp16 or bf16."""
+        return self.remainder if self.precision == "int8" else self.precision

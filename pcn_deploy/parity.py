@@ -1,0 +1,207 @@
+"""How far an engine is from the eager model: metrics, budget, verdict. numpy only.
+
+Definitions, with reference r and engine output y, one row per image:
+cosine = r.y / (|r| |y|) of the worst image; SQNR = 10 log10(sum r^2 / sum (r - y)^2) in dB over all images;
+top-1 agreement = share of images with the same largest logit; top-1 drop = accuracy of r minus that of y, in
+percentage points. The default budgets are justified in docs/parity.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pcn_deploy.errors import DataError, OptionError
+
+Logits = npt.NDArray[np.floating[Any]]
+
+SQNR_CEILING_DB = 200.0
+"""Reported where both sides are equal to the bit; float32 cannot tell smaller errors from none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityBudget:
+    """What is still parity.
+
+    Attributes:
+        cosine_min: Least cosine similarity of any image.
+        sqnr_db: Least signal to quantisation noise ratio, in dB.
+        top1_drop: Largest loss of top-1 accuracy, in percentage points; used where there are labels.
+    """
+
+    cosine_min: float
+    sqnr_db: float
+    top1_drop: float
+
+
+BUDGETS = {
+    "fp32": ParityBudget(cosine_min=0.9999, sqnr_db=60.0, top1_drop=0.1),
+    "fp16": ParityBudget(cosine_min=0.999, sqnr_db=40.0, top1_drop=0.2),
+    "bf16": ParityBudget(cosine_min=0.99, sqnr_db=20.0, top1_drop=0.5),
+    "int8": ParityBudget(cosine_min=0.95, sqnr_db=15.0, top1_drop=1.0),
+}
+"""Default budget per precision; justified in docs/parity.md."""
+
+
+def budget_for(precision: str, max_drop: float | None = None) -> ParityBudget:
+    """Default budget of a precision, with the user's limit on the top-1 drop if there is one.
+
+    Args:
+        precision: One of `BUDGETS`.
+        max_drop: Percentage points, 0 or more.
+
+    Raises:
+        OptionError: If the limit is negative or not finite.
+    """
+    default = BUDGETS[precision]
+    if max_drop is None:
+        return default
+    if not (math.isfinite(max_drop) and max_drop >= 0):
+        msg = f"--max-drop {max_drop}: expected percentage points of top-1, 0 or more."
+        raise OptionError(msg)
+    return ParityBudget(cosine_min=default.cosine_min, sqnr_db=default.sqnr_db, top1_drop=max_drop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """The verdict and the numbers behind it; true if the engine passed.
+
+    Attributes:
+        target: The engine judged.
+        executed_by: What computed the outputs: the target itself, or `cpu` where the engine cannot run on this
+            machine and ONNX Runtime executed the same graph instead.
+        images: Number of images compared.
+        data: Where they came from.
+        metrics: Names as in the module's definitions; `top1_*` and `top1_drop` in percent, with labels only.
+        budget: What was allowed.
+        failures: One sentence per limit that was broken.
+    """
+
+    target: str
+    executed_by: str
+    images: int
+    data: str
+    metrics: dict[str, float]
+    budget: ParityBudget
+    failures: tuple[str, ...] = field(default=())
+
+    def __bool__(self) -> bool:
+        return not self.failures
+
+    @property
+    def passed(self) -> bool:
+        """Whether every limit was kept."""
+        return not self.failures
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `verify --json` prints them and the bundle holds them."""
+        return {"passed": self.passed, **asdict(self), "failures": list(self.failures)}
+
+
+class ParityMeter:
+    """Accumulates the comparison batch by batch, in constant memory."""
+
+    def __init__(self) -> None:
+        self._images = 0
+        self._labelled = 0
+        self._cosine_min = 1.0
+        self._signal = self._noise = self._max_abs = 0.0
+        self._agree = self._reference_hits = self._engine_hits = 0
+
+    def update(self, reference: Logits, engine: Logits, labels: npt.NDArray[np.int64] | None = None) -> None:
+        """Compare one batch.
+
+        Args:
+            reference: Logits of the eager model, `(N, K)`.
+            engine: Logits of the engine, `(N, K)`.
+            labels: Classes, `(N,)`, if known.
+
+        Raises:
+            DataError: If the shapes differ, or a label is not one of the K classes.
+        """
+        if reference.shape != engine.shape or reference.ndim != 2:
+            msg = f"Reference logits {reference.shape} and engine logits {engine.shape}: expected the same (N, K)."
+            raise DataError(msg)
+        ref, out = reference.astype(np.float64), engine.astype(np.float64)
+        self._images += len(ref)
+        self._signal += float((ref**2).sum())
+        error = np.where(np.isfinite(out), ref - out, np.inf)
+        self._noise += float((error**2).sum())
+        self._max_abs = max(self._max_abs, float(np.abs(error).max(initial=0.0)))
+        self._cosine_min = min(self._cosine_min, float(_cosine(ref, out).min(initial=1.0)))
+        best_ref, best_out = ref.argmax(1), out.argmax(1)
+        self._agree += int((best_ref == best_out).sum())
+        if labels is not None:
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < ref.shape[1]:
+                msg = f"Labels run from {labels.min()} to {labels.max()}; the network has {ref.shape[1]} classes."
+                raise DataError(msg)
+            self._labelled += len(labels)
+            self._reference_hits += int((best_ref == labels).sum())
+            self._engine_hits += int((best_out == labels).sum())
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers so far.
+
+        Raises:
+            DataError: If nothing was compared.
+        """
+        if self._images == 0:
+            msg = "No images were compared."
+            raise DataError(msg)
+        found = {
+            "cosine_min": self._cosine_min,
+            "sqnr_db": _sqnr_db(self._signal, self._noise),
+            "max_abs_error": self._max_abs,
+            "top1_agreement": 100.0 * self._agree / self._images,
+        }
+        if self._labelled:
+            reference = 100.0 * self._reference_hits / self._labelled
+            engine = 100.0 * self._engine_hits / self._labelled
+            found |= {"top1_reference": reference, "top1_engine": engine, "top1_drop": reference - engine}
+        return found
+
+    def report(self, *, target: str, executed_by: str, data: str, budget: ParityBudget) -> ParityReport:
+        """Judge the numbers so far against a budget."""
+        metrics = self.metrics()
+        return ParityReport(
+            target=target,
+            executed_by=executed_by,
+            images=self._images,
+            data=data,
+            metrics=metrics,
+            budget=budget,
+            failures=tuple(_failures(metrics, budget)),
+        )
+
+
+def _cosine(ref: npt.NDArray[np.float64], out: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Cosine per row; 1 where both rows are zero, -1 where the engine's is not finite."""
+    finite = np.isfinite(out).all(1)
+    out = np.where(finite[:, None], out, 0.0)
+    norms = np.linalg.norm(ref, axis=1) * np.linalg.norm(out, axis=1)
+    both_zero = (np.abs(ref).max(1, initial=0) == 0) & (np.abs(out).max(1, initial=0) == 0)
+    cosine = np.where(both_zero, 1.0, (ref * out).sum(1) / np.where(norms > 0, norms, 1.0))
+    return np.where(finite, cosine, -1.0)
+
+
+def _sqnr_db(signal: float, noise: float) -> float:
+    if noise == 0:
+        return SQNR_CEILING_DB
+    if signal == 0 or math.isinf(noise):
+        return -SQNR_CEILING_DB
+    return min(SQNR_CEILING_DB, 10 * math.log10(signal / noise))
+
+
+def _failures(metrics: dict[str, float], budget: ParityBudget) -> list[str]:
+    found = []
+    if metrics["cosine_min"] < budget.cosine_min:
+        found.append(f"cosine {metrics['cosine_min']:.5f} of the worst image is below {budget.cosine_min}")
+    if metrics["sqnr_db"] < budget.sqnr_db:
+        found.append(f"SQNR {metrics['sqnr_db']:.1f} dB is below {budget.sqnr_db:.1f} dB")
+    if metrics.get("top1_drop", 0.0) > budget.top1_drop:
+        found.append(f"top-1 drops by {metrics['top1_drop']:.2f} points, more than {budget.top1_drop:.2f}")
+    return found

@@ -1,0 +1,154 @@
+"""The runtime: open a bundle's engine and run it. numpy and the engine's own library, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pcn_deploy.bundle import Bundle
+from pcn_deploy.calibration.transform import Transform
+from pcn_deploy.engines.base import Session
+from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.errors import DataError, DependencyError
+from pcn_deploy.specs import EngineSpec
+
+PREFERENCE = ("tensorrt", "tensorrt-rtx", "cpu", "torchscript")
+"""Order in which `load` tries the engines of a bundle: fastest first."""
+
+
+class Engine:
+    """An opened engine of a bundle; use it as a context manager, or call `close`.
+
+    Attributes:
+        bundle: Where it comes from.
+        target: Which engine of the bundle it is.
+        executed_by: What executes it; another target only where `target` cannot run on this machine.
+        spec: Its inputs, outputs and batch range.
+        transform: The evaluation transform that its inputs went through.
+    """
+
+    def __init__(self, bundle: Bundle, target: str, executed_by: str, session: Session) -> None:
+        self.bundle = bundle
+        self.target = target
+        self.executed_by = executed_by
+        self.spec = session.spec
+        self.transform = Transform.from_json(bundle.manifest["transform"])
+        self._session = session
+
+    @classmethod
+    def open(cls, bundle: Bundle, target: str, *, executed_by: str | None = None) -> Engine:
+        """Open one engine; its hash is checked before anything is deserialised.
+
+        Args:
+            bundle: A bundle that holds an engine for `target`.
+            target: Which one.
+            executed_by: Let this backend run the portable graph in its place.
+
+        Raises:
+            BundleError: If there is no such engine, or its bytes are not what was packed.
+            DependencyError: If its library is missing, or it needs a GPU that is not there.
+            IncompatibleError: If it does not fit this device or library version.
+        """
+        entry = bundle.engine(target)
+        backend = get_backend(executed_by or target)
+        member = entry["member"] if backend.target == target else backend.member
+        spec = EngineSpec.from_json(bundle.manifest["interface"])
+        backend.check_can_run()
+        return cls(bundle, target, backend.target, backend.open(bundle.read(member), spec))
+
+    def __call__(self, images: Any) -> Any:
+        """Run any number of images.
+
+        Args:
+            images: float32 `(N, C, H, W)`, transformed; a numpy array or a torch tensor.
+
+        Returns:
+            Logits `(N, K)`, float32, of the same kind as `images`.
+
+        Raises:
+            DataError: If the images do not fit the engine.
+        """
+        if isinstance(images, np.ndarray):
+            return self.predict(images)
+        import torch
+
+        return torch.from_numpy(self.predict(images.detach().cpu().numpy())).to(images.device)
+
+    def predict(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Run any number of images, in as few batches as the engine allows.
+
+        Args:
+            images: float32 `(N, C, H, W)`, transformed.
+
+        Returns:
+            Logits, float32 `(N, K)`.
+
+        Raises:
+            DataError: If the images do not fit the engine, or there are none.
+        """
+        if images.ndim == 0 or len(images) == 0:
+            msg = "No images were given."
+            raise DataError(msg)
+        return np.concatenate([self.run_batch(batch) for batch in self._batches(images)])
+
+    def run_batch(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Run at most `spec.batch.max` images; a batch below the engine's minimum is filled up with copies."""
+        missing = self.spec.batch.min - len(images)
+        batch = images
+        if missing > 0:
+            batch = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
+        outputs = self._session.run({self.spec.inputs[0].name: batch})
+        logits: npt.NDArray[np.float32] = outputs[self.spec.outputs[0].name]
+        return logits[: len(images)]
+
+    def _batches(self, images: npt.NDArray[np.float32]) -> Iterator[npt.NDArray[np.float32]]:
+        size = self.spec.batch.max
+        for start in range(0, len(images), size):
+            yield images[start : start + size]
+
+    def close(self) -> None:
+        """Release the engine."""
+        self._session.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load(path: str | Path, target: str | None = None) -> Engine:
+    """Open a bundle and the fastest of its engines that this machine can run.
+
+    Args:
+        path: The bundle.
+        target: Take this engine instead.
+
+    Returns:
+        The opened engine.
+
+    Raises:
+        BundleError: If the bundle is corrupt, altered, of a newer schema, or holds no such engine.
+        DependencyError: If none of its engines can run here; every reason is in the message.
+        IncompatibleError: If the chosen engine does not fit this device or library version.
+    """
+    bundle = Bundle.open(path)
+    if target is not None:
+        return Engine.open(bundle, target)
+    present = {entry["target"] for entry in bundle.engines}
+    reasons = []
+    for candidate in PREFERENCE:
+        if candidate in present:
+            state = get_backend(candidate).availability()
+            if state.can_run:
+                return Engine.open(bundle, candidate)
+            reasons.append(f"{candidate}: {state.detail}. {state.remedy}".rstrip())
+    msg = f"None of the engines in {path} can run here:\n  " + "\n  ".join(reasons or ["it holds no engine"])
+    raise DependencyError(msg)

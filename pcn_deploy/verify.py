@@ -1,0 +1,97 @@
+"""The verb `verify`: is this engine still equal to the trained network?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.errors import DataError
+from pcn_deploy.parity import ParityBudget, ParityMeter, ParityReport
+from pcn_deploy.progress import Progress, silent
+from pcn_deploy.runtime import Engine
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Images = npt.NDArray[np.float32]
+Reference = Callable[[Images], npt.NDArray[np.floating[Any]]]
+
+
+def verify(
+    engine: Engine,
+    data: str | Path | Iterable[Images] | ImageSource | None = None,
+    *,
+    reference: nn.Module | Reference | None = None,
+    budget: ParityBudget | None = None,
+    limit: int | None = None,
+    progress: Progress = silent,
+) -> ParityReport:
+    """Compare an engine with the eager network.
+
+    Args:
+        engine: An opened engine.
+        data: Folder of images (sub-folders are classes), `.npz`, arrays or an image source. Without data the golden
+            set of the bundle is used: images with the outputs of the eager network, so that neither the network nor
+            torch is needed.
+        reference: The eager network, or any function from images `(N, C, H, W)` to logits `(N, K)`; needed with data.
+        budget: What is still parity; by default what the bundle was built for.
+        limit: Use at most so many images, spread evenly.
+        progress: Told the number of images done.
+
+    Returns:
+        The report; its truth value is the verdict.
+
+    Raises:
+        DataError: If images are unusable, a label is outside the classes, or data came without a reference.
+        BundleError: If the golden set was altered.
+    """
+    budget = budget or ParityBudget(**engine.bundle.manifest["parity_budget"])
+    if data is None:
+        return verify_golden(engine, budget, progress)
+    if reference is None:
+        msg = (
+            "Images were given, but nothing to compare with: pass the eager network as the reference "
+            "(--weights FILE on the command line), or verify the golden set by giving no images."
+        )
+        raise DataError(msg)
+    source = data if isinstance(data, ImageSource) else ImageSource(data, engine.transform, limit=limit)
+    expected = reference if not hasattr(reference, "eval") else eager(reference)
+    meter, done, step = ParityMeter(), 0, f"Verifying {engine.target}"
+    progress(step, 0, len(source))
+    for images, labels in source.batches(engine.spec.batch.max):
+        meter.update(expected(images), engine.predict(images), labels)
+        done += len(images)
+        progress(step, done, len(source))
+    progress(step, len(source), len(source))
+    return meter.report(target=engine.target, executed_by=engine.executed_by, data=source.name, budget=budget)
+
+
+def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = silent) -> ParityReport:
+    """Compare an engine with the eager outputs that its bundle holds."""
+    golden = engine.bundle.read_arrays("golden.npz")
+    images, logits = golden["images"], golden["logits"]
+    size, step = engine.spec.batch.max, f"Proving {engine.target}"
+    meter = ParityMeter()
+    progress(step, 0, len(images))
+    for start in range(0, len(images), size):
+        part = slice(start, start + size)
+        meter.update(logits[part], engine.predict(images[part]))
+        progress(step, min(start + size, len(images)), len(images))
+    return meter.report(target=engine.target, executed_by=engine.executed_by, data="golden", budget=budget)
+
+
+def eager(model: Any) -> Reference:
+    """A torch network as a function from numpy images `(N, C, H, W)` to logits `(N, K)`."""
+    import torch
+
+    def forward(images: Images) -> npt.NDArray[np.float32]:
+        with torch.inference_mode():
+            logits: npt.NDArray[np.float32] = model(torch.from_numpy(images)).numpy()
+        return logits
+
+    return forward
