@@ -6,6 +6,10 @@ round half to even, one scale per activation tensor, one per output channel of t
 Source: TensorRT documentation, "Explicit quantization".
 """
 
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -16,10 +20,57 @@ from pcn_deploy.models.deploy import share_weights
 QMAX = 127
 
 
-def weight_scales(weight: Tensor) -> Tensor:
-    """Scale per output channel, float32 `(C_out,)`, above 0; channels of zeros get 1."""
-    amax = weight.detach().abs().flatten(1).amax(1)
-    return torch.where(amax > 0, amax / QMAX, torch.ones_like(amax))
+@dataclass(frozen=True)
+class Quantization:
+    """Scales of one layer: value = code * scale.
+
+    Attributes:
+        input: Scale of its input.
+        weight: Scale per output channel, float32 `(C_out,)`.
+    """
+
+    input: float
+    weight: npt.NDArray[np.float32]
+
+
+def plan_scales(model: nn.Module, plan: PrecisionPlan) -> dict[str, Quantization]:
+    """Scales of every layer that the plan puts in INT8.
+
+    Where the rest of the graph is FP16, scales are stored in FP16 beside it; they are rounded here, before any code is
+    computed from them, so that every engine and the quantised module use the same values.
+
+    Args:
+        model: The deploy form.
+        plan: A plan with ranges.
+
+    Returns:
+        Scales by the name of the layer.
+
+    Raises:
+        DataError: If a range or a weight is not finite, or a planned layer is neither a Conv2d nor a Linear.
+    """
+    found = {}
+    for path, entry in plan.int8_entries.items():
+        layer = model.get_submodule(path)
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
+            msg = f"The plan quantises {path}, which is a {type(layer).__name__}; only Conv2d and Linear can be."
+            raise DataError(msg)
+        if entry.input_amax is None or not layer.weight.isfinite().all():
+            msg = f"{path} has no calibrated range or has weights that are NaN or infinite."
+            raise DataError(msg)
+        amax = layer.weight.detach().abs().flatten(1).amax(1).numpy()
+        scales = np.append(np.where(amax > 0, amax, QMAX), entry.input_amax).astype(np.float32) / np.float32(QMAX)
+        if plan.remainder == "fp16":
+            scales = round_up_to_fp16(scales)
+        found[path] = Quantization(float(scales[-1]), scales[:-1])
+    return found
+
+
+def round_up_to_fp16(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The smallest FP16 value above 0 that is not below each scale, so that nothing is clipped by the rounding."""
+    rounded = scales.astype(np.float16)
+    rounded = np.where(rounded < scales, np.nextafter(rounded, np.float16(np.inf)), rounded)
+    return rounded.astype(np.float32)
 
 
 def quantize_weight(weight: Tensor, scales: Tensor) -> Tensor:
@@ -29,11 +80,9 @@ def quantize_weight(weight: Tensor, scales: Tensor) -> Tensor:
 
 
 class QuantConv2d(nn.Conv2d):
-    """Convolution on a fake-quantised input; `weight` holds values that INT8 codes times `weight_scale` represent."""
+    """Convolution on a fake-quantised input; `weight` holds the values that its INT8 codes stand for."""
 
-    weight_scale: Tensor
-
-    def __init__(self, conv: nn.Conv2d, input_scale: float) -> None:
+    def __init__(self, conv: nn.Conv2d, scales: Quantization) -> None:
         super().__init__(
             conv.in_channels,
             conv.out_channels,
@@ -46,8 +95,8 @@ class QuantConv2d(nn.Conv2d):
             conv.padding_mode,
             device="meta",
         )
-        _take_over(self, conv)
-        self.input_scale = input_scale
+        _take_over(self, conv, scales)
+        self.input_scale = scales.input
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve `(N, C_in, H, W)`."""
@@ -58,12 +107,10 @@ class QuantConv2d(nn.Conv2d):
 class QuantLinear(nn.Linear):
     """Linear layer on a fake-quantised input; `weight` as in `QuantConv2d`."""
 
-    weight_scale: Tensor
-
-    def __init__(self, linear: nn.Linear, input_scale: float) -> None:
+    def __init__(self, linear: nn.Linear, scales: Quantization) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        _take_over(self, linear)
-        self.input_scale = input_scale
+        _take_over(self, linear, scales)
+        self.input_scale = scales.input
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform the last axis."""
@@ -71,46 +118,35 @@ class QuantLinear(nn.Linear):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
-def _take_over(quantized: nn.Conv2d | nn.Linear, source: nn.Conv2d | nn.Linear) -> None:
-    scales = weight_scales(source.weight)
-    quantized.weight = nn.Parameter(quantize_weight(source.weight.detach(), scales), requires_grad=False)
+def _take_over(
+    quantized: nn.Conv2d | nn.Linear, source: nn.Conv2d | nn.Linear, scales: Quantization
+) -> None:
+    weight = quantize_weight(source.weight.detach(), torch.from_numpy(scales.weight))
+    quantized.weight = nn.Parameter(weight, requires_grad=False)
     quantized.bias = source.bias
-    quantized.register_buffer("weight_scale", scales)
     quantized.train(source.training)
 
 
-def apply_plan(model: nn.Module, plan: PrecisionPlan) -> nn.Module:
-    """Quantise the layers that the plan puts in INT8.
+def apply_scales(model: nn.Module, scales: dict[str, Quantization]) -> nn.Module:
+    """Quantise layers.
 
     Args:
         model: The deploy form; left as it is. Weights that are not quantised are shared with the result.
-        plan: A plan with ranges.
+        scales: Scales by the name of the layer, from `plan_scales`.
 
     Returns:
-        The quantised module, in evaluation mode; the network itself where the plan has no INT8.
-
-    Raises:
-        DataError: If a weight or range is not finite, or a planned layer cannot be quantised.
+        The quantised module, in evaluation mode.
     """
     quantized = share_weights(model)
-    for path, entry in plan.int8_entries.items():
+    for path, layer_scales in scales.items():
         layer = quantized.get_submodule(path)
-        if not isinstance(layer, nn.Conv2d | nn.Linear):
-            msg = f"The plan quantises {path}, which is a {type(layer).__name__}; only Conv2d and Linear can be."
+        replacement: nn.Module
+        if isinstance(layer, nn.Conv2d):
+            replacement = QuantConv2d(layer, layer_scales)
+        elif isinstance(layer, nn.Linear):
+            replacement = QuantLinear(layer, layer_scales)
+        else:
+            msg = f"{path} is a {type(layer).__name__}; only Conv2d and Linear can be quantised."
             raise DataError(msg)
-        if entry.input_amax is None or not layer.weight.isfinite().all():
-            msg = f"{path} has no calibrated range or has weights that are NaN or infinite."
-            raise DataError(msg)
-        scale = entry.input_amax / QMAX
-        replacement = QuantConv2d(layer, scale) if isinstance(layer, nn.Conv2d) else QuantLinear(layer, scale)
         quantized.set_submodule(path, replacement)
     return quantized.eval()
-
-
-def quantized_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Names of the quantised weight tensors of a module and their scales, float32 `(C_out,)`."""
-    return {
-        f"{path}.weight": module.weight_scale
-        for path, module in model.named_modules()
-        if isinstance(module, QuantConv2d | QuantLinear)
-    }

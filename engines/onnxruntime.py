@@ -32,7 +32,7 @@ class OnnxRuntimeBackend(Backend):
 
         progress("Loading into ONNX Runtime", 0, 1)
         try:
-            _session(source.onnx)
+            _session(source.onnx, optimise=False)
         except Exception as error:  # ONNX Runtime's exceptions share no public base
             msg = f"ONNX Runtime {onnxruntime.__version__} refuses the graph on the CPU: {error}"
             raise BuildError(msg) from error
@@ -52,10 +52,12 @@ class OnnxRuntimeBackend(Backend):
             raise IncompatibleError(msg) from error
 
 
-def _session(data: bytes) -> Any:
+def _session(data: bytes, *, optimise: bool = True) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     # Convolutions have no kernel that takes INT8 in and gives float out: left to itself, the runtime dequantises
     # their weights on every run. Told not to look for such kernels, it does so once.

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from pcn_deploy.bundle import Bundle as Bundle
     from pcn_deploy.calibration.images import ImageSource as ImageSource
     from pcn_deploy.calibration.transform import Transform as Transform
-    from pcn_deploy.compile import CompileResult as CompileResult
-    from pcn_deploy.compile import compile as compile  # noqa: A004 - the verb's public name
+    from pcn_deploy.compiler import CompileResult as CompileResult
+    from pcn_deploy.compiler import compile as compile  # noqa: A004 - the verb's public name
     from pcn_deploy.errors import PcnDeployError as PcnDeployError
     from pcn_deploy.models.registry import create_model as create_model
     from pcn_deploy.models.registry import list_models as list_models
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
     from pcn_deploy.runtime import Engine as Engine
     from pcn_deploy.runtime import load as load
     from pcn_deploy.specs import BatchRange as BatchRange
-    from pcn_deploy.verify import verify as verify
+    from pcn_deploy.verification import verify as verify
 
 _HOMES = {
     "BatchRange": "specs",
     "Bundle": "bundle",
     "CompileOptions": "options",
-    "CompileResult": "compile",
+    "CompileResult": "compiler",
     "Engine": "runtime",
     "ImageSource": "calibration.images",
     "ParityBudget": "parity",
     "ParityReport": "parity",
     "PcnDeployError": "errors",
     "Transform": "calibration.transform",
-    "compile": "compile",
+    "compile": "compiler",
     "create_model": "models.registry",
     "list_models": "models.registry",
     "load": "runtime",
-    "verify": "verify",
+    "verify": "verification",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - a list of the names above

@@ -6,7 +6,7 @@ import io
 import json
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,14 @@ from pcn_deploy.options import CompileOptions
 from pcn_deploy.parity import ParityBudget, ParityReport, budget_for
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine
-from pcn_deploy.verify import verify_golden
+from pcn_deploy.verification import verify_golden
 
 if TYPE_CHECKING:
     from torch import nn
 
     from pcn_deploy.calibration.collect import Calibration
     from pcn_deploy.calibration.plan import PrecisionPlan
+    from pcn_deploy.calibration.quantized import Quantization
 
 CalibrationImages = str | Path | Iterable[npt.NDArray[np.float32]] | ImageSource
 
@@ -54,11 +55,12 @@ class CompileResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _Network:
-    """The plain network and the module whose graph is built."""
+    """The plain network, the deploy form whose graph is built, and how it is quantised."""
 
     plain: nn.Module
-    built: nn.Module
+    deployed: nn.Module
     plan: PrecisionPlan
+    scales: dict[str, Quantization]
     calibration: Calibration | None
     rewrites: dict[str, int]
 
@@ -100,8 +102,7 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     for backend in backends:
         artifact = backend.build(graphs, progress)
         bundle.add_engine(backend.target, backend.member, artifact.data, artifact.built_with)
-    budget = budget_for(options.precision, options.max_drop)
-    reports = tuple(_prove(bundle, backend, budget, progress) for backend in backends)
+    reports = _prove(bundle, backends, budget_for(options.precision, options.max_drop), progress)
     return CompileResult(bundle=bundle, plan=network.plan, reports=reports)
 
 
@@ -144,7 +145,7 @@ def _prepare(
 
     from pcn_deploy.calibration.collect import calibrate
     from pcn_deploy.calibration.plan import inspect_layers, make_plan
-    from pcn_deploy.calibration.quantized import apply_plan
+    from pcn_deploy.calibration.quantized import plan_scales
     from pcn_deploy.models.checkpoint import check_finite
     from pcn_deploy.models.deploy import to_deploy
 
@@ -153,11 +154,16 @@ def _prepare(
     layers = inspect_layers(deployed, torch.zeros(1, *options.transform.shape))
     plan = make_plan(layers, options.precision, options.remainder)
     if source is None or options.precision != "int8":
-        return _Network(plain=model, built=deployed, plan=plan, calibration=None, rewrites=rewrites)
-    ranges = calibrate(deployed, list(plan.int8_entries), source, options.calibrator, progress)
-    plan = plan.with_ranges(ranges.ranges)
+        return _Network(plain=model, deployed=deployed, plan=plan, scales={}, calibration=None, rewrites=rewrites)
+    seen = calibrate(deployed, list(plan.int8_entries), source, options.calibrator, progress)
+    plan = plan.with_ranges(seen.ranges)
     return _Network(
-        plain=model, built=apply_plan(deployed, plan), plan=plan, calibration=ranges, rewrites=rewrites
+        plain=model,
+        deployed=deployed,
+        plan=plan,
+        scales=plan_scales(deployed, plan),
+        calibration=seen,
+        rewrites=rewrites,
     )
 
 
@@ -191,16 +197,15 @@ def synthetic_images(count: int, options: CompileOptions) -> npt.NDArray[np.floa
 
 
 def _graphs(network: _Network, options: CompileOptions, progress: Progress) -> GraphSource:
-    from pcn_deploy.calibration.quantized import quantized_weights
+    from pcn_deploy.calibration.quantized import apply_scales
     from pcn_deploy.graph.export import engine_spec, serialise, to_onnx
     from pcn_deploy.graph.torchscript import to_torchscript
     from pcn_deploy.graph.typed import reduce_precision
 
     progress("Scripting", 0, 1)
-    torchscript = to_torchscript(network.built)
+    torchscript = to_torchscript(apply_scales(network.deployed, network.scales))
     progress("Scripting", 1, 1)
-    scales = quantized_weights(network.built)
-    graph = to_onnx(network.built, options.transform.shape, options.batch, scales, progress)
+    graph = to_onnx(network.deployed, options.transform.shape, options.batch, network.scales, progress)
     if options.graph_type != "fp32":
         reduce_precision(graph, options.graph_type)
     return GraphSource(onnx=serialise(graph), torchscript=torchscript, spec=engine_spec(graph, options.batch))
@@ -237,13 +242,20 @@ def _new_bundle(
     return Bundle(manifest, members)
 
 
-def _prove(bundle: Bundle, backend: Backend, budget: ParityBudget, progress: Progress) -> ParityReport:
-    """Run the engine on the golden set; where it cannot run here, ONNX Runtime runs the graph it was built from."""
-    executed_by = backend.target if backend.availability().can_run else "cpu"
-    with Engine.open(bundle, backend.target, executed_by=executed_by) as engine:
-        report = verify_golden(engine, budget, progress)
-    bundle.add(f"parity/{backend.target}.json", _json(report.to_json()))
-    return report
+def _prove(
+    bundle: Bundle, backends: list[Backend], budget: ParityBudget, progress: Progress
+) -> tuple[ParityReport, ...]:
+    """Run every engine on the golden set; where one cannot run here, ONNX Runtime runs the graph it was built from."""
+    proven: dict[str, ParityReport] = {}
+    reports = []
+    for backend in backends:
+        executed_by = backend.target if backend.availability().can_run else "cpu"
+        if executed_by not in proven:
+            with Engine.open(bundle, backend.target, executed_by=executed_by) as engine:
+                proven[executed_by] = verify_golden(engine, budget, progress)
+        reports.append(replace(proven[executed_by], target=backend.target))
+        bundle.add(f"parity/{backend.target}.json", _json(reports[-1].to_json()))
+    return tuple(reports)
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,95 @@
+"""Explicit quantisation in ONNX: Q/DQ on planned inputs, weights stored as INT8 with one scale per output channel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from pcn_deploy.calibration.quantized import Quantization
+from pcn_deploy.errors import ModelError
+
+
+def insert_qdq(graph: ir.Graph, quantized: dict[str, Quantization]) -> None:
+    """Quantise the layers of a float32 graph, in place.
+
+    Each layer is found by the name of its weight. One tensor read by several layers at one scale gets one
+    QuantizeLinear; a second would cost a second conversion.
+
+    Args:
+        graph: Graph as exported, not optimised: names of weights are still those of the modules.
+        quantized: Scales per layer, by the name of the module.
+
+    Raises:
+        ModelError: If a layer to be quantised is not found: the graph would silently be less than INT8.
+    """
+    done: dict[tuple[ir.Value, float], ir.Value] = {}
+    for path, scales in quantized.items():
+        weight = graph.initializers.get(f"{path}.weight")
+        readers = [use.node for use in weight.uses()] if weight is not None else []
+        if weight is None or weight.const_value is None or len(readers) != 1:
+            msg = f"The exported graph does not use {path}.weight exactly once; the layer cannot be made INT8."
+            raise ModelError(msg)
+        layer, dequantized = _store_int8(graph, weight, readers[0], scales.weight)
+        activation = next(value for value in layer.inputs if value is not None and value is not dequantized)
+        key = (activation, scales.input)
+        if key not in done:
+            done[key] = _quantize_input(graph, activation, layer, path, scales.input)
+        layer.replace_input_with(layer.inputs.index(activation), done[key])
+
+
+def _quantize_input(graph: ir.Graph, value: ir.Value, reader: ir.Node, path: str, scale: float) -> ir.Value:
+    """Put QuantizeLinear and DequantizeLinear between a tensor and its reader."""
+    parameters = [
+        _initializer(graph, f"{path}.input_scale", np.float32(scale)),
+        _initializer(graph, f"{path}.input_zero_point", np.int8(0)),
+    ]
+    quantize = ir.node("QuantizeLinear", [value, *parameters], name=f"{path}.quantize")
+    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *parameters], name=f"{path}.dequantize")
+    quantize.outputs[0].type, dequantize.outputs[0].type = ir.TensorType(ir.DataType.INT8), value.type
+    for node in (quantize, dequantize):
+        node.outputs[0].shape = value.shape
+    graph.insert_before(reader, [quantize, dequantize])
+    return dequantize.outputs[0]
+
+
+def _store_int8(
+    graph: ir.Graph, weight: ir.Value, reader: ir.Node, scale: npt.NDArray[np.float32]
+) -> tuple[ir.Node, ir.Value]:
+    """Replace a float weight by its codes; returns the layer that multiplies by it, and the dequantised weight.
+
+    A Transpose between them is applied to the codes, so that DequantizeLinear is the last step.
+    """
+    name = str(weight.name)
+    if weight.const_value is None:
+        msg = f"{name} has no value."
+        raise ModelError(msg)
+    values = weight.const_value.numpy()
+    codes = np.rint(values / scale.reshape(-1, *[1] * (values.ndim - 1))).clip(-127, 127).astype(np.int8)
+    axis, replaced, layer = 0, weight, reader
+    if reader.op_type == "Transpose":
+        order = list(reader.attributes["perm"].as_ints())
+        codes, axis, replaced = np.ascontiguousarray(codes.transpose(order)), order.index(0), reader.outputs[0]
+        layer = next(iter(replaced.uses())).node
+    parameters = [
+        _initializer(graph, f"{name}.int8", codes),
+        _initializer(graph, f"{name}.scale", scale),
+        _initializer(graph, f"{name}.zero_point", np.zeros(scale.shape, np.int8)),
+    ]
+    node = ir.node("DequantizeLinear", parameters, attributes={"axis": axis}, name=f"{name}.dequantize")
+    node.outputs[0].shape, node.outputs[0].type = ir.Shape(codes.shape), weight.type
+    graph.insert_before(layer, node)
+    ir.convenience.replace_all_uses_with(replaced, node.outputs[0])
+    if replaced is not weight:
+        graph.remove(reader, safe=True)
+    del graph.initializers[name]
+    return layer, node.outputs[0]
+
+
+def _initializer(graph: ir.Graph, name: str, array: npt.NDArray[Any] | np.generic) -> ir.Value:
+    tensor = ir.tensor(np.asarray(array), name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+    graph.register_initializer(value)
+    return value

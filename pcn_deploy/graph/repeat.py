@@ -1,0 +1,221 @@
+"""Export one of many equal blocks, then unroll the graph: time to export no longer grows with depth.
+
+A trunk of sixty equal blocks takes the exporter sixty times the time of one, and tells it nothing new. So the network
+is exported with one block per run of equal blocks, and the nodes of that block are repeated in the graph, each
+repetition with the weights of its own block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from pcn_deploy.errors import ModelError
+from pcn_deploy.models.deploy import share_weights
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where the exporter notes, on each node, the modules it belongs to."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Equal blocks that follow each other in an `nn.Sequential`.
+
+    Attributes:
+        parent: Name of the sequential module.
+        names: Names of the blocks in it, two or more, in order.
+    """
+
+    parent: str
+    names: tuple[str, ...]
+
+    def path(self, name: str) -> str:
+        """Full name of one of the blocks."""
+        return f"{self.parent}.{name}" if self.parent else name
+
+
+def find_runs(model: nn.Module, example: Tensor) -> list[Run]:
+    """Find runs of blocks with the same structure that keep the shape of their one tensor.
+
+    Args:
+        model: Network in evaluation mode.
+        example: An input, `(N, C, H, W)`.
+
+    Returns:
+        The runs, none inside another.
+    """
+    candidates = []
+    for path, module in model.named_modules():
+        if type(module) is nn.Sequential and not any(path.startswith(run.parent + ".") for run in candidates):
+            candidates += [Run(path, names) for names in _equal_neighbours(module)]
+    keeping = _shape_keeping(model, example, [run.path(run.names[0]) for run in candidates])
+    return [run for run in candidates if run.path(run.names[0]) in keeping]
+
+
+def _equal_neighbours(sequence: nn.Sequential) -> Iterator[tuple[str, ...]]:
+    group: list[str] = []
+    previous: object = None
+    for name, block in sequence.named_children():
+        structure = _structure(block) if any(True for _ in block.parameters()) else None
+        if structure is None or structure != previous:
+            if len(group) > 1:
+                yield tuple(group)
+            group = []
+        group.append(name)
+        previous = structure
+    if len(group) > 1:
+        yield tuple(group)
+
+
+def _structure(module: nn.Module) -> tuple[Any, ...]:
+    """What decides the graph of a module, apart from the values of its weights."""
+    hidden = {"_parameters", "_buffers", "_modules"}
+    settings = tuple(
+        (key, value if isinstance(value, bool | int | float | str | tuple | type(None)) else repr(value))
+        for key, value in sorted(module.__dict__.items())
+        if key not in hidden
+    )
+    tensors = tuple(
+        (name, None if tensor is None else (tuple(tensor.shape), tensor.dtype))
+        for group in (module._parameters, module._buffers)
+        for name, tensor in group.items()
+    )
+    children = tuple((name, _structure(child)) for name, child in module.named_children())
+    return (type(module), settings, tensors, children)
+
+
+def _shape_keeping(model: nn.Module, example: Tensor, paths: list[str]) -> set[str]:
+    """Those modules that return one tensor of the shape of their one input."""
+    keeping: set[str] = set()
+
+    def record(path: str) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if len(inputs) == 1 and isinstance(output, Tensor) and inputs[0].shape == output.shape:
+                keeping.add(path)
+
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_hook(record(path)) for path in paths]
+    try:
+        with torch.no_grad():
+            model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return keeping
+
+
+def keep_first(model: nn.Module, runs: list[Run]) -> nn.Module:
+    """A copy of the network with only the first block of each run; weights are shared."""
+    short = share_weights(model)
+    for run in runs:
+        sequence = short.get_submodule(run.parent)
+        for name in run.names[1:]:
+            delattr(sequence, name)
+    return short
+
+
+def unroll(graph: ir.Graph, model: nn.Module, run: Run) -> None:
+    """Repeat the nodes of the first block of a run for the other blocks, in place.
+
+    Args:
+        graph: Graph exported from `keep_first(model, ...)`, not optimised: equal weights must not be merged yet.
+        model: The whole network; its tensors become the initialisers of the repetitions.
+        run: The run to unroll.
+
+    Raises:
+        ModelError: If the nodes of the block do not read one tensor and return one: it cannot be repeated.
+    """
+    first = run.path(run.names[0])
+    body = [node for node in graph if _belongs_to(node, first)]
+    entry, result = _boundary(body)
+    later = [use for use in result.uses() if use.node not in body]
+    outputs = [index for index, value in enumerate(graph.outputs) if value is result]
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    anchor, current = body[-1], result
+    for name in run.names[1:]:
+        mapping: dict[ir.Value, ir.Value] = {entry: current}
+        for node in body:
+            copied = _copy(graph, node, mapping, first, run.path(name), tensors)
+            graph.insert_after(anchor, copied)
+            anchor = copied
+        current = mapping[result]
+    for use in later:
+        use.node.replace_input_with(use.idx, current)
+    for index in outputs:
+        graph.outputs[index] = current
+
+
+def _belongs_to(node: ir.Node, path: str) -> bool:
+    return f"'{path}'" in node.metadata_props.get(SCOPES, "")
+
+
+def _boundary(body: list[ir.Node]) -> tuple[ir.Value, ir.Value]:
+    """The one computed tensor a block reads, and the one it returns."""
+    inside = set(body)
+    made = {value for node in body for value in node.outputs}
+    read = {
+        value
+        for node in body
+        for value in node.inputs
+        if value is not None and value not in made and _is_computed(value)
+    }
+    returned = {value for value in made if value.is_graph_output() or any(use.node not in inside for use in value.uses())}
+    if len(read) != 1 or len(returned) != 1:
+        msg = f"A repeated block reads {len(read)} tensors and returns {len(returned)}; expected one of each."
+        raise ModelError(msg)
+    return read.pop(), returned.pop()
+
+
+def _is_computed(value: ir.Value) -> bool:
+    producer = value.producer()
+    return not value.is_initializer() and (producer is None or producer.op_type != "Constant")
+
+
+def _copy(
+    graph: ir.Graph,
+    node: ir.Node,
+    mapping: dict[ir.Value, ir.Value],
+    first: str,
+    path: str,
+    tensors: dict[str, Tensor],
+) -> ir.Node:
+    inputs = [None if value is None else _input(graph, value, mapping, first, path, tensors) for value in node.inputs]
+    copied = ir.Node(
+        node.domain,
+        node.op_type,
+        inputs,
+        node.attributes.values(),
+        overload=node.overload,
+        num_outputs=len(node.outputs),
+        version=node.version,
+        metadata_props={SCOPES: node.metadata_props.get(SCOPES, "").replace(f"'{first}", f"'{path}")},
+    )
+    for old, new in zip(node.outputs, copied.outputs, strict=True):
+        new.name, new.shape, new.type = f"{path}:{old.name}", old.shape, old.type
+        mapping[old] = new
+    return copied
+
+
+def _input(
+    graph: ir.Graph,
+    value: ir.Value,
+    mapping: dict[ir.Value, ir.Value],
+    first: str,
+    path: str,
+    tensors: dict[str, Tensor],
+) -> ir.Value:
+    """The counterpart of an input: a copied tensor, the block's own weight, or the same constant."""
+    name = value.name or ""
+    if value not in mapping and value.is_initializer() and name.startswith(f"{first}."):
+        own = path + name.removeprefix(first)
+        array = tensors[own].detach().numpy()
+        weight = ir.Value(name=own, const_value=ir.tensor(array, name=own), shape=value.shape, type=value.type)
+        graph.register_initializer(weight)
+        mapping[value] = weight
+    return mapping.get(value, value)
