@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 class Bundle:
-    """Members by name, in memory or in a file, and the manifest that describes them.
+    """Members by name and the manifest that describes them.
 
     Attributes:
         manifest: The manifest; `members` in it is kept true by this class.
@@ -41,7 +41,8 @@ class Bundle:
     ) -> None:
         self.manifest = manifest
         self.path = path
-        self._new: dict[str, bytes] = {}
+        self._spool: IO[bytes] | None = None
+        self._spooled: dict[str, tuple[int, int]] = {}
         self.manifest.setdefault("schema", SCHEMA)
         self.manifest.setdefault("members", {})
         for name, data in (members or {}).items():
@@ -101,8 +102,10 @@ class Bundle:
         if name not in self:
             msg = f"The bundle holds no {name}."
             raise BundleError(msg)
-        if name in self._new:
-            return self._new[name]
+        if self._spool is not None and name in self._spooled:
+            start, size = self._spooled[name]
+            self._spool.seek(start)
+            return self._spool.read(size)
         expected = self.manifest["members"][name]
         try:
             with zipfile.ZipFile(self.path or "") as archive:
@@ -144,8 +147,11 @@ class Bundle:
             raise BundleError(msg) from error
 
     def add(self, name: str, data: bytes) -> None:
-        """Add or replace a member."""
-        self._new[name] = data
+        """Add or replace a member; it waits in an unnamed temporary file, not in memory, until `save`."""
+        if self._spool is None:
+            self._spool = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the bundle
+        self._spooled[name] = (self._spool.seek(0, io.SEEK_END), len(data))
+        self._spool.write(data)
         self.manifest["members"][name] = {"sha256": _sha256(data), "bytes": len(data)}
 
     def add_engine(self, target: str, member: str, data: bytes, built_with: dict[str, str]) -> None:
@@ -162,15 +168,14 @@ class Bundle:
         """
         path = Path(path)
         check_output(path, overwrite=overwrite)
-        members = {name: self.read(name) for name in self.manifest["members"]}
         temporary = None
         try:
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
             with os.fdopen(handle, "wb") as file:
                 with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                     archive.writestr(_entry(MANIFEST), json.dumps(self.manifest, indent=1))
-                    for name, data in members.items():
-                        archive.writestr(_entry(name), data)
+                    for name in self.manifest["members"]:
+                        archive.writestr(_entry(name), self.read(name))
                 file.flush()
                 os.fsync(file.fileno())
             Path(temporary).chmod(0o666 & ~_umask())
@@ -181,7 +186,7 @@ class Bundle:
         finally:
             if temporary is not None:
                 Path(temporary).unlink(missing_ok=True)
-        self.path = path
+        self.path, self._spool, self._spooled = path, None, {}
         return path
 
 

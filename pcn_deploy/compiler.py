@@ -96,14 +96,15 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     _check_backends(backends)
     source = _image_source(calibration, options)
     network = _prepare(model, options, source, progress)
-    golden = _golden_set(network.plain, options, source)
-    graphs = _graphs(network, options, progress)
-    bundle = _new_bundle(network, options, graphs, golden, provenance or {})
+    bundle = _new_bundle(network, options, provenance or {})
+    bundle.add("golden.npz", _npz(_golden_set(model, options, source)))
+    plan, graphs = network.plan, _add_graphs(bundle, network, options, progress)
+    del network  # its folded weights are in the graphs now
     for backend in backends:
         artifact = backend.build(graphs, progress)
         bundle.add_engine(backend.target, backend.member, artifact.data, artifact.built_with)
     reports = _prove(bundle, backends, budget_for(options.precision, options.max_drop), progress)
-    return CompileResult(bundle=bundle, plan=network.plan, reports=reports)
+    return CompileResult(bundle=bundle, plan=plan, reports=reports)
 
 
 def _check_backends(backends: list[Backend]) -> None:
@@ -196,50 +197,47 @@ def synthetic_images(count: int, options: CompileOptions) -> npt.NDArray[np.floa
     return np.random.default_rng(options.seed).standard_normal(shape, dtype=np.float32)
 
 
-def _graphs(network: _Network, options: CompileOptions, progress: Progress) -> GraphSource:
-    from pcn_deploy.calibration.quantized import apply_scales
-    from pcn_deploy.graph.export import engine_spec, serialise, to_onnx
-    from pcn_deploy.graph.torchscript import to_torchscript
-    from pcn_deploy.graph.typed import reduce_precision
-
-    progress("Scripting", 0, 1)
-    torchscript = to_torchscript(apply_scales(network.deployed, network.scales))
-    progress("Scripting", 1, 1)
-    graph = to_onnx(network.deployed, options.transform.shape, options.batch, network.scales, progress)
-    if options.graph_type != "fp32":
-        reduce_precision(graph, options.graph_type)
-    return GraphSource(onnx=serialise(graph), torchscript=torchscript, spec=engine_spec(graph, options.batch))
-
-
-def _new_bundle(
-    network: _Network,
-    options: CompileOptions,
-    graphs: GraphSource,
-    golden: dict[str, npt.NDArray[np.float32]],
-    provenance: dict[str, Any],
-) -> Bundle:
+def _new_bundle(network: _Network, options: CompileOptions, provenance: dict[str, Any]) -> Bundle:
+    """A bundle that holds the decisions: manifest, plan and calibration."""
     calibration = asdict(network.calibration) if network.calibration else None
     summary = {key: value for key, value in (calibration or {}).items() if key not in ("ranges", "amax")}
     manifest = {
         "model": provenance.get("model", type(network.plain).__name__),
         "precision": options.precision,
         "remainder": options.graph_type,
-        "interface": graphs.spec.to_json(),
         "transform": options.transform.to_json(),
         "calibration": summary or None,
         "rewrites": network.rewrites,
         "parity_budget": asdict(budget_for(options.precision, options.max_drop)),
         "provenance": {**provenance, "built_by": _versions(), "host": platform.platform()},
     }
-    members = {
-        "model.onnx": graphs.onnx,
-        "model.ts": graphs.torchscript,
-        "golden.npz": _npz(golden),
-        "plan.json": _json(network.plan.to_json()),
-    }
+    members = {"plan.json": _json(network.plan.to_json())}
     if calibration:
         members["calibration.json"] = _json(calibration)
     return Bundle(manifest, members)
+
+
+def _add_graphs(bundle: Bundle, network: _Network, options: CompileOptions, progress: Progress) -> GraphSource:
+    """Add the TorchScript module and the typed ONNX graph; returns what engines are built from."""
+    from pcn_deploy.calibration.quantized import apply_scales
+    from pcn_deploy.graph.export import engine_spec, serialise, to_onnx
+    from pcn_deploy.graph.torchscript import to_torchscript
+    from pcn_deploy.graph.typed import reduce_precision
+
+    progress("Scripting", 0, 1)
+    bundle.add("model.ts", to_torchscript(apply_scales(network.deployed, network.scales)))
+    progress("Scripting", 1, 1)
+    graph = to_onnx(network.deployed, options.transform.shape, options.batch, network.scales, progress)
+    if options.graph_type != "fp32":
+        reduce_precision(graph, options.graph_type)
+    spec = engine_spec(graph, options.batch)
+    bundle.manifest["interface"] = spec.to_json()
+    bundle.add("model.onnx", serialise(graph))
+    return GraphSource(
+        onnx=bundle.read("model.onnx"),
+        torchscript=bundle.read("model.ts") if "torchscript" in options.targets else b"",
+        spec=spec,
+    )
 
 
 def _prove(
