@@ -129,9 +129,7 @@ def run_stages(options: argparse.Namespace) -> dict[str, Any]:
 
     with stage("export"), torch.no_grad():
         example = (torch.zeros(1, *IMAGE_SHAPE),)
-        torch.onnx.export(
-            model, example, float_path, dynamo=True, input_names=["images"], output_names=["logits"]
-        )
+        torch.onnx.export(model, example, float_path, dynamo=True, input_names=["images"], output_names=["logits"])
 
     with stage("quantize"):
         quantize(  # all other options are ModelOpt's defaults

@@ -25,11 +25,16 @@ class Histogram(Protocol):
     """Largest magnitude, counts of magnitudes in equal bins, and the width of a bin."""
 
     @property
-    def amax(self) -> float: ...
+    def amax(self) -> float:
+        """Largest magnitude."""
+
     @property
-    def counts(self) -> npt.NDArray[np.int64]: ...
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Magnitudes per bin, `(BINS,)`."""
+
     @property
-    def width(self) -> float: ...
+    def width(self) -> float:
+        """Width of a bin."""
 
 
 def calibrate_max(histogram: Histogram) -> float:

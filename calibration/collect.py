@@ -79,9 +79,7 @@ def calibrate(
     )
 
 
-def _observe(
-    model: nn.Module, observers: dict[str, AmaxObserver], source: ImageSource, progress: Progress
-) -> int:
+def _observe(model: nn.Module, observers: dict[str, AmaxObserver], source: ImageSource, progress: Progress) -> int:
     def hook(observer: AmaxObserver) -> Any:
         return lambda _module, inputs: observer.observe(inputs[0])
 
@@ -89,15 +87,15 @@ def _observe(
         model.get_submodule(path).register_forward_pre_hook(hook(observer)) for path, observer in observers.items()
     ]
     done = 0
-    progress("Calibrating", 0, len(source))
+    progress("Calibrating", 0, len(source), "images")
     try:
         with torch.inference_mode():
             for images, _ in source.batches(BATCH):
                 model(torch.from_numpy(images))
                 done += len(images)
-                progress("Calibrating", done, len(source))
+                progress("Calibrating", done, len(source), "images")
     finally:
         for handle in handles:
             handle.remove()
-    progress("Calibrating", len(source), len(source))
+    progress("Calibrating", len(source), len(source), "images")
     return done

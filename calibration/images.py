@@ -156,7 +156,7 @@ class _File:
         try:
             from PIL import Image, UnidentifiedImageError
         except ModuleNotFoundError as error:
-            raise DependencyError.for_extra("Pillow", "runtime", "reading images") from error
+            raise DependencyError.for_extra(error.name or "Pillow", "runtime", "reading images") from error
         try:
             with Image.open(self.path) as image:
                 return transform(image)
@@ -200,9 +200,7 @@ def _from_folder(root: Path) -> list[_File]:
         classes = {name: int(name) for name in folders}
     else:
         classes = {name: index for index, name in enumerate(folders)}
-    return [
-        _File(path, str(path), classes[path.relative_to(root).parts[0]] if labelled else None) for path in files
-    ]
+    return [_File(path, str(path), classes[path.relative_to(root).parts[0]] if labelled else None) for path in files]
 
 
 def _from_npz(path: Path, transform: Transform) -> list[_Array]:
@@ -238,7 +236,7 @@ def _from_arrays(
             raise DataError(msg)
         batch = array if array.ndim == 4 else array[None]
         if batch.ndim != 4 or (pixels and batch.shape[-1] not in (1, 3)):
-            msg = f"{origin} has shape {array.shape}; expected 4 dimensions, (N, H, W, C) of uint8 or (N, C, H, W) of float32."
+            msg = f"{origin} has shape {array.shape}; expected (N, H, W, C) of uint8, or (N, C, H, W) of float32."
             raise DataError(msg)
         items += [_Array(image, f"{origin}[{len(items) + index}]", None) for index, image in enumerate(batch)]
     return items

@@ -1,6 +1,6 @@
 """The precision plan: which operation runs in which precision, and why.
 
-The placement rules and their evidence are in docs/quantization.md.
+The placement rules and their evidence are in docs/quantization.md. Standard library only.
 """
 
 from __future__ import annotations
@@ -10,10 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from pcn_deploy.errors import DataError, ModelError, OptionError
+from pcn_deploy.errors import ModelError, OptionError
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 REMAINDERS = ("fp16", "fp32")
@@ -176,72 +173,3 @@ def _decide(layer: LayerFacts, remainder: str) -> PlanEntry:
         precision=remainder if against else "int8",
         reason=against or "dense product of enough rows and channels",
     )
-
-
-def inspect_layers(model: nn.Module, example: Tensor) -> list[LayerFacts]:
-    """Run the network once and collect the facts of every layer that was executed.
-
-    Args:
-        model: The deploy form, in evaluation mode.
-        example: One image, `(1, C, H, W)`.
-
-    Returns:
-        One entry per executed leaf module, in the order of their first execution.
-
-    Raises:
-        ModelError: If the network cannot run on the example, with its own words.
-        DataError: If a layer runs more than once with different inputs (one range would not fit both).
-    """
-    facts: dict[str, LayerFacts] = {}
-    repeated: list[str] = []
-
-    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if path in facts and facts[path].in_channels:
-                repeated.append(path)
-            facts[path] = _facts(path, module, output, bool(inputs) and inputs[0] is example)
-
-        return record
-
-    leaves = [(path, module) for path, module in model.named_modules() if not any(module.children()) and path]
-    handles = [module.register_forward_hook(hook(path)) for path, module in leaves]
-    try:
-        with torch.inference_mode():
-            model(example)
-    except RuntimeError as error:
-        msg = f"The network cannot run on an input of shape {tuple(example.shape)}: {error}. Check --resolution."
-        raise ModelError(msg) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    if repeated:
-        msg = f"Layers used more than once cannot be quantised yet: {', '.join(sorted(set(repeated)))}."
-        raise DataError(msg)
-    return list(facts.values())
-
-
-def _facts(path: str, module: nn.Module, output: Any, reads_image: bool) -> LayerFacts:
-    kind = type(module).__name__
-    if not isinstance(output, Tensor):
-        return LayerFacts(path=path, kind=kind)
-    if isinstance(module, nn.Conv2d):
-        return LayerFacts(
-            path=path,
-            kind=kind,
-            rows=output.shape[2] * output.shape[3],
-            in_channels=module.in_channels,
-            out_channels=module.out_channels,
-            groups=module.groups,
-            kernel=(module.kernel_size[0], module.kernel_size[1]),
-            reads_image=reads_image,
-        )
-    if isinstance(module, nn.Linear):
-        return LayerFacts(
-            path=path,
-            kind=kind,
-            rows=output.shape[:-1].numel(),
-            in_channels=module.in_features,
-            out_channels=module.out_features,
-            reads_image=reads_image,
-        )
-    return LayerFacts(path=path, kind=kind)

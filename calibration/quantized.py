@@ -76,7 +76,8 @@ def round_up_to_fp16(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]
 def quantize_weight(weight: Tensor, scales: Tensor) -> Tensor:
     """Round weights `(C_out, ...)` to multiples of their channel's scale, codes in [-127, 127]."""
     zeros = torch.zeros_like(scales, dtype=torch.int32)
-    return torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -QMAX, QMAX)
+    rounded: Tensor = torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -QMAX, QMAX)
+    return rounded
 
 
 class QuantConv2d(nn.Conv2d):
@@ -101,7 +102,8 @@ class QuantConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve `(N, C_in, H, W)`."""
         x = torch.fake_quantize_per_tensor_affine(x, self.input_scale, 0, -128, 127)
-        return self._conv_forward(x, self.weight, self.bias)
+        y: Tensor = self._conv_forward(x, self.weight, self.bias)
+        return y
 
 
 class QuantLinear(nn.Linear):
@@ -118,9 +120,7 @@ class QuantLinear(nn.Linear):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
-def _take_over(
-    quantized: nn.Conv2d | nn.Linear, source: nn.Conv2d | nn.Linear, scales: Quantization
-) -> None:
+def _take_over(quantized: nn.Conv2d | nn.Linear, source: nn.Conv2d | nn.Linear, scales: Quantization) -> None:
     weight = quantize_weight(source.weight.detach(), torch.from_numpy(scales.weight))
     quantized.weight = nn.Parameter(weight, requires_grad=False)
     quantized.bias = source.bias

@@ -46,7 +46,10 @@ class Transform:
         problems = [
             (min(self.resolution) < 1, f"resolution {self.resolution} has a side below 1 pixel"),
             (not 0 < self.crop_pct <= 1, f"crop_pct {self.crop_pct} is not in (0, 1]"),
-            (len(self.mean) != len(self.std), f"{len(self.mean)} means but {len(self.std)} standard deviations"),
+            (
+                len(self.mean) != len(self.std),
+                f"{len(self.mean)} means but {len(self.std)} standard deviations",
+            ),
             (len(self.mean) not in (1, 3), f"{len(self.mean)} channels; images have 1 or 3"),
             (any(value <= 0 for value in self.std), f"standard deviation {self.std} is not above 0"),
             (self.interpolation not in INTERPOLATIONS, f"interpolation {self.interpolation!r} is unknown"),
@@ -59,7 +62,13 @@ class Transform:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Transform:
         """Inverse of `to_json`."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+        return cls(
+            resolution=(data["resolution"][0], data["resolution"][1]),
+            crop_pct=data["crop_pct"],
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
+            interpolation=data["interpolation"],
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as the manifest holds them."""
@@ -91,6 +100,7 @@ class Transform:
         if size != image.size:
             image = image.resize(size, Image.Resampling[self.interpolation.upper()])
         left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
-        pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / np.float32(255)
-        pixels = (pixels.reshape(height, width, -1) - np.float32(self.mean)) / np.float32(self.std)
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
+        crop = image.crop((left, top, left + width, top + height))
+        unit = np.asarray(crop, np.float32).reshape(height, width, -1) / np.float32(255)
+        normal = np.subtract(unit, np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return np.ascontiguousarray(normal.transpose(2, 0, 1), dtype=np.float32)

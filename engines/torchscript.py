@@ -33,7 +33,7 @@ class TorchScriptBackend(Backend):
         import torch
 
         if not source.torchscript:
-            msg = "This bundle holds no model.ts, so the target torchscript cannot be added; build it from the checkpoint."
+            msg = "No TorchScript module was given: the target torchscript can only be built with one."
             raise BuildError(msg)
         return EngineArtifact(data=source.torchscript, built_with={"torch": torch.__version__})
 
@@ -44,7 +44,7 @@ class TorchScriptBackend(Backend):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
-                module = torch.jit.load(io.BytesIO(data), map_location=device)
+                module = torch.jit.load(io.BytesIO(data), map_location=device)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             msg = f"PyTorch {torch.__version__} cannot load this TorchScript module: {error}"
             raise IncompatibleError(msg) from error

@@ -44,7 +44,7 @@ _HOMES = {
     "verify": "verification",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605 - a list of the names above
+__all__ = sorted(_HOMES)
 __version__ = "0.1.0"
 
 

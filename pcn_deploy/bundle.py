@@ -1,4 +1,4 @@
-"""The artefact: a stored ZIP whose manifest names every member with its size and SHA-256. numpy and the standard library.
+"""The artefact: a stored ZIP whose manifest names every member with its size and SHA-256. No torch.
 
 Reading trusts nothing: names are checked against traversal, sizes against the manifest before reading, hashes before
 any byte reaches a deserialiser. Writing goes to a temporary file that is renamed when complete. Nothing is a pickle.
@@ -116,7 +116,7 @@ class Bundle:
         if len(data) != expected["bytes"] or _sha256(data) != expected["sha256"]:
             msg = (
                 f"{name} in {self.path} is not what was packed: SHA-256 {_sha256(data)[:16]}… instead of "
-                f"{expected['sha256'][:16]}…. The bundle is corrupt or was altered; do not use it. Copy or build it again."
+                f"{expected['sha256'][:16]}…. It is corrupt or was altered; do not use it. Copy or build it again."
             )
             raise BundleError(msg)
         return data
@@ -157,7 +157,12 @@ class Bundle:
     def add_engine(self, target: str, member: str, data: bytes, built_with: dict[str, str]) -> None:
         """Add or replace an engine. A member shared with the portable graph is stored once."""
         self.add(member, data)
-        entry = {"target": target, "member": member, **self.manifest["members"][member], "built_with": built_with}
+        entry = {
+            "target": target,
+            "member": member,
+            **self.manifest["members"][member],
+            "built_with": built_with,
+        }
         self.manifest["engines"] = [*(old for old in self.engines if old["target"] != target), entry]
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:

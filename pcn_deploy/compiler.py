@@ -139,13 +139,12 @@ def _image_source(calibration: CalibrationImages | None, options: CompileOptions
     return None
 
 
-def _prepare(
-    model: nn.Module, options: CompileOptions, source: ImageSource | None, progress: Progress
-) -> _Network:
+def _prepare(model: nn.Module, options: CompileOptions, source: ImageSource | None, progress: Progress) -> _Network:
     import torch
 
     from pcn_deploy.calibration.collect import calibrate
-    from pcn_deploy.calibration.plan import inspect_layers, make_plan
+    from pcn_deploy.calibration.facts import inspect_layers
+    from pcn_deploy.calibration.plan import make_plan
     from pcn_deploy.calibration.quantized import plan_scales
     from pcn_deploy.models.checkpoint import check_finite
     from pcn_deploy.models.deploy import to_deploy
@@ -175,10 +174,7 @@ def _golden_set(
     import torch
 
     count = options.golden_images
-    if source is None:
-        images = synthetic_images(count, options)
-    else:
-        images = next(iter(source.subset(count).batches(count)))[0]
+    images = synthetic_images(count, options) if source is None else next(source.subset(count).batches(count))[0]
     with torch.inference_mode():
         rows = [model(torch.from_numpy(image[None])) for image in images]
     if not all(isinstance(row, torch.Tensor) and row.ndim == 2 for row in rows):

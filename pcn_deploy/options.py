@@ -6,14 +6,12 @@ from dataclasses import dataclass, field
 
 from pcn_deploy.calibration.calibrators import get_calibrator
 from pcn_deploy.calibration.images import MAX_UNREADABLE_SHARE
+from pcn_deploy.calibration.plan import PRECISIONS, REMAINDERS
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import OptionError
 from pcn_deploy.parity import budget_for
 from pcn_deploy.specs import BatchRange
-
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-REMAINDERS = ("fp16", "fp32")
 
 
 @dataclass(frozen=True, kw_only=True)

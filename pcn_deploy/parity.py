@@ -180,12 +180,13 @@ class ParityMeter:
 
 def _cosine(ref: npt.NDArray[np.float64], out: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Cosine per row; 1 where both rows are zero, -1 where the engine's is not finite."""
-    finite = np.isfinite(out).all(1)
+    finite = np.asarray(np.isfinite(out).all(1))
     out = np.where(finite[:, None], out, 0.0)
     norms = np.linalg.norm(ref, axis=1) * np.linalg.norm(out, axis=1)
     both_zero = (np.abs(ref).max(1, initial=0) == 0) & (np.abs(out).max(1, initial=0) == 0)
     cosine = np.where(both_zero, 1.0, (ref * out).sum(1) / np.where(norms > 0, norms, 1.0))
-    return np.where(finite, cosine, -1.0)
+    worst: npt.NDArray[np.float64] = np.where(finite, cosine, -1.0)
+    return worst
 
 
 def _sqnr_db(signal: float, noise: float) -> float:

@@ -6,9 +6,12 @@ from typing import Protocol
 class Progress(Protocol):
     """Receives the state of a step; called at least at its start and at its end."""
 
-    def __call__(self, step: str, done: int, total: int, /) -> None:
-        """Report `done` of `total` units of `step`. The step is over when both are equal."""
+    def __call__(self, step: str, done: int, total: int, unit: str = "", /) -> None:
+        """Report `done` of `total` of `step`, counted in `unit` (such as `images`; empty: a mere share).
+
+        The step is over when both are equal.
+        """
 
 
-def silent(step: str, done: int, total: int, /) -> None:
+def silent(step: str, done: int, total: int, unit: str = "", /) -> None:
     """Report nothing."""

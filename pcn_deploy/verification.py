@@ -62,12 +62,12 @@ def verify(
     source = data if isinstance(data, ImageSource) else ImageSource(data, engine.transform, limit=limit)
     expected = reference if not hasattr(reference, "eval") else eager(reference)
     meter, done, step = ParityMeter(), 0, f"Verifying {engine.target}"
-    progress(step, 0, len(source))
+    progress(step, 0, len(source), "images")
     for images, labels in source.batches(engine.spec.batch.max):
         meter.update(expected(images), engine.predict(images), labels)
         done += len(images)
-        progress(step, done, len(source))
-    progress(step, len(source), len(source))
+        progress(step, done, len(source), "images")
+    progress(step, len(source), len(source), "images")
     return meter.report(target=engine.target, executed_by=engine.executed_by, data=source.name, budget=budget)
 
 
@@ -77,11 +77,11 @@ def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = sil
     images, logits = golden["images"], golden["logits"]
     size, step = engine.spec.batch.max, f"Proving {engine.target}"
     meter = ParityMeter()
-    progress(step, 0, len(images))
+    progress(step, 0, len(images), "images")
     for start in range(0, len(images), size):
         part = slice(start, start + size)
         meter.update(logits[part], engine.predict(images[part]))
-        progress(step, min(start + size, len(images)), len(images))
+        progress(step, min(start + size, len(images)), len(images), "images")
     return meter.report(target=engine.target, executed_by=engine.executed_by, data="golden", budget=budget)
 
 

@@ -36,9 +36,7 @@ class _TensorRT(Backend):
             except PcnDeployError as error:
                 problem = str(error)
         if not problem:
-            return Availability(
-                can_build=True, can_run=True, detail=f"{found}, {', '.join(map(str, devices.found))}"
-            )
+            return Availability(can_build=True, can_run=True, detail=f"{found}, {', '.join(map(str, devices.found))}")
         if flavour.ahead_of_time:
             detail = f"{found} builds here, but cannot run an engine: {problem}"
             return Availability(can_build=True, can_run=False, detail=detail)

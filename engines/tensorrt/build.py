@@ -40,9 +40,7 @@ class BuildOptions:
     tf32: bool = False
 
 
-def build(
-    trt: Any, flavour: Flavour, source: GraphSource, options: BuildOptions, progress: Progress
-) -> EngineArtifact:
+def build(trt: Any, flavour: Flavour, source: GraphSource, options: BuildOptions, progress: Progress) -> EngineArtifact:
     """Build an engine.
 
     The bindings release the GIL while they build (seen with TensorRT-RTX 1.7.1: another thread runs on at

@@ -73,9 +73,7 @@ def _next_step(flavour: Flavour, trt: Any, capability: str) -> str:
     return f"{flavour.title} does not build for {capability}. Build here with: {command} tensorrt"
 
 
-def check_validity(
-    flavour: Flavour, trt: Any, runtime: Any, data: bytes, device: Device, messages: Messages
-) -> None:
+def check_validity(flavour: Flavour, trt: Any, runtime: Any, data: bytes, device: Device, messages: Messages) -> None:
     """Ask the library whether an engine fits, from its header alone. Only TensorRT-RTX can tell.
 
     Args:
@@ -92,17 +90,12 @@ def check_validity(
     if not hasattr(runtime, "get_engine_validity"):
         return
     verdict, diagnosis = runtime.get_engine_validity(data)
-    names = [
-        name for name, bit in trt.EngineInvalidityDiagnostics.__members__.items() if int(diagnosis) & int(bit)
-    ]
+    names = [name for name, bit in trt.EngineInvalidityDiagnostics.__members__.items() if int(diagnosis) & int(bit)]
     library = f"{flavour.title} {version(trt)}"
     reasons = [
-        _DIAGNOSES[name].format(library=library, device=device) if name in _DIAGNOSES else name
-        for name in names
+        _DIAGNOSES[name].format(library=library, device=device) if name in _DIAGNOSES else name for name in names
     ]
     if verdict == trt.EngineValidity.SUBOPTIMAL:
-        _LOG.warning(
-            "The engine runs here, but may be slow: %s.", "; ".join(reasons) or "the library gave no reason"
-        )
+        _LOG.warning("The engine runs here, but may be slow: %s.", "; ".join(reasons) or "the library gave no reason")
     elif verdict != trt.EngineValidity.VALID:
         raise refused(flavour, trt, device, reasons or messages.of("INTERNAL_ERROR", "ERROR"))

@@ -189,6 +189,4 @@ class Cuda:
 
     def _copy(self, target: int, source: int, size: int, kind: int, stream: int) -> None:
         pointer = ctypes.c_void_p
-        self._call(
-            "cudaMemcpyAsync", pointer(target), pointer(source), ctypes.c_size_t(size), kind, pointer(stream)
-        )
+        self._call("cudaMemcpyAsync", pointer(target), pointer(source), ctypes.c_size_t(size), kind, pointer(stream))

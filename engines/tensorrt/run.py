@@ -91,9 +91,7 @@ class TensorRTSession(Session):
         PcnDeployError: If CUDA or TensorRT cannot provide the memory.
     """
 
-    def __init__(
-        self, trt: Any, cuda: Cuda, runtime: Any, engine: Any, spec: EngineSpec, messages: Messages
-    ) -> None:
+    def __init__(self, trt: Any, cuda: Cuda, runtime: Any, engine: Any, spec: EngineSpec, messages: Messages) -> None:
         super().__init__(spec)
         self._cuda, self._runtime, self._engine, self._messages = cuda, runtime, engine, messages
         self._lock = threading.Lock()
@@ -169,9 +167,7 @@ class TensorRTSession(Session):
                     self._fail(f"refused {tensor.name!r} of shape {array.shape}")
             if not self._context.execute_async_v3(self._stream):
                 self._fail("failed to execute the engine")
-            outputs = {
-                tensor.name: np.empty(self._shape(tensor.name), tensor.dtype) for tensor in self._outputs
-            }
+            outputs = {tensor.name: np.empty(self._shape(tensor.name), tensor.dtype) for tensor in self._outputs}
             for tensor in self._outputs:
                 array = outputs[tensor.name]
                 self._cuda.to_host(array.ctypes.data, tensor.address, array.nbytes, self._stream)

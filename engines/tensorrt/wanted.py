@@ -78,9 +78,7 @@ def wanted_by(onnx: bytes) -> tuple[Counter[str], set[str]]:
             if number == _NODE:
                 operators.update(bytes(text).decode() for text in _parts(value, _OP_TYPE))
             elif number == _INITIALIZER:
-                types.update(
-                    _TYPES[kind] for found, kind in _fields(value) if found == _DATA_TYPE and kind in _TYPES
-                )
+                types.update(_TYPES[kind] for found, kind in _fields(value) if found == _DATA_TYPE and kind in _TYPES)
     return operators, types
 
 
@@ -99,9 +97,7 @@ def check_precision(trt: Any, network: Any, onnx: bytes) -> dict[str, str]:
         BuildError: If the network is not strongly typed, or lacks Q/DQ layers or types that the graph has.
     """
     if not network.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED):
-        msg = (
-            "TensorRT did not take the network as strongly typed: precisions could change. Use 10.3 or newer."
-        )
+        msg = "TensorRT did not take the network as strongly typed: precisions could change. Use 10.3 or newer."
         raise BuildError(msg)
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     kinds = Counter(layer.type.name for layer in layers)
@@ -112,9 +108,7 @@ def check_precision(trt: Any, network: Any, onnx: bytes) -> dict[str, str]:
         for operator, kind in _LAYERS.items()
         if kinds[kind] < operators[operator]
     ]
-    lost += [
-        f"no layer computes in {name}, in which weights are stored" for name in sorted(stored - set(types))
-    ]
+    lost += [f"no layer computes in {name}, in which weights are stored" for name in sorted(stored - set(types))]
     if lost:
         msg = (
             f"TensorRT's parser lost precision that the graph asks for: {'; '.join(lost)}. "

@@ -67,7 +67,8 @@ def to_onnx(
         program.optimize()  # last: it merges equal weights, after which their names no longer tell the layers apart
     ClearMetadataAndDocStringPass()(program.model)
     progress(step, 4, 4)
-    return program.model
+    finished: ir.Model = program.model
+    return finished
 
 
 def _fold_constants(model: ir.Model) -> None:
@@ -108,10 +109,11 @@ def serialise(model: ir.Model) -> bytes:
         ModelError: If it exceeds the 2 GiB that one ONNX file may hold.
     """
     try:
-        return ir.to_proto(model).SerializeToString()
+        data: bytes = ir.to_proto(model).SerializeToString()
     except ValueError as error:
         msg = f"The ONNX graph does not fit into one file: {error}. Build it with --precision fp16 or int8."
         raise ModelError(msg) from error
+    return data
 
 
 def engine_spec(model: ir.Model, batch: BatchRange) -> EngineSpec:

@@ -71,7 +71,11 @@ def _store_int8(
     axis, replaced, layer = 0, weight, reader
     if reader.op_type == "Transpose":
         order = list(reader.attributes["perm"].as_ints())
-        codes, axis, replaced = np.ascontiguousarray(codes.transpose(order)), order.index(0), reader.outputs[0]
+        codes, axis, replaced = (
+            np.ascontiguousarray(codes.transpose(order)),
+            order.index(0),
+            reader.outputs[0],
+        )
         layer = next(iter(replaced.uses())).node
     parameters = [
         _initializer(graph, f"{name}.int8", codes),
@@ -90,6 +94,6 @@ def _store_int8(
 
 def _initializer(graph: ir.Graph, name: str, array: npt.NDArray[Any] | np.generic) -> ir.Value:
     tensor = ir.tensor(np.asarray(array), name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(np.shape(array)), type=ir.TensorType(tensor.dtype))
     graph.register_initializer(value)
     return value

@@ -49,7 +49,7 @@ def find_runs(model: nn.Module, example: Tensor) -> list[Run]:
     Returns:
         The runs, none inside another.
     """
-    candidates = []
+    candidates: list[Run] = []
     for path, module in model.named_modules():
         if type(module) is nn.Sequential and not any(path.startswith(run.parent + ".") for run in candidates):
             candidates += [Run(path, names) for names in _equal_neighbours(module)]
@@ -165,7 +165,9 @@ def _boundary(body: list[ir.Node]) -> tuple[ir.Value, ir.Value]:
         for value in node.inputs
         if value is not None and value not in made and _is_computed(value)
     }
-    returned = {value for value in made if value.is_graph_output() or any(use.node not in inside for use in value.uses())}
+    returned = {
+        value for value in made if value.is_graph_output() or any(use.node not in inside for use in value.uses())
+    }
     if len(read) != 1 or len(returned) != 1:
         msg = f"A repeated block reads {len(read)} tensors and returns {len(returned)}; expected one of each."
         raise ModelError(msg)

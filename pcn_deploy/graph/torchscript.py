@@ -27,8 +27,14 @@ def to_torchscript(model: nn.Module) -> bytes:
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
             frozen = torch.jit.freeze(torch.jit.script(model))
-        except (RuntimeError, ValueError, TypeError, AttributeError, torch.jit.frontend.FrontendError) as error:
-            msg = f"The network cannot be scripted (TorchScript):\n{error}\nRewrite the part shown, or annotate its types."
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            torch.jit.frontend.FrontendError,
+        ) as error:
+            msg = f"The network cannot be scripted:\n{error}\nRewrite the part shown, or annotate its types."
             raise ModelError(msg) from error
         buffer = io.BytesIO()
         torch.jit.save(frozen, buffer)

@@ -53,11 +53,9 @@ def check_finite(state: StateDict, origin: str) -> None:
     Raises:
         CheckpointError: If a tensor holds NaN or infinity; the names are in the message.
     """
-    broken = [
-        name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()
-    ]
+    broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
-        msg = f"{origin} holds NaN or infinite values in {len(broken)} tensors: {_listed(broken)}. Train or export it again."
+        msg = f"{origin} holds NaN or infinite values in {len(broken)} tensors: {_listed(broken)}. Export it again."
         raise CheckpointError(msg)
 
 
@@ -103,9 +101,7 @@ def _unwrap(content: Any, path: Path) -> StateDict:
         else {}
     )
     if not tensors:
-        msg = (
-            f"{path} holds no tensors by name. Expected a state dict, flat or under one of {', '.join(CONTAINERS)}."
-        )
+        msg = f"{path} holds no tensors by name. Expected a state dict, flat or under one of {', '.join(CONTAINERS)}."
         raise CheckpointError(msg)
     return {key.removeprefix("module."): value for key, value in tensors.items()}
 
@@ -148,9 +144,7 @@ def _listed(names: Iterable[str]) -> str:
 
 def stack_class_heads(state: StateDict) -> StateDict:
     """Stack the official multi-class-token heads `head.<i>.weight (1, C)` into one `head.weight (classes, C)`."""
-    heads = sorted(
-        {int(match.group(1)) for key in state if (match := re.fullmatch(r"head\.(\d+)\.weight", key))}
-    )
+    heads = sorted({int(match.group(1)) for key in state if (match := re.fullmatch(r"head\.(\d+)\.weight", key))})
     if not heads or heads != list(range(len(heads))):
         return state
     if any(f"head.{index}.bias" not in state for index in heads):

@@ -13,6 +13,7 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,9 +35,7 @@ class AbsorbedAggregation(nn.Module):
         project_first: Project the patches before the weighted sum (cheaper when there are more tokens than patches).
     """
 
-    def __init__(
-        self, query: Tensor, weight: Tensor, bias: Tensor, *, attend_token: bool, project_first: bool
-    ) -> None:
+    def __init__(self, query: Tensor, weight: Tensor, bias: Tensor, *, attend_token: bool, project_first: bool) -> None:
         super().__init__()
         self.attend_token = attend_token
         self.project_first = project_first
@@ -52,7 +51,8 @@ class AbsorbedAggregation(nn.Module):
         keys = torch.cat((tokens, patches), 1) if self.attend_token else patches
         weights = (self.query @ keys.transpose(1, 2)).softmax(-1)
         if self.project_first:
-            return weights @ self.value(keys) + self.bias
+            projected: Tensor = self.value(keys)
+            return weights @ projected + self.bias
         update: Tensor = self.value(weights @ keys)
         return update
 
@@ -103,7 +103,7 @@ def absorb_key_value(model: nn.Module) -> int:
     for network in sites:
         block = network.blocks_token_only[0]
         attn = block.attn
-        if not isinstance(attn, Aggregation):
+        if not isinstance(block, TokenBlock) or not isinstance(attn, Aggregation):
             continue
         query = attn.q(block.norm1(network.cls_token))[0].double() * attn.scale
         value, proj = attn.v, attn.proj
@@ -124,14 +124,14 @@ def _sequential_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
     for path, module in model.named_modules():
         if isinstance(module, nn.Sequential):
             names = [f"{path}.{name}" if path else name for name, _ in module.named_children()]
-            yield from zip(names, names[1:], strict=False)
+            yield from pairwise(names)
 
 
 def _traced_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Names of (module, module) where the second is the only reader of the first, each called once."""
     try:
         graph = fx.Tracer().trace(model)
-    except Exception as error:  # noqa: BLE001 - tracing runs the user's code; without it, only Sequentials are folded
+    except Exception as error:
         log.debug("BatchNorm folding looks at nn.Sequential only: %s", error)
         return
     calls = [node for node in graph.nodes if node.op == "call_module"]

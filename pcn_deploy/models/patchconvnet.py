@@ -81,7 +81,7 @@ class TrunkBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the scaled body to `(N, C, H, W)`."""
-        update = self.attn(self.norm1(x))
+        update: Tensor = self.attn(self.norm1(x))
         if self.gamma_1 is not None:
             update = update * self.gamma_1[:, None, None]
         return x + update
@@ -155,7 +155,7 @@ class TokenBlock(nn.Module):
 
     def forward(self, tokens: Tensor, patches: Tensor) -> Tensor:
         """Update class tokens `(N, T, C)` from patches `(N, H * W, C)`."""
-        update = self.attn(self.norm1(tokens), self.norm1(patches))
+        update: Tensor = self.attn(self.norm1(tokens), self.norm1(patches))
         if self.gamma_1 is not None:
             update = update * self.gamma_1
         tokens = tokens + update

@@ -69,9 +69,7 @@ _MODELS = {
         ),
         _patchconvnet("patchconvnet_s120", 47_723_896, 7.49, "s120_224_1k", width=384, depth=120),
         _patchconvnet("patchconvnet_b60", 99_388_936, 15.80, "b60_224_1k, b60_{224,384}_21k", width=768, depth=60),
-        _patchconvnet(
-            "patchconvnet_b120", 188_611_336, 29.77, "b120_224_1k, b120_{224,384}_21k", width=768, depth=120
-        ),
+        _patchconvnet("patchconvnet_b120", 188_611_336, 29.77, "b120_224_1k, b120_{224,384}_21k", width=768, depth=120),
         _patchconvnet("patchconvnet_l60", 176_009_576, 28.04, "none published", width=1024, depth=60),
         _patchconvnet("patchconvnet_l120", 334_294_376, 52.85, "none published", width=1024, depth=120),
         _patchconvnet(

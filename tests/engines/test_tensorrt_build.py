@@ -165,7 +165,7 @@ def test_ctrl_c_stops_the_build_and_leaves_the_library_usable() -> None:
     rtx()
     told = []
 
-    def press(_step: str, done: int, _total: int, /) -> None:
+    def press(_step: str, done: int, _total: int, _unit: str = "", /) -> None:
         told.append(done)
         if done and done == told[1]:
             signal.raise_signal(signal.SIGINT)
@@ -181,7 +181,7 @@ def test_ctrl_c_stops_the_build_and_leaves_the_library_usable() -> None:
 def test_an_error_of_the_display_comes_out_as_it_is() -> None:
     rtx()
 
-    def fail(_step: str, done: int, _total: int, /) -> None:
+    def fail(_step: str, done: int, _total: int, _unit: str = "", /) -> None:
         if done:
             raise ZeroDivisionError
 
@@ -231,7 +231,7 @@ def test_a_build_that_fails_says_why_and_what_to_do() -> None:
     told: list[int] = []
     with pytest.raises(BuildError, match=r"failed to build the engine:\n  .*(?i:reshape)") as caught:
         TensorRTRTXBackend().build(
-            GraphSource(onnx=graph, torchscript=b"", spec=spec()), lambda _s, done, _t: told.append(done)
+            GraphSource(onnx=graph, torchscript=b"", spec=spec()), lambda _s, done, _t, _unit="": told.append(done)
         )
     assert "build for a smaller batch" in str(caught.value)
     assert max(told) < 1000
@@ -288,17 +288,13 @@ def test_what_is_not_protobuf_is_refused() -> None:
 
 
 @pytest.mark.parametrize("flavour", [TENSORRT, TENSORRT_RTX])
-def test_a_missing_library_is_named_with_its_pip_line(
-    flavour: Flavour, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_library_is_named_with_its_pip_line(flavour: Flavour, monkeypatch: pytest.MonkeyPatch) -> None:
     library.load.cache_clear()
     monkeypatch.setattr(library, "find_spec", lambda _name: None)
     backend = get_backend(flavour.target)
     state = backend.availability()
     assert (state.can_build, state.can_run) == (False, False)
-    line = (
-        rf"{flavour.modules[-1]} is not installed\. Install it: pip install 'pcn-deploy\[{flavour.extra}\]'"
-    )
+    line = rf"{flavour.modules[-1]} is not installed\. Install it: pip install 'pcn-deploy\[{flavour.extra}\]'"
     with pytest.raises(DependencyError, match=line):
         backend.build(GraphSource(onnx=b"", torchscript=b"", spec=spec()))
     with pytest.raises(DependencyError, match=line):

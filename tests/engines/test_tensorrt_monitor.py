@@ -14,7 +14,7 @@ from pcn_deploy.engines.tensorrt.monitor import Meter
 
 def told_by(events: list[tuple[Any, ...]], stop_after: int = 10**6) -> tuple[list[int], list[bool]]:
     told: list[int] = []
-    meter = Meter(lambda _step, done, _total: told.append(done), "build", lambda: len(told) > stop_after)
+    meter = Meter(lambda _step, done, _total, _unit="": told.append(done), "build", lambda: len(told) > stop_after)
     meter.start()
     going = []
     for kind, *values in events:

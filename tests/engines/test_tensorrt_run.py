@@ -236,9 +236,7 @@ def test_a_failed_execution_is_said() -> None:
 
 @pytest.mark.parametrize("kind", ["BF16", "FP4", "INT32"])
 def test_a_type_that_is_not_the_specifications_is_said(kind: str) -> None:
-    with pytest.raises(
-        IncompatibleError, match=rf"'logits' of the engine is {kind}; its bundle says float32"
-    ):
+    with pytest.raises(IncompatibleError, match=rf"'logits' of the engine is {kind}; its bundle says float32"):
         opened(FakeCudart(), FakeEngine(output=kind))
 
 
@@ -255,9 +253,7 @@ def test_a_profile_smaller_than_the_specification_is_said() -> None:
 
 
 def test_an_engine_of_another_device_is_refused_naming_both() -> None:
-    said = (
-        "The engine plan file is generated on an incompatible device, expecting compute 8.7 got 8.9, rebuild."
-    )
+    said = "The engine plan file is generated on an incompatible device, expecting compute 8.7 got 8.9, rebuild."
     with pytest.raises(IncompatibleError) as caught:
         opened(FakeCudart(), None, says=said)
     text = str(caught.value)

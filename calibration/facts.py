@@ -1,0 +1,81 @@
+"""Look at a network as the planner sees it: one forward pass, the shapes of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pcn_deploy.calibration.plan import LayerFacts
+from pcn_deploy.errors import ModelError
+
+
+def inspect_layers(model: nn.Module, example: Tensor) -> list[LayerFacts]:
+    """Run the network once and collect the facts of every layer that was executed.
+
+    Args:
+        model: The deploy form, in evaluation mode.
+        example: One image, `(1, C, H, W)`.
+
+    Returns:
+        One entry per executed leaf module, in the order of their first execution.
+
+    Raises:
+        ModelError: If the network cannot run on the example, with its own words, or if a layer with weights runs
+            more than once (one range would have to fit all of its inputs).
+    """
+    facts: dict[str, LayerFacts] = {}
+    repeated: list[str] = []
+
+    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if path in facts and facts[path].in_channels:
+                repeated.append(path)
+            facts[path] = _facts(path, module, output, bool(inputs) and inputs[0] is example)
+
+        return record
+
+    leaves = [(path, module) for path, module in model.named_modules() if not any(module.children()) and path]
+    handles = [module.register_forward_hook(hook(path)) for path, module in leaves]
+    try:
+        with torch.inference_mode():
+            model(example)
+    except RuntimeError as error:
+        msg = f"The network cannot run on an input of shape {tuple(example.shape)}: {error}. Check --resolution."
+        raise ModelError(msg) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if repeated:
+        msg = f"Layers used more than once cannot be quantised yet: {', '.join(sorted(set(repeated)))}."
+        raise ModelError(msg)
+    return list(facts.values())
+
+
+def _facts(path: str, module: nn.Module, output: Any, reads_image: bool) -> LayerFacts:
+    kind = type(module).__name__
+    if not isinstance(output, Tensor):
+        return LayerFacts(path=path, kind=kind)
+    if isinstance(module, nn.Conv2d):
+        return LayerFacts(
+            path=path,
+            kind=kind,
+            rows=output.shape[2] * output.shape[3],
+            in_channels=module.in_channels,
+            out_channels=module.out_channels,
+            groups=module.groups,
+            kernel=(module.kernel_size[0], module.kernel_size[1]),
+            reads_image=reads_image,
+        )
+    if isinstance(module, nn.Linear):
+        return LayerFacts(
+            path=path,
+            kind=kind,
+            rows=output.shape[:-1].numel(),
+            in_channels=module.in_features,
+            out_channels=module.out_features,
+            reads_image=reads_image,
+        )
+    return LayerFacts(path=path, kind=kind)

@@ -1,0 +1,1 @@
+"""The command line `pcn-compile`: thin commands over the library's verbs."""

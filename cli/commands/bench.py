@@ -1,0 +1,65 @@
+"""`pcn-compile bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pcn_deploy.bench import Latency, bench
+from pcn_deploy.bundle import Bundle
+from pcn_deploy.cli import display, options
+from pcn_deploy.cli.main import set_verbosity
+from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.errors import DependencyError
+from pcn_deploy.runtime import Engine
+
+
+@click.command("bench")
+@options.bundle_argument
+@options.target_option
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Images per run.")
+@click.option(
+    "--seconds", type=float, default=3.0, show_default=True, metavar="S", help="Time each engine for so long."
+)
+@options.json_option
+@options.verbosity_options
+def command(
+    file: Path, target: str | None, batch: int, seconds: float, as_json: bool, verbose: int, quiet: bool
+) -> None:
+    """Measure the engines of FILE.pcn that run here: latency host to host, copies included, and throughput."""
+    set_verbosity(verbose, quiet)
+    bundle = Bundle.open(file)
+    targets = [target] if target else [entry["target"] for entry in bundle.engines]
+    found: dict[str, Latency] = {}
+    skipped: dict[str, str] = {}
+    with display.progress_bars(quiet=quiet or as_json) as progress:
+        for name in targets:
+            state = get_backend(name).availability()
+            if not (state.can_run or target):
+                skipped[name] = state.detail
+                continue
+            with Engine.open(bundle, name) as engine:
+                found[name] = bench(engine, batch=batch, seconds=seconds, progress=progress)
+    if not found:
+        reasons = "; ".join(f"{name}: {detail}" for name, detail in skipped.items())
+        message = f"None of the engines in {file} can run here: {reasons}"
+        raise DependencyError(message)
+    if as_json:
+        display.print_json({**{name: latency.to_json() for name, latency in found.items()}, "skipped": skipped})
+        return
+    rows = [
+        [
+            name,
+            str(x.batch),
+            str(x.runs),
+            f"{x.p50:.2f}",
+            f"{x.p90:.2f}",
+            f"{x.p99:.2f}",
+            f"{x.throughput_ips:.1f}",
+        ]
+        for name, x in found.items()
+    ]
+    display.print_table("Latency", ["target", "batch", "runs", "p50 ms", "p90 ms", "p99 ms", "images/s"], rows)
+    for name, detail in skipped.items():
+        click.echo(f"{name} was not measured: {detail}.")

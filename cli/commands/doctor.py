@@ -1,0 +1,35 @@
+"""`pcn-compile doctor`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from pcn_deploy.cli import display
+from pcn_deploy.cli.options import json_option
+from pcn_deploy.doctor import PACKAGES, diagnose
+
+
+@click.command("doctor")
+@json_option
+def command(as_json: bool) -> None:
+    """Show what this machine can build and run, and the command that would mend the rest."""
+    found = diagnose()
+    if as_json:
+        display.print_json({**asdict(found), "can_compile": found.can_compile})
+        return
+    click.echo(found.system)
+    packages = [[name, version or "missing", PACKAGES[name]] for name, version in found.packages.items()]
+    display.print_table("Packages", ["package", "version", "needed for"], packages)
+    targets = [
+        [name, _yes(state.can_build), _yes(state.can_run), state.detail, state.remedy]
+        for name, state in found.targets.items()
+    ]
+    display.print_table("Targets", ["target", "builds", "runs", "found", "to mend it"], targets)
+    if not found.can_compile:
+        click.echo("To build bundles from checkpoints: pip install 'pcn-deploy[compile]'")
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

@@ -1,0 +1,40 @@
+"""`pcn-compile engine`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pcn_deploy.cli import display, options
+from pcn_deploy.cli.main import set_verbosity
+from pcn_deploy.engines.registry import TARGETS
+from pcn_deploy.errors import ParityError
+from pcn_deploy.extension import add_engine
+
+
+@click.command("engine")
+@options.bundle_argument
+@click.option("--target", type=click.Choice(TARGETS), required=True, help="Engine to add or replace.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="OUT.pcn",
+    help="Write here. [default: FILE.pcn]",
+)
+@options.json_option
+@options.verbosity_options
+def command(file: Path, target: str, output: Path | None, as_json: bool, verbose: int, quiet: bool) -> None:
+    """Build an engine for this device from the graph in FILE.pcn, prove it, and add it. Needs no torch."""
+    set_verbosity(verbose, quiet)
+    with display.progress_bars(quiet=quiet or as_json) as progress:
+        report = add_engine(file, target, output=output, progress=progress)
+    if as_json:
+        display.print_json(report.to_json())
+    else:
+        rows = display.parity_rows([report.to_json()])
+        display.print_table("Parity with the eager network", display.PARITY_COLUMNS, rows)
+    if not report:
+        message = f"Parity failed, so {output or file} was left as it is: {'; '.join(report.failures)}."
+        raise ParityError(message)

@@ -1,0 +1,67 @@
+"""`pcn-compile inspect`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pcn_deploy.cli import display, options
+from pcn_deploy.description import describe
+
+
+@click.command("inspect")
+@options.bundle_argument
+@click.option("--explain", is_flag=True, help="Print the precision of every layer, and why.")
+@options.json_option
+def command(file: Path, explain: bool, as_json: bool) -> None:
+    """Show what is inside FILE.pcn: interface, precision per layer, engines, parity, calibration, provenance."""
+    found = describe(file)
+    if as_json:
+        display.print_json(found)
+        return
+    display.print_table(str(file), ["what", "value"], _overview(found))
+    if explain:
+        rows = [[layer["op"], layer["kind"], layer["precision"], layer["reason"]] for layer in found["layers"]]
+        display.print_table("Precision per layer", ["layer", "kind", "precision", "reason"], rows)
+    else:
+        counts = Counter((x["precision"], x["kind"], x["reason"]) for x in found["layers"])
+        rows = [[str(n), kind, precision, reason] for (precision, kind, reason), n in counts.most_common()]
+        display.print_table("Precision", ["layers", "kind", "precision", "reason"], rows)
+    engines = [
+        [entry["target"], display.size(entry["bytes"]), entry["sha256"][:16], _pairs(entry["built_with"])]
+        for entry in found["engines"]
+    ]
+    display.print_table("Engines", ["target", "size", "sha256", "built with"], engines)
+    parity = display.parity_rows(list(found["parity"].values()))
+    display.print_table("Parity with the eager network", display.PARITY_COLUMNS, parity)
+
+
+def _overview(found: dict[str, Any]) -> list[list[str]]:
+    batch, calibration = found["batch"], found["calibration"]
+    rows = [
+        ["model", found["model"]],
+        [
+            "precision",
+            found["precision"] + (f", rest {found['remainder']}" if found["precision"] == "int8" else ""),
+        ],
+        *[["input", _tensor(tensor)] for tensor in found["inputs"]],
+        *[["output", _tensor(tensor)] for tensor in found["outputs"]],
+        ["batch", f"{batch['min']}:{batch['opt']}:{batch['max']}"],
+        ["transform", _pairs(found["transform"])],
+        ["calibration", _pairs(calibration) if calibration else "none"],
+    ]
+    provenance = {
+        key: value for key, value in found["provenance"].items() if key != "model" and value not in (None, {})
+    }
+    return rows + [[key, _pairs(value) if isinstance(value, dict) else str(value)] for key, value in provenance.items()]
+
+
+def _tensor(tensor: dict[str, Any]) -> str:
+    return f"{tensor['name']} {tensor['dtype']} ({', '.join(str(dim) for dim in tensor['shape'])})"
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())

@@ -1,0 +1,43 @@
+"""`pcn-compile run`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from pcn_deploy.classify import classify
+from pcn_deploy.cli import display, options
+from pcn_deploy.runtime import load
+
+
+@click.command("run")
+@options.bundle_argument
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
+@options.target_option
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, metavar="K", help="Classes to show.")
+@click.option(
+    "--labels",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Names of the classes, one per line, in order.",
+)
+@options.json_option
+def command(
+    file: Path, images: tuple[Path, ...], target: str | None, top: int, labels: Path | None, as_json: bool
+) -> None:
+    """Classify images with an engine of FILE.pcn and show the most likely classes."""
+    names = labels.read_text(encoding="utf-8").splitlines() if labels else None
+    with load(file, target) as engine:
+        predictions = classify(engine, images, top=top, class_names=names)
+        used = engine.target
+    if as_json:
+        display.print_json({"target": used, "predictions": [asdict(prediction) for prediction in predictions]})
+        return
+    rows = []
+    for prediction in predictions:
+        for rank, name in enumerate(prediction.names):
+            shown = prediction.image if rank == 0 else ""
+            rows.append([shown, str(rank + 1), name, f"{100 * prediction.probabilities[rank]:.2f}"])
+    display.print_table(f"Most likely classes, by {used}", ["image", "rank", "class", "probability %"], rows)

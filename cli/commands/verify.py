@@ -1,0 +1,71 @@
+"""`pcn-compile verify`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from pcn_deploy.cli import display, options
+from pcn_deploy.cli.main import set_verbosity
+from pcn_deploy.errors import ParityError
+from pcn_deploy.parity import ParityBudget, budget_for
+from pcn_deploy.provenance import ModelSource
+from pcn_deploy.runtime import load
+from pcn_deploy.verification import verify
+
+
+@click.command("verify")
+@options.bundle_argument
+@options.target_option
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    metavar="DIR|FILE.npz",
+    help="Compare on these images (sub-folders are classes) with the eager network; needs torch and the weights.",
+)
+@options.weights_option
+@click.option("--images", type=click.IntRange(min=1), metavar="N", help="Use at most so many images, spread evenly.")
+@options.max_drop_option
+@options.json_option
+@options.verbosity_options
+def command(
+    file: Path,
+    target: str | None,
+    data: Path | None,
+    weights: Path | None,
+    images: int | None,
+    max_drop: float | None,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Check that an engine of FILE.pcn equals the trained network.
+
+    Without --data the golden set in the bundle is used, which needs neither torch nor the weights. With --data the
+    eager network is made again from the weights the bundle was built from, wherever they are now (--weights).
+    """
+    set_verbosity(verbose, quiet)
+    with load(file, target) as engine, display.progress_bars(quiet=quiet or as_json) as progress:
+        manifest = engine.bundle.manifest
+        budget = ParityBudget(**manifest["parity_budget"])
+        if max_drop is not None:
+            budget = replace(budget, top1_drop=budget_for(manifest["precision"], max_drop).top1_drop)
+        reference = ModelSource.from_manifest(manifest, weights).create() if data is not None else None
+        report = verify(engine, data, reference=reference, budget=budget, limit=images, progress=progress)
+    if as_json:
+        display.print_json(report.to_json())
+    else:
+        _print(report.to_json())
+    if not report:
+        message = f"Parity failed: {'; '.join(report.failures)}."
+        raise ParityError(message)
+
+
+def _print(report: dict[str, object]) -> None:
+    title = f"Parity with the eager network on {report['data']}"
+    display.print_table(title, display.PARITY_COLUMNS, display.parity_rows([report]))
+    metrics = report["metrics"]
+    if isinstance(metrics, dict) and "top1_reference" in metrics:
+        click.echo(f"top-1: eager {metrics['top1_reference']:.2f} %, engine {metrics['top1_engine']:.2f} %")

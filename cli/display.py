@@ -1,0 +1,127 @@
+"""What a person sees: progress bars and notes on stderr, tables and JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from pcn_deploy.progress import Progress as ProgressCallable
+from pcn_deploy.progress import silent
+
+
+class _RateColumn(ProgressColumn):
+    """Units per second, or how much is done where the step has no unit."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        unit = task.fields["unit"]
+        if unit and speed:
+            return Text(f"{speed:.1f} {unit}/s", style="progress.data.speed")
+        return Text(f"{task.percentage:.0f} %", style="progress.percentage")
+
+
+class _Bars:
+    """Turns calls of the library's progress callable into rich tasks."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, step: str, done: int, total: int, unit: str = "", /) -> None:
+        if step not in self._tasks:
+            self._tasks[step] = self._progress.add_task(step, total=total, unit=unit)
+        self._progress.update(self._tasks[step], completed=done, total=total)
+
+
+@contextmanager
+def progress_bars(*, quiet: bool) -> Iterator[ProgressCallable]:
+    """Show the steps of the body on stderr.
+
+    Args:
+        quiet: Show nothing.
+    """
+    if quiet:
+        yield silent
+        return
+    columns = (
+        TextColumn("{task.description:<26}"),
+        BarColumn(bar_width=28),
+        TextColumn("{task.completed}/{task.total}"),
+        _RateColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield _Bars(progress)
+
+
+def note(text: str, *, quiet: bool) -> None:
+    """Tell something on stderr that is not an error."""
+    if not quiet:
+        click.echo(f"Note: {text}", err=True)
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """Print one JSON object on stdout."""
+    click.echo(json.dumps(data, indent=2))
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table on stdout; columns whose name ends in a unit in brackets, or is a number, align right."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for column in columns:
+        numeric = all(_is_number(row[columns.index(column)]) for row in rows) if rows else False
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.print(table, markup=False) if console.is_terminal else Console(width=120).print(table, markup=False)
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(",", "").replace(".", "").replace("-", "").replace("+", "").isdecimal() or text == "-"
+
+
+def size(count: int) -> str:
+    """Bytes as MiB."""
+    return f"{count / 2**20:.1f} MiB" if count >= 2**18 else f"{count / 2**10:.1f} KiB"
+
+
+def parity_rows(reports: list[dict[str, Any]]) -> list[list[str]]:
+    """One row per parity report; see `PARITY_COLUMNS`."""
+    rows = []
+    for report in reports:
+        metrics, target = report["metrics"], report["target"]
+        executed = "" if report["executed_by"] == target else f" (run by {report['executed_by']})"
+        rows.append(
+            [
+                target + executed,
+                "passed" if report["passed"] else "FAILED",
+                str(report["images"]),
+                f"{metrics['cosine_min']:.6f}",
+                f"{metrics['sqnr_db']:.1f}",
+                f"{metrics['max_abs_error']:.2g}",
+                f"{metrics['top1_agreement']:.2f}",
+                f"{metrics['top1_drop']:+.2f}" if "top1_drop" in metrics else "-",
+            ]
+        )
+    return rows
+
+
+PARITY_COLUMNS = [
+    "engine",
+    "parity",
+    "images",
+    "worst cosine",
+    "SQNR dB",
+    "max abs error",
+    "same top-1 %",
+    "top-1 drop",
+]

@@ -1,0 +1,129 @@
+"""Options shared by commands, one name each, and the parameter types that read them.
+
+target, json, verbosity: several commands     images, max_drop: build verify     transform options: build
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from pcn_deploy.calibration.transform import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS
+from pcn_deploy.engines.registry import TARGETS
+from pcn_deploy.errors import OptionError
+from pcn_deploy.specs import BatchRange
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Resolution(click.ParamType[tuple[int, int]]):
+    """`HxW`, or one number for a square."""
+
+    name = "HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Return height and width in pixels."""
+        if isinstance(value, tuple):
+            return value
+        sides = str(value).lower().split("x")
+        if len(sides) not in (1, 2) or not all(side.isdecimal() and int(side) > 0 for side in sides):
+            self.fail(f"{value!r} is not HxW in pixels, such as 224x224 or 192x256.", param, ctx)
+        return int(sides[0]), int(sides[-1])
+
+
+class Batch(click.ParamType[BatchRange]):
+    """`MIN:OPT:MAX`, or one number."""
+
+    name = "MIN:OPT:MAX"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> BatchRange:
+        """Return the range."""
+        if isinstance(value, BatchRange):
+            return value
+        try:
+            return BatchRange.parse(str(value))
+        except OptionError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Floats(click.ParamType[tuple[float, ...]]):
+    """Numbers separated by commas."""
+
+    name = "R,G,B"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """Return the numbers."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not numbers separated by commas, such as 0.485,0.456,0.406.", param, ctx)
+
+
+bundle_argument = click.argument("file", type=click.Path(path_type=Path), metavar="FILE.pcn")
+
+target_option = click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    help="Engine of the bundle; the fastest that runs here by default.",
+)
+weights_option = click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Checkpoint: .safetensors, or a PyTorch state dict (read without executing anything in it).",
+)
+max_drop_option = click.option(
+    "--max-drop",
+    type=float,
+    metavar="PCT",
+    help="Largest loss of top-1, in percentage points, on labelled images. [default: by precision]",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")
+
+
+def verbosity_options(command: Command) -> Command:
+    """-v and -q."""
+    command = click.option("-q", "--quiet", is_flag=True, help="No progress bars, no notes.")(command)
+    return click.option("-v", "--verbose", count=True, help="More log lines on stderr; twice for all.")(command)
+
+
+def transform_options(command: Command) -> Command:
+    """The evaluation transform; stored in the bundle and used by every later command."""
+    decorators = [
+        click.option(
+            "--resolution",
+            type=Resolution(),
+            help="Height and width of the input, in pixels. [default: by model]",
+        ),
+        click.option(
+            "--crop-pct",
+            type=float,
+            default=0.875,
+            show_default=True,
+            metavar="SHARE",
+            help="Share of the resized image that the centre crop keeps.",
+        ),
+        click.option("--mean", type=Floats(), default=IMAGENET_MEAN, help="Mean per channel. [default: ImageNet]"),
+        click.option(
+            "--std",
+            type=Floats(),
+            default=IMAGENET_STD,
+            help="Standard deviation per channel. [default: ImageNet]",
+        ),
+        click.option(
+            "--interpolation",
+            type=click.Choice(INTERPOLATIONS),
+            default="bicubic",
+            show_default=True,
+            help="How images are resized.",
+        ),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command

@@ -1,0 +1,43 @@
+"""The verb `inspect`: what is inside a bundle, from its manifest and plan. Standard library only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pcn_deploy.bundle import Bundle
+from pcn_deploy.calibration.plan import PrecisionPlan
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """Describe a bundle.
+
+    Args:
+        path: The bundle.
+
+    Returns:
+        `model`, `precision`, `remainder`, `inputs`, `outputs`, `batch`, `transform`, `calibration`, `engines`, `parity`
+        per target, `layers` (the plan, layer by layer), `members` and `provenance`, all plain values.
+
+    Raises:
+        BundleError: If the bundle is corrupt, altered or of a newer schema.
+    """
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    plan = PrecisionPlan.from_json(bundle.read_json("plan.json"))
+    targets = [entry["target"] for entry in bundle.engines]
+    return {
+        "model": manifest["model"],
+        "precision": manifest["precision"],
+        "remainder": manifest["remainder"],
+        "inputs": manifest["interface"]["inputs"],
+        "outputs": manifest["interface"]["outputs"],
+        "batch": manifest["interface"]["batch"],
+        "transform": manifest["transform"],
+        "calibration": manifest["calibration"],
+        "engines": bundle.engines,
+        "parity": {target: bundle.read_json(f"parity/{target}.json") for target in targets},
+        "layers": plan.to_json()["entries"],
+        "members": manifest["members"],
+        "provenance": manifest["provenance"],
+    }
