@@ -12,6 +12,7 @@ import io
 import json
 import os
 import tempfile
+import weakref
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -150,6 +151,7 @@ class Bundle:
         """Add or replace a member; it waits in an unnamed temporary file, not in memory, until `save`."""
         if self._spool is None:
             self._spool = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the bundle
+            weakref.finalize(self, self._spool.close)
         self._spooled[name] = (self._spool.seek(0, io.SEEK_END), len(data))
         self._spool.write(data)
         self.manifest["members"][name] = {"sha256": _sha256(data), "bytes": len(data)}
@@ -191,6 +193,8 @@ class Bundle:
         finally:
             if temporary is not None:
                 Path(temporary).unlink(missing_ok=True)
+        if self._spool is not None:
+            self._spool.close()
         self.path, self._spool, self._spooled = path, None, {}
         return path
 

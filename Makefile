@@ -1,0 +1,45 @@
+# Each target makes its own .venv if there is none. Needed beforehand: Python 3.10 or newer, make, a package index.
+#
+#   make demo     train nothing, compile a trained network to INT8 and prove it
+#   make test     everything a change must pass, linters apart
+#   make lint     formatting, style, types
+#   make bench    the figures of the README
+#
+# A CPU-only PyTorch saves gigabytes: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/digits/demo.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest --quiet
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) build out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.demo: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (about two minutes the first time) ..."
+	$(PIP) -e '.[compile,tensorrt-rtx,examples]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (about two minutes the first time) ..."
+	$(PIP) -e '.[compile,tensorrt-rtx,examples,dev]'
+	@touch $@
