@@ -26,11 +26,17 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev
+# The public pipeline that `bench` compares with needs an environment of its own: its packages conflict with ours.
+bench: $(VENV)/.dev $(VENV)-public/.done
 	$(BIN)/python benchmarks/run.py
 
+$(VENV)-public/.done: benchmarks/public-requirements.txt
+	$(PYTHON) -m venv $(VENV)-public
+	$(VENV)-public/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-public build out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -54,7 +54,7 @@ def calibrate_mse(histogram: Histogram) -> float:
     centres = (np.arange(len(histogram.counts)) + 0.5) * histogram.width
     used = histogram.counts > 0
     counts, centres = histogram.counts[used].astype(np.float64), centres[used]
-    candidates = _candidates(histogram) * histogram.width
+    candidates = _candidates(histogram, step=4 * _CANDIDATE_STEP) * histogram.width
     errors = [
         float(counts @ (np.minimum(np.rint(centres * 127 / limit), 127) * limit / 127 - centres) ** 2)
         for limit in candidates
@@ -84,12 +84,12 @@ def calibrate_entropy(histogram: Histogram) -> float:
     return float(min(candidates[int(np.argmin(divergences))] * histogram.width, histogram.amax))
 
 
-def _candidates(histogram: Histogram) -> npt.NDArray[np.int64]:
+def _candidates(histogram: Histogram, step: int = _CANDIDATE_STEP) -> npt.NDArray[np.int64]:
     """Numbers of bins a range may span: from one bin per level up to the largest magnitude."""
     used = min(int(histogram.amax / histogram.width) + 1, len(histogram.counts))
     if used <= LEVELS:
         return np.array([used])
-    return np.unique(np.append(np.arange(LEVELS, used, _CANDIDATE_STEP), used))
+    return np.unique(np.append(np.arange(LEVELS, used, step), used))
 
 
 def _cumulative(values: Floats) -> Floats:
