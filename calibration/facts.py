@@ -58,7 +58,8 @@ def _facts(path: str, module: nn.Module, output: Any, reads_image: bool) -> Laye
     kind = type(module).__name__
     if not isinstance(output, Tensor):
         return LayerFacts(path=path, kind=kind)
-    if isinstance(module, nn.Conv2d):
+    # a subclass with a forward of its own may do more than its base class: it is no plain layer
+    if isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward:
         return LayerFacts(
             path=path,
             kind=kind,
@@ -69,7 +70,7 @@ def _facts(path: str, module: nn.Module, output: Any, reads_image: bool) -> Laye
             kernel=(module.kernel_size[0], module.kernel_size[1]),
             reads_image=reads_image,
         )
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return LayerFacts(
             path=path,
             kind=kind,

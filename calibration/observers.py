@@ -20,6 +20,10 @@ BINS = 4096
 """Bins of a histogram of magnitudes; between half and all of them are in use, so thresholds resolve to 0.05 %."""
 
 
+_NARROWEST = 2.0**-126
+"""Narrowest bin: its reciprocal is still a float32."""
+
+
 @dataclass(frozen=True)
 class Statistics:
     """What was seen of one tensor.
@@ -67,7 +71,6 @@ class HistogramObserver(AmaxObserver):
         super().__init__(name)
         self._counts = torch.zeros(BINS, dtype=torch.int64)
         self._width = 0.0
-        self._zeros_before_range = 0
 
     def observe(self, x: Tensor) -> None:
         """Take a float tensor of any shape into account.
@@ -77,7 +80,7 @@ class HistogramObserver(AmaxObserver):
         """
         super().observe(x)
         if self.amax == 0.0:
-            self._zeros_before_range += x.numel()
+            self._counts[0] += x.numel()
             return
         self._widen()
         index = torch.mul(_dense_view(x), 1.0 / self._width).to(torch.int32).abs_()
@@ -85,8 +88,7 @@ class HistogramObserver(AmaxObserver):
 
     def _widen(self) -> None:
         if self._width == 0.0:
-            self._width = 2.0 ** math.frexp(self.amax)[1] / BINS
-            self._counts[0] = self._zeros_before_range
+            self._width = max(2.0 ** math.frexp(self.amax)[1] / BINS, _NARROWEST)
         while self.amax >= self._width * BINS:
             self._counts = torch.cat((self._counts.view(-1, 2).sum(1), self._counts.new_zeros(BINS // 2)))
             self._width *= 2.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,8 @@ class Transform:
                 f"{len(self.mean)} means but {len(self.std)} standard deviations",
             ),
             (len(self.mean) not in (1, 3), f"{len(self.mean)} channels; images have 1 or 3"),
-            (any(value <= 0 for value in self.std), f"standard deviation {self.std} is not above 0"),
+            (not all(math.isfinite(value) for value in self.mean), f"mean {self.mean} is not finite"),
+            (not all(0 < value < math.inf for value in self.std), f"standard deviation {self.std} is not above 0"),
             (self.interpolation not in INTERPOLATIONS, f"interpolation {self.interpolation!r} is unknown"),
         ]
         found = "; ".join(text for wrong, text in problems if wrong)

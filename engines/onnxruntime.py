@@ -23,8 +23,12 @@ class OnnxRuntimeBackend(Backend):
         if importlib.util.find_spec("onnxruntime") is None:
             remedy = "Install it: pip install 'pcn-deploy[runtime]'"
             return Availability(can_build=False, can_run=False, detail="onnxruntime is not installed", remedy=remedy)
-        import onnxruntime
-
+        try:
+            import onnxruntime
+        except ImportError as error:  # installed, but a library of its own does not load
+            remedy = "Install it again: pip install --force-reinstall 'pcn-deploy[runtime]'"
+            detail = f"onnxruntime does not load: {error}"
+            return Availability(can_build=False, can_run=False, detail=detail, remedy=remedy)
         return Availability(can_build=True, can_run=True, detail=f"ONNX Runtime {onnxruntime.__version__}")
 
     def _build_impl(self, source: GraphSource, progress: Progress) -> EngineArtifact:

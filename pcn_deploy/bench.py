@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -73,7 +74,7 @@ def bench(
         OptionError: If the batch is outside the engine's range, or the time is not above 0.
     """
     allowed = engine.spec.batch
-    if not allowed.min <= batch <= allowed.max or seconds <= 0:
+    if not allowed.min <= batch <= allowed.max or not 0 < seconds < math.inf:
         msg = f"Batch {batch} for {seconds} s: the engine takes batches {allowed} (MIN:OPT:MAX), and time is above 0."
         raise OptionError(msg)
     shape = engine.spec.inputs[0].with_batch(batch)

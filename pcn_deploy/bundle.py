@@ -22,11 +22,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.errors import BundleError, OutputError
+from pcn_deploy.manifest import check_contents
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _EPOCH = (1980, 1, 1, 0, 0, 0)
+_ENCRYPTED = 0x1
+# What zipfile raises on a damaged file, beside BadZipFile: encryption, an unknown method, a name that is no text.
+_UNREADABLE = (zipfile.BadZipFile, OSError, EOFError, KeyError, RuntimeError, ValueError)
 
 
 class Bundle:
@@ -64,9 +68,10 @@ class Bundle:
             with zipfile.ZipFile(path) as archive:
                 manifest = _read_manifest(archive, path)
                 _check_members(archive, manifest, path)
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
+        except _UNREADABLE as error:
             msg = f"{path} is not a bundle, or is truncated ({error}). Copy or build it again."
             raise BundleError(msg) from error
+        check_contents(manifest, path)
         return cls(manifest, path=path)
 
     def __contains__(self, name: str) -> bool:
@@ -111,7 +116,7 @@ class Bundle:
         try:
             with zipfile.ZipFile(self.path or "") as archive:
                 data = archive.read(name)
-        except (zipfile.BadZipFile, OSError, KeyError, EOFError) as error:
+        except _UNREADABLE as error:
             msg = f"{name} in {self.path} cannot be read ({error}): the bundle is truncated or altered."
             raise BundleError(msg) from error
         if len(data) != expected["bytes"] or _sha256(data) != expected["sha256"]:
@@ -141,9 +146,9 @@ class Bundle:
             BundleError: If it is absent, altered, or holds anything but arrays.
         """
         try:
-            with np.load(io.BytesIO(self.read(name)), allow_pickle=False) as archive:
-                return {key: archive[key] for key in archive.files}
-        except (ValueError, zipfile.BadZipFile, OSError) as error:
+            archive = np.load(io.BytesIO(self.read(name)), allow_pickle=False)
+            return {key: archive[key] for key in archive.files}
+        except (*_UNREADABLE, AttributeError) as error:
             msg = f"{name} in {self.path} holds no plain arrays ({error})."
             raise BundleError(msg) from error
 
@@ -222,6 +227,9 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 def _read_manifest(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
     try:
         info = archive.getinfo(MANIFEST)
+        if not _is_plain(info) or archive.namelist().count(MANIFEST) != 1:
+            msg = f"{path} has a {MANIFEST} that is compressed, encrypted or stored twice. Do not use it."
+            raise BundleError(msg)
         if info.file_size > _MAX_MANIFEST_BYTES:
             msg = f"{path} has a manifest of {info.file_size} bytes; at most {_MAX_MANIFEST_BYTES} are read."
             raise BundleError(msg)
@@ -253,12 +261,19 @@ def _check_members(archive: zipfile.ZipFile, manifest: dict[str, Any], path: Pat
         msg = f"{path} does not hold what its manifest declares: {', '.join(odd)}. It is corrupt or was altered."
         raise BundleError(msg)
     for info in present:
-        if info.file_size != declared[info.filename]["bytes"] or info.compress_type != zipfile.ZIP_STORED:
+        if info.file_size != declared[info.filename]["bytes"]:
             msg = (
                 f"{info.filename} in {path} has {info.file_size} bytes instead of "
                 f"{declared[info.filename]['bytes']}. The bundle is corrupt or was altered."
             )
             raise BundleError(msg)
+        if not _is_plain(info):
+            msg = f"{info.filename} in {path} is compressed or encrypted; a bundle stores plain bytes. Do not use it."
+            raise BundleError(msg)
+
+
+def _is_plain(info: zipfile.ZipInfo) -> bool:
+    return info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & _ENCRYPTED
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

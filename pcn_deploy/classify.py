@@ -74,6 +74,6 @@ def _read(path: Path, engine: Engine) -> np.ndarray[tuple[int, ...], np.dtype[np
     try:
         with Image.open(path) as image:
             return engine.transform(image)
-    except (OSError, UnidentifiedImageError, ValueError) as error:
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         msg = f"{path} cannot be read as an image: {error}"
         raise DataError(msg) from error

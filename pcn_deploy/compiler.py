@@ -22,7 +22,7 @@ from pcn_deploy.errors import DataError, DependencyError, ModelError
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.parity import ParityBudget, ParityReport, budget_for
 from pcn_deploy.progress import Progress, silent
-from pcn_deploy.runtime import Engine
+from pcn_deploy.runtime import Engine, executor
 from pcn_deploy.verification import verify_golden
 
 if TYPE_CHECKING:
@@ -87,17 +87,18 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
 
     Raises:
         DataError: If INT8 has no calibration images, or images are unusable.
+        OptionError: If an engine of this precision could not be proven on this machine.
         ModelError: If the network cannot be scripted, exported or run at this resolution.
         DependencyError: If a library is missing; the message holds the pip line.
         BuildError: If a backend refuses the graph.
     """
     options = options or CompileOptions()
     backends = [get_backend(target) for target in options.targets]
-    _check_backends(backends)
+    _check_backends(backends, options.graph_type)
     source = _image_source(calibration, options)
     network = _prepare(model, options, source, progress)
     bundle = _new_bundle(network, options, provenance or {})
-    bundle.add("golden.npz", _npz(_golden_set(model, options, source)))
+    bundle.add("golden.npz", _npz(_golden_set(model, options, source, progress)))
     plan, graphs = network.plan, _add_graphs(bundle, network, options, progress)
     del network  # its folded weights are in the graphs now
     for backend in backends:
@@ -107,7 +108,7 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     return CompileResult(bundle=bundle, plan=plan, reports=reports)
 
 
-def _check_backends(backends: list[Backend]) -> None:
+def _check_backends(backends: list[Backend], graph_type: str) -> None:
     """Find out before the long work what would stop it after."""
     try:
         import onnx_ir  # noqa: F401
@@ -118,6 +119,7 @@ def _check_backends(backends: list[Backend]) -> None:
         raise DependencyError.for_extra(error.name or "torch", "compile", "building a bundle") from error
     for backend in backends:
         backend.check_can_build()
+        executor(backend, graph_type)
 
 
 def _image_source(calibration: CalibrationImages | None, options: CompileOptions) -> ImageSource | None:
@@ -148,11 +150,17 @@ def _prepare(model: nn.Module, options: CompileOptions, source: ImageSource | No
     from pcn_deploy.calibration.quantized import plan_scales
     from pcn_deploy.models.checkpoint import check_finite
     from pcn_deploy.models.deploy import to_deploy
+    from pcn_deploy.models.patchconvnet import PatchConvNet
 
     check_finite(model.state_dict(), "The network")
+    if isinstance(model, PatchConvNet):
+        model.check_resolution(*options.transform.resolution)
+    progress("Rewriting and planning", 0, 2)
     deployed, rewrites = to_deploy(model)
+    progress("Rewriting and planning", 1, 2)
     layers = inspect_layers(deployed, torch.zeros(1, *options.transform.shape))
     plan = make_plan(layers, options.precision, options.remainder)
+    progress("Rewriting and planning", 2, 2)
     if source is None or options.precision != "int8":
         return _Network(plain=model, deployed=deployed, plan=plan, scales={}, calibration=None, rewrites=rewrites)
     seen = calibrate(deployed, list(plan.int8_entries), source, options.calibrator, progress)
@@ -168,15 +176,19 @@ def _prepare(model: nn.Module, options: CompileOptions, source: ImageSource | No
 
 
 def _golden_set(
-    model: nn.Module, options: CompileOptions, source: ImageSource | None
+    model: nn.Module, options: CompileOptions, source: ImageSource | None, progress: Progress
 ) -> dict[str, npt.NDArray[np.float32]]:
     """A few images with the outputs of the plain eager network."""
     import torch
 
     count = options.golden_images
     images = synthetic_images(count, options) if source is None else next(source.subset(count).batches(count))[0]
+    rows: list[torch.Tensor] = []
     with torch.inference_mode():
-        rows = [model(torch.from_numpy(image[None])) for image in images]
+        for image in images:
+            progress("Eager reference", len(rows), len(images), "images")
+            rows.append(model(torch.from_numpy(image[None])))
+    progress("Eager reference", len(images), len(images), "images")
     if not all(isinstance(row, torch.Tensor) and row.ndim == 2 for row in rows):
         msg = "The network must return one tensor of logits, (N, K)."
         raise ModelError(msg)
@@ -243,7 +255,7 @@ def _prove(
     proven: dict[str, ParityReport] = {}
     reports = []
     for backend in backends:
-        executed_by = backend.target if backend.availability().can_run else "cpu"
+        executed_by = executor(backend, bundle.manifest["remainder"])
         if executed_by not in proven:
             with Engine.open(bundle, backend.target, executed_by=executed_by) as engine:
                 proven[executed_by] = verify_golden(engine, budget, progress)

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pcn_deploy.bundle import Bundle
+from pcn_deploy.bundle import Bundle, check_output
 from pcn_deploy.engines.base import GraphSource
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.parity import ParityBudget, ParityReport
 from pcn_deploy.progress import Progress, silent
-from pcn_deploy.runtime import Engine
+from pcn_deploy.runtime import Engine, executor
 from pcn_deploy.specs import EngineSpec
 from pcn_deploy.verification import verify_golden
 
 
 def add_engine(
-    path: str | Path, target: str, *, output: str | Path | None = None, progress: Progress = silent
+    path: str | Path,
+    target: str,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
 ) -> ParityReport:
     """Build an engine from the graph in a bundle, prove it on the golden set, and write the bundle again.
 
@@ -26,6 +31,7 @@ def add_engine(
         path: The bundle.
         target: The engine to add or to replace.
         output: Where to write; the same file by default.
+        overwrite: Replace `output` if it exists.
         progress: Told how far each step is.
 
     Returns:
@@ -34,10 +40,15 @@ def add_engine(
     Raises:
         BundleError: If the bundle is corrupt, altered or of a newer schema.
         DependencyError: If the backend's library is missing.
+        OptionError: If an engine of this precision could not be proven on this machine.
         BuildError: If the backend refuses the graph.
-        OutputError: If the bundle cannot be written.
+        OutputError: If the output exists and may not be replaced, or cannot be written.
     """
     bundle, backend = Bundle.open(path), get_backend(target)
+    destination = Path(path if output is None else output)
+    overwrite = overwrite or output is None
+    check_output(destination, overwrite=overwrite)
+    executed_by = executor(backend, bundle.manifest["remainder"])
     source = GraphSource(
         onnx=bundle.read("model.onnx"),
         torchscript=bundle.read("model.ts") if backend.member == "model.ts" else b"",
@@ -45,10 +56,9 @@ def add_engine(
     )
     artifact = backend.build(source, progress)
     bundle.add_engine(target, backend.member, artifact.data, artifact.built_with)
-    executed_by = target if backend.availability().can_run else "cpu"
     with Engine.open(bundle, target, executed_by=executed_by) as engine:
         report = verify_golden(engine, ParityBudget(**bundle.manifest["parity_budget"]), progress)
     if report:
         bundle.add(f"parity/{target}.json", json.dumps(report.to_json(), indent=1).encode())
-        bundle.save(output or path, overwrite=True)
+        bundle.save(destination, overwrite=overwrite)
     return report

@@ -79,6 +79,7 @@ class ParityReport:
         metrics: Names as in the module's definitions; `top1_*` and `top1_drop` in percent, with labels only.
         budget: What was allowed.
         failures: One sentence per limit that was broken.
+        unreadable: Image files that could not be read and were left out.
     """
 
     target: str
@@ -88,6 +89,7 @@ class ParityReport:
     metrics: dict[str, float]
     budget: ParityBudget
     failures: tuple[str, ...] = field(default=())
+    unreadable: int = 0
 
     def __bool__(self) -> bool:
         return not self.failures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.calibration.images import ImageSource
-from pcn_deploy.errors import DataError
+from pcn_deploy.errors import BundleError, DataError
 from pcn_deploy.parity import ParityBudget, ParityMeter, ParityReport
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine
@@ -68,12 +69,16 @@ def verify(
         done += len(images)
         progress(step, done, len(source), "images")
     progress(step, len(source), len(source), "images")
-    return meter.report(target=engine.target, executed_by=engine.executed_by, data=source.name, budget=budget)
+    report = meter.report(target=engine.target, executed_by=engine.executed_by, data=source.name, budget=budget)
+    return replace(report, unreadable=len(source.unreadable))
 
 
 def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = silent) -> ParityReport:
     """Compare an engine with the eager outputs that its bundle holds."""
     golden = engine.bundle.read_arrays("golden.npz")
+    if not {"images", "logits"} <= golden.keys():
+        msg = f"The golden set holds {sorted(golden)} instead of images and logits. Build the bundle again."
+        raise BundleError(msg)
     images, logits = golden["images"], golden["logits"]
     size, step = engine.spec.batch.max, f"Proving {engine.target}"
     meter = ParityMeter()

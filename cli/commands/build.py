@@ -17,7 +17,7 @@ from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.compiler import CompileResult, compile, synthetic_images  # noqa: A004 - our verb
 from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.errors import ParityError
-from pcn_deploy.models.registry import find_model
+from pcn_deploy.models.registry import check_weights_choice, find_model
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.provenance import ModelSource
 from pcn_deploy.specs import BatchRange
@@ -90,9 +90,7 @@ def command(**given: Any) -> None:
     quiet = given["quiet"] or given["as_json"]
     set_verbosity(given["verbose"], given["quiet"])
     check_output(given["output"], overwrite=given["overwrite"])
-    if (given["weights"] is None) != given["random_weights"]:
-        message = "Give exactly one of --weights FILE and --random-weights."
-        raise click.UsageError(message)
+    check_weights_choice(find_model(given["model"]), given["weights"], random_weights=given["random_weights"])
     source = ModelSource(
         model=given["model"], weights=given["weights"], num_classes=given["num_classes"], seed=given["seed"]
     )
@@ -102,7 +100,9 @@ def command(**given: Any) -> None:
         display.note("the weights are random, so synthetic images calibrate them.", quiet=quiet)
         calibration = [synthetic_images(compile_options.calibration_images, compile_options)]
     with display.progress_bars(quiet=quiet) as progress:
+        progress("Making the network", 0, 1)
         network = source.create()
+        progress("Making the network", 1, 1)
         result = compile(
             network, compile_options, calibration=calibration, provenance=source.describe(), progress=progress
         )
@@ -160,11 +160,15 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
     engines = [[entry["target"], entry["member"], display.size(entry["bytes"])] for entry in bundle.engines]
     display.print_table("Engines", ["target", "member", "size"], engines)
     display.print_table("Parity with the eager network", display.PARITY_COLUMNS, display.parity_rows(reports))
+    seen = bundle.manifest["calibration"]
+    if seen:
+        click.echo(f"Ranges: {seen['calibrator']} on {seen['images']} images; {seen['unreadable']} could not be read.")
     for report in result.reports:
         if report.executed_by != report.target:
             click.echo(
-                f"The {report.target} engine was built, not executed: this machine cannot run it. "
-                f"Its graph was executed by {report.executed_by}. On the device: pcn-compile verify {output}"
+                f"The {report.target} engine was built, not executed: this machine cannot run it; "
+                f"{report.executed_by} executed its graph. "
+                f"On the device: pcn-compile verify {output} --target {report.target}"
             )
     if result:
-        click.echo(f"{output}: {display.size(output.stat().st_size)}")
+        click.echo(f"Wrote {output}, {display.size(output.stat().st_size)}.")

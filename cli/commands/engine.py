@@ -23,13 +23,16 @@ from pcn_deploy.extension import add_engine
     metavar="OUT.pcn",
     help="Write here. [default: FILE.pcn]",
 )
+@options.overwrite_option
 @options.json_option
 @options.verbosity_options
-def command(file: Path, target: str, output: Path | None, as_json: bool, verbose: int, quiet: bool) -> None:
+def command(
+    file: Path, target: str, output: Path | None, overwrite: bool, as_json: bool, verbose: int, quiet: bool
+) -> None:
     """Build an engine for this device from the graph in FILE.pcn, prove it, and add it. Needs no torch."""
     set_verbosity(verbose, quiet)
     with display.progress_bars(quiet=quiet or as_json) as progress:
-        report = add_engine(file, target, output=output, progress=progress)
+        report = add_engine(file, target, output=output, overwrite=overwrite, progress=progress)
     if as_json:
         display.print_json(report.to_json())
     else:

@@ -9,6 +9,7 @@ import click
 
 from pcn_deploy.classify import classify
 from pcn_deploy.cli import display, options
+from pcn_deploy.errors import DataError
 from pcn_deploy.runtime import load
 
 
@@ -28,7 +29,7 @@ def command(
     file: Path, images: tuple[Path, ...], target: str | None, top: int, labels: Path | None, as_json: bool
 ) -> None:
     """Classify images with an engine of FILE.pcn and show the most likely classes."""
-    names = labels.read_text(encoding="utf-8").splitlines() if labels else None
+    names = _read_names(labels) if labels else None
     with load(file, target) as engine:
         predictions = classify(engine, images, top=top, class_names=names)
         used = engine.target
@@ -41,3 +42,11 @@ def command(
             shown = prediction.image if rank == 0 else ""
             rows.append([shown, str(rank + 1), name, f"{100 * prediction.probabilities[rank]:.2f}"])
     display.print_table(f"Most likely classes, by {used}", ["image", "rank", "class", "probability %"], rows)
+
+
+def _read_names(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        message = f"{path} cannot be read as text in UTF-8: {error}"
+        raise DataError(message) from error

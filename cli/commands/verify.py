@@ -47,6 +47,9 @@ def command(
     eager network is made again from the weights the bundle was built from, wherever they are now (--weights).
     """
     set_verbosity(verbose, quiet)
+    if data is None and (weights is not None or images is not None):
+        message = "--weights and --images go with --data; without it the golden set of the bundle is used."
+        raise click.UsageError(message)
     with load(file, target) as engine, display.progress_bars(quiet=quiet or as_json) as progress:
         manifest = engine.bundle.manifest
         budget = ParityBudget(**manifest["parity_budget"])
@@ -66,6 +69,8 @@ def command(
 def _print(report: dict[str, object]) -> None:
     title = f"Parity with the eager network on {report['data']}"
     display.print_table(title, display.PARITY_COLUMNS, display.parity_rows([report]))
+    if report["unreadable"]:
+        click.echo(f"{report['unreadable']} images could not be read and were left out.")
     metrics = report["metrics"]
     if isinstance(metrics, dict) and "top1_reference" in metrics:
         click.echo(f"top-1: eager {metrics['top1_reference']:.2f} %, engine {metrics['top1_engine']:.2f} %")

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from pcn_deploy.calibration.quantized import Quantization
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.qdq import insert_qdq
-from pcn_deploy.graph.repeat import find_runs, keep_first, unroll
+from pcn_deploy.graph.repeat import Run, find_runs, keep_first, unroll
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.specs import BATCH_AXIS, BatchRange, EngineSpec, TensorSpec
+
+log = logging.getLogger(__name__)
 
 OPSET = 20
 """First opset with native Gelu; LayerNormalization is native since 17."""
@@ -52,23 +54,30 @@ def to_onnx(
     """
     step = "Exporting to ONNX"
     example = torch.zeros((2 if batch.is_dynamic else batch.min, *image_shape))
-    progress(step, 0, 4)
-    runs = find_runs(model, example)
+    progress(step, 0, 3)
     with _quiet_exporter(), torch.no_grad():
-        program = _export(keep_first(model, runs), example, batch)
-        progress(step, 1, 4)
-        graph = program.model.graph
-        _fold_constants(program.model)
-        for run in runs:
-            unroll(graph, model, run)
-        progress(step, 2, 4)
-        insert_qdq(graph, quantized)
-        progress(step, 3, 4)
+        program = _export_unrolled(model, example, batch, find_runs(model, example))
+        progress(step, 1, 3)
+        insert_qdq(program.model.graph, quantized)
+        progress(step, 2, 3)
         program.optimize()  # last: it merges equal weights, after which their names no longer tell the layers apart
     ClearMetadataAndDocStringPass()(program.model)
-    progress(step, 4, 4)
+    progress(step, 3, 3)
     finished: ir.Model = program.model
     return finished
+
+
+def _export_unrolled(model: nn.Module, example: Tensor, batch: BatchRange, runs: list[Run]) -> Any:
+    """Export one block of each run and unroll; the whole network where its blocks cannot be repeated."""
+    program = _export(keep_first(model, runs), example, batch)
+    _fold_constants(program.model)
+    try:
+        for run in runs:
+            unroll(program.model.graph, model, run)
+    except ModelError as error:
+        log.debug("Every block is exported on its own: %s", error)
+        return _export_unrolled(model, example, batch, [])
+    return program
 
 
 def _fold_constants(model: ir.Model) -> None:

@@ -7,6 +7,7 @@ repetition with the weights of its own block.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -51,10 +52,14 @@ def find_runs(model: nn.Module, example: Tensor) -> list[Run]:
     """
     candidates: list[Run] = []
     for path, module in model.named_modules():
-        if type(module) is nn.Sequential and not any(path.startswith(run.parent + ".") for run in candidates):
+        if type(module) is nn.Sequential and not any(_holds(run, path) for run in candidates):
             candidates += [Run(path, names) for names in _equal_neighbours(module)]
-    keeping = _shape_keeping(model, example, [run.path(run.names[0]) for run in candidates])
-    return [run for run in candidates if run.path(run.names[0]) in keeping]
+    return _plain_chains(model, example, candidates) if candidates else []
+
+
+def _holds(run: Run, path: str) -> bool:
+    """Whether a module is one of the blocks of a run, or lies inside one."""
+    return any(f"{path}.".startswith(f"{run.path(name)}.") for name in run.names)
 
 
 def _equal_neighbours(sequence: nn.Sequential) -> Iterator[tuple[str, ...]]:
@@ -89,25 +94,36 @@ def _structure(module: nn.Module) -> tuple[Any, ...]:
     return (type(module), settings, tensors, children)
 
 
-def _shape_keeping(model: nn.Module, example: Tensor, paths: list[str]) -> set[str]:
-    """Those modules that return one tensor of the shape of their one input."""
+def _plain_chains(model: nn.Module, example: Tensor, runs: list[Run]) -> list[Run]:
+    """Those runs that are executed once, as a whole and nowhere else, by blocks that keep the shape of their input.
+
+    A network may also loop over the blocks itself and do more between them; that cannot be told from one block.
+    """
+    calls: Counter[str] = Counter()
     keeping: set[str] = set()
 
     def record(path: str) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if len(inputs) == 1 and isinstance(output, Tensor) and inputs[0].shape == output.shape:
+            calls[path] += 1
+            if len(inputs) == 1 and isinstance(output, Tensor) and getattr(inputs[0], "shape", None) == output.shape:
                 keeping.add(path)
 
         return hook
 
-    handles = [model.get_submodule(path).register_forward_hook(record(path)) for path in paths]
+    watched = {run.parent for run in runs} | {run.path(name) for run in runs for name in run.names}
+    handles = [model.get_submodule(path).register_forward_hook(record(path)) for path in watched]
     try:
         with torch.no_grad():
             model(example)
     finally:
         for handle in handles:
             handle.remove()
-    return keeping
+    return [
+        run
+        for run in runs
+        if calls[run.parent] == 1 and all(calls[run.path(name)] == 1 for name in run.names)
+        if run.path(run.names[0]) in keeping
+    ]
 
 
 def keep_first(model: nn.Module, runs: list[Run]) -> nn.Module:

@@ -122,7 +122,7 @@ def absorb_key_value(model: nn.Module) -> int:
 def _sequential_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Names of (convolution, BatchNorm) that follow each other in an `nn.Sequential`."""
     for path, module in model.named_modules():
-        if isinstance(module, nn.Sequential):
+        if type(module).forward is nn.Sequential.forward:
             names = [f"{path}.{name}" if path else name for name, _ in module.named_children()]
             yield from pairwise(names)
 
@@ -152,7 +152,8 @@ def fold_batch_norm(model: nn.Module) -> int:
     folded = 0
     for conv_path, norm_path in [*_sequential_pairs(model), *_traced_pairs(model)]:
         conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
+        # exact types: a subclass may standardise its weights, or end in an activation
+        if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
             model.set_submodule(conv_path, fuse_conv_bn_eval(conv, norm))
             model.set_submodule(norm_path, nn.Identity())
             folded += 1

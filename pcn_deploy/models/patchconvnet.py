@@ -149,7 +149,8 @@ class TokenBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.attn: nn.Module = Aggregation(width, attend_token)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        hidden = int(width * mlp_ratio + 1e-6)  # a ratio read off a file may lie one rounding below its whole number
+        self.mlp = Mlp(width, hidden)
         self.gamma_1 = nn.Parameter(torch.full((width,), layer_scale))
         self.gamma_2 = nn.Parameter(torch.full((width,), layer_scale))
 
@@ -233,6 +234,17 @@ class PatchConvNet(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+
+    @torch.jit.unused
+    def check_resolution(self, height: int, width: int) -> None:
+        """Refuse images smaller than one patch; every other size works.
+
+        Raises:
+            OptionError: If a side is below `patch` pixels.
+        """
+        if min(height, width) < self.patch:
+            msg = f"Resolution {height}x{width} is smaller than one patch of {self.patch} pixels; set --resolution HxW."
+            raise OptionError(msg)
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify images.

@@ -128,7 +128,8 @@ def create_model(
     Args:
         name: A registry name, `package.module:factory` or `file.py:factory`.
         weights: Checkpoint, `.safetensors` or a PyTorch file; loaded strictly.
-        random_weights: Use freshly initialised weights. One of the two must be given.
+        random_weights: Use freshly initialised weights. One of the two must be given; only the user's own factory may
+            bring weights of its own instead.
         num_classes: Number of logits; by default what the checkpoint holds, else the architecture's own.
         seed: Seed of the random weights.
         **architecture: Further arguments of the network, such as `width`, `depth` and `patch` of a PatchConvNet.
@@ -142,10 +143,8 @@ def create_model(
         CheckpointError: If the checkpoint is unreadable, unsafe or does not fit.
         DependencyError: If torch is missing.
     """
-    if (weights is None) != random_weights:
-        msg = "Give either weights (--weights FILE) or random_weights (--random-weights); random is never the default."
-        raise OptionError(msg)
     info = find_model(name)
+    check_weights_choice(info, weights, random_weights=random_weights)
     try:
         import torch
 
@@ -155,18 +154,29 @@ def create_model(
     state = checkpoint.read_state_dict(Path(weights)) if weights is not None else None
     if num_classes is not None:
         architecture["num_classes"] = num_classes
-    if info is None:
-        model = _call_user_factory(name, architecture)
-    else:
-        if state is not None:
-            state = checkpoint.stack_class_heads(state)
-        arguments = _arguments(info, state, architecture)
-        with torch.random.fork_rng(devices=[]), torch.device("meta" if state is not None else "cpu"):
-            torch.manual_seed(seed)
-            model = _load(info.factory)(**arguments)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if info is None:
+            model = _call_user_factory(name, architecture)
+        else:
+            state = checkpoint.stack_class_heads(state) if state is not None else None
+            arguments = _arguments(info, state, architecture)
+            with torch.device("meta" if state is not None else "cpu"):
+                model = _load(info.factory)(**arguments)
     if state is not None:
         checkpoint.load_strict(model, state, str(weights))
     return model.eval()
+
+
+def check_weights_choice(info: ModelInfo | None, weights: object, *, random_weights: bool) -> None:
+    """Random weights are never silent: a registered network needs either a checkpoint or the word.
+
+    Raises:
+        OptionError: If neither or both are given; the user's own factory (`info` is None) may do without.
+    """
+    if (weights is not None and random_weights) or (info is not None and weights is None and not random_weights):
+        msg = "Give exactly one of weights (--weights FILE) and random_weights (--random-weights)."
+        raise OptionError(msg)
 
 
 def _arguments(info: ModelInfo, state: StateDict | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -190,6 +200,8 @@ def _call_user_factory(spec: str, arguments: dict[str, Any]) -> nn.Module:
     from torch import nn
 
     where, _, attribute = spec.rpartition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # the console script, unlike `python -m`, does not look there
     try:
         module = _import_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
         factory = getattr(module, attribute)
@@ -204,11 +216,12 @@ def _call_user_factory(spec: str, arguments: dict[str, Any]) -> nn.Module:
 
 
 def _import_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"pcn_deploy_user_{path.stem}"  # apart from any installed module of that name
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
         msg = f"no such file: {path}"
         raise FileNotFoundError(msg)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module

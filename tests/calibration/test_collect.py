@@ -1,0 +1,140 @@
+"""One pass over the images gives the ranges; facts of layers come from one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pcn_deploy.calibration import collect
+from pcn_deploy.calibration.collect import Calibration, calibrate
+from pcn_deploy.calibration.facts import inspect_layers
+from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.calibration.transform import Transform
+from pcn_deploy.errors import DataError, ModelError, OptionError
+from pcn_deploy.models.patchconvnet import PatchConvNet
+
+MakeNet = Callable[..., PatchConvNet]
+IMAGES = np.random.default_rng(0).standard_normal((11, 3, 32, 48)).astype(np.float32)
+LAYERS = ["patch_embed.proj.2.0", "blocks.1.attn.qkv_pos.5", "head"]
+
+
+def source() -> ImageSource:
+    return ImageSource(IMAGES, Transform(resolution=(32, 48)))
+
+
+def test_ranges_do_not_depend_on_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch sizes change the last digits of activations in a convolution, so none is in this network."""
+    net = nn.Sequential(nn.AvgPool2d(2), nn.ReLU()).eval()
+    found: list[Calibration] = []
+    for size in (1, 4, 11):
+        monkeypatch.setattr(collect, "BATCH", size)
+        found.append(calibrate(net, ["0", "1"], source(), "entropy"))
+    assert found[0] == found[1] == found[2]
+    assert found[0].images == 11
+    assert found[0].ranges["0"] != found[0].ranges["1"]
+
+
+@pytest.mark.parametrize("calibrator", ["max", "entropy", "mse", "percentile"])
+def test_a_real_network(make_net: MakeNet, calibrator: str) -> None:
+    net = make_net(depth=2)
+    largest = dict.fromkeys(LAYERS, 0.0)
+
+    def watch(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            largest[path] = max(largest[path], float(inputs[0].abs().max()))
+
+        return hook
+
+    told: list[tuple[int, int]] = []
+    handles = [net.get_submodule(path).register_forward_pre_hook(watch(path)) for path in LAYERS]
+    images = source()
+    seen = calibrate(net, LAYERS, images, calibrator, lambda _step, done, total, _unit="": told.append((done, total)))
+    assert seen.amax == largest
+    assert (seen.images, seen.unreadable, seen.calibrator, seen.source) == (11, 0, calibrator, "the given arrays")
+    assert len(seen.dataset_sha256) == 64
+    assert seen.dataset_sha256 == images.digest
+    assert told[0] == (0, 11)
+    assert told[-1] == (11, 11)
+    for path in LAYERS:
+        assert 0 < seen.ranges[path] <= seen.amax[path]
+    assert (seen.ranges == seen.amax) == (calibrator == "max")
+    for handle in handles:
+        handle.remove()
+    assert not any(module._forward_pre_hooks for module in net.modules()), "observers are taken off again"
+
+
+@pytest.mark.parametrize("calibrator", ["max", "entropy"])
+def test_an_input_that_is_always_zero_has_range_zero(calibrator: str) -> None:
+    class Zeros(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 0
+
+    net = nn.Sequential(Zeros(), nn.Conv2d(3, 4, 1)).eval()
+    assert calibrate(net, ["0", "1"], source(), calibrator).ranges["1"] == 0.0
+
+
+def test_activations_that_are_not_numbers_name_the_layer(make_net: MakeNet) -> None:
+    net = make_net(depth=2)
+    with torch.no_grad():
+        net.blocks[0].attn.qkv_pos[0].bias.fill_(torch.inf)  # type: ignore[union-attr, index]
+    with pytest.raises(DataError, match=r"input of blocks\.1\.attn\.qkv_pos\.5 holds NaN"):
+        calibrate(net, LAYERS, source(), "entropy")
+    assert not any(module._forward_pre_hooks for module in net.modules()), "observers are taken off again"
+
+
+def test_unknown_calibrator_is_refused_before_the_work() -> None:
+    with pytest.raises(OptionError, match="Unknown calibrator"):
+        calibrate(nn.Identity(), [], source(), "best")
+
+
+def test_facts_of_every_layer(make_net: MakeNet) -> None:
+    net = make_net(depth=1)
+    facts = {fact.path: fact for fact in inspect_layers(net, torch.zeros(1, 3, 32, 48))}
+    assert "blocks.0.attn" not in facts, "leaves only"
+    stem = facts["patch_embed.proj.0.0"]
+    assert (stem.rows, stem.in_channels, stem.out_channels, stem.kernel) == (16 * 24, 3, 4, (3, 3))
+    assert [path for path, fact in facts.items() if fact.reads_image] == ["patch_embed.proj.0.0"]
+    depthwise = facts["blocks.0.attn.qkv_pos.2"]
+    assert (depthwise.rows, depthwise.groups) == (2 * 3, 32)
+    assert facts["blocks.0.attn.qkv_pos.4.conv_reduce"].rows == 1
+    assert (facts["head"].rows, facts["head"].kind, facts["head"].out_channels) == (1, "Linear", 10)
+    keys = facts["blocks_token_only.0.attn.k"]
+    assert (keys.rows, keys.in_channels) == (2 * 3 + 1, 32)
+    assert facts["norm"].in_channels == 0
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_a_layer_used_twice_is_refused() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.act = nn.Conv2d(3, 3, 1), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.act(self.conv(self.act(self.conv(x))))
+            return y
+
+    with pytest.raises(ModelError, match="used more than once cannot be quantised yet: conv"):
+        inspect_layers(Twice(), torch.zeros(1, 3, 4, 4))
+
+
+def test_a_network_that_cannot_take_the_resolution_is_refused() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    with pytest.raises(ModelError, match=r"shape \(1, 3, 4, 4\).*Check --resolution"):
+        inspect_layers(net, torch.zeros(1, 3, 4, 4))
+
+
+class StandardisedConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self._conv_forward(x, self.weight / self.weight.norm(), self.bias)
+        return y
+
+
+def test_a_layer_with_its_own_arithmetic_is_not_taken_for_a_convolution() -> None:
+    """Quantising it as a convolution would drop what it does beside convolving."""
+    (fact,) = inspect_layers(nn.Sequential(StandardisedConv(3, 16, 1)), torch.zeros(1, 3, 4, 4))
+    assert (fact.kind, fact.in_channels) == ("StandardisedConv", 0)

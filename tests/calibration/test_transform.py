@@ -1,0 +1,114 @@
+"""The evaluation transform against a literal computation with Pillow."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from pcn_deploy.calibration.transform import IMAGENET_MEAN, IMAGENET_STD, Transform
+from pcn_deploy.errors import OptionError
+
+
+def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    channels = {"RGB": (3,), "RGBA": (4,), "L": ()}[mode]
+    rng = np.random.default_rng(width * height)
+    return Image.fromarray(rng.integers(0, 256, (height, width, *channels), dtype=np.uint8))
+
+
+def normalised(crop: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> npt.NDArray[np.float64]:
+    pixels = np.asarray(crop).astype(np.float64) / 255
+    channels = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)
+    return np.stack([(c - m) / s for c, m, s in zip(channels, mean, std, strict=True)])
+
+
+def check(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float64]) -> None:
+    assert found.dtype == np.float32
+    assert found.flags["C_CONTIGUOUS"]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "resized", "resolution"),
+    [  # sizes as (width, height); the shorter side becomes 224 / 0.875 = 256
+        ((500, 375), (341, 256), (224, 224)),
+        ((375, 500), (256, 341), (224, 224)),
+        ((100, 100), (256, 256), (224, 224)),
+        ((256, 256), (256, 256), (224, 224)),
+        # crop 112 high, 448 wide: covers 128 x 512
+        ((400, 400), (512, 512), (112, 448)),
+        ((1000, 100), (1280, 128), (112, 448)),
+        ((300, 600), (512, 1024), (112, 448)),
+        ((600, 300), (512, 256), (448, 112)[::-1]),
+    ],
+)
+def test_resize_and_centre_crop(given: tuple[int, int], resized: tuple[int, int], resolution: tuple[int, int]) -> None:
+    image = picture(*given)
+    height, width = resolution
+    scaled = image.resize(resized, Image.Resampling.BICUBIC) if resized != given else image
+    left, top = round((resized[0] - width) / 2), round((resized[1] - height) / 2)
+    crop = scaled.crop((left, top, left + width, top + height))
+    check(Transform(resolution=resolution)(image), normalised(crop, IMAGENET_MEAN, IMAGENET_STD))
+
+
+def test_whole_image_without_crop() -> None:
+    transform = Transform(resolution=(20, 30), crop_pct=1.0, mean=(0.5,) * 3, std=(0.25,) * 3)
+    image = picture(30, 20)
+    check(transform(image), normalised(image, (0.5,) * 3, (0.25,) * 3))
+
+
+def test_interpolation_is_the_one_asked_for() -> None:
+    image = picture(64, 64)
+    for name, method in (("nearest", Image.Resampling.NEAREST), ("lanczos", Image.Resampling.LANCZOS)):
+        transform = Transform(resolution=(16, 16), crop_pct=1.0, interpolation=name)
+        check(transform(image), normalised(image.resize((16, 16), method), IMAGENET_MEAN, IMAGENET_STD))
+
+
+def test_grey_is_repeated_and_transparency_dropped() -> None:
+    transform = Transform(resolution=(24, 24), mean=(0.0,) * 3, std=(1.0,) * 3)
+    grey = transform(picture(40, 40, "L"))
+    np.testing.assert_array_equal(grey[0], grey[1])
+    np.testing.assert_array_equal(grey[0], grey[2])
+    clear = picture(40, 40, "RGBA")
+    opaque = Image.fromarray(np.asarray(clear)[..., :3])
+    np.testing.assert_array_equal(transform(clear), transform(opaque))
+
+
+def test_one_channel_networks_get_grey() -> None:
+    transform = Transform(resolution=(24, 30), crop_pct=1.0, mean=(0.5,), std=(0.5,))
+    image = picture(30, 24)
+    check(transform(image), normalised(image.convert("L"), (0.5,), (0.5,)))
+    assert transform.shape == (1, 24, 30)
+
+
+def test_a_tiny_image_covers_the_crop() -> None:
+    assert Transform(resolution=(33, 47))(picture(1, 2)).shape == (3, 33, 47)
+    assert Transform(resolution=(33, 47), crop_pct=1.0)(picture(3000, 5)).shape == (3, 33, 47)
+
+
+def test_json_round_trip() -> None:
+    transform = Transform(resolution=(96, 64), crop_pct=1.0, mean=(0.1,), std=(0.2,), interpolation="bilinear")
+    assert Transform.from_json(json.loads(json.dumps(transform.to_json()))) == transform
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"resolution": (0, 8)}, "below 1 pixel"),
+        ({"crop_pct": 0.0}, "crop_pct 0.0"),
+        ({"crop_pct": 1.1}, "crop_pct 1.1"),
+        ({"mean": (0.5,)}, "1 means but 3"),
+        ({"mean": (0.5,) * 2, "std": (0.5,) * 2}, "2 channels"),
+        ({"std": (0.5, 0.0, 0.5)}, "not above 0"),
+        ({"std": (0.5, float("nan"), 0.5)}, "not above 0"),
+        ({"mean": (0.5, float("nan"), 0.5)}, "not finite"),
+        ({"interpolation": "cubic"}, "'cubic' is unknown"),
+    ],
+)
+def test_an_impossible_transform_is_refused(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        Transform(**wrong)

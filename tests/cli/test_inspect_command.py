@@ -1,0 +1,162 @@
+"""`pcn-compile inspect`, and the ways a bundle can be bad."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import pcn_deploy
+from pcn_deploy import BatchRange, Bundle, CompileOptions, Transform
+from pcn_deploy.cli.main import main
+
+pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    network = pcn_deploy.create_model(
+        "patchconvnet", random_weights=True, width=32, depth=1, patch=4, num_classes=3, layer_scale=0.5
+    )
+    options = CompileOptions(
+        precision="fp32",
+        targets=("cpu", "torchscript"),
+        transform=Transform(resolution=(32, 32)),
+        batch=BatchRange(min=1, opt=1, max=4),
+    )
+    bundle = pcn_deploy.compile(network, options).bundle
+    return bundle.save(tmp_path_factory.mktemp("bundle") / "tiny.pcn")
+
+
+@pytest.fixture
+def path(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(original, tmp_path / "tiny.pcn"))
+
+
+def invoke(*words: Any) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def refused(result: Result, code: int, *words: str) -> None:
+    """One clear error on stderr, the right code, no traceback, nothing on stdout."""
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    for word in ("Error: ", *words):
+        assert word in " ".join(result.stderr.split()), result.stderr
+    assert result.stdout == ""
+
+
+def test_a_person_reads_tables(path: Path) -> None:
+    result = invoke("inspect", path)
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    for words in ("PatchConvNet", "images float32 (batch, 3, 32, 32)", "logits", "1:1:4", "torchscript", "passed"):
+        assert words in result.stdout
+    layer = "blocks.0.attn"
+    assert layer not in result.stdout
+    assert layer in invoke("inspect", path, "--explain").stdout
+
+
+def test_json_keeps_its_keys(path: Path) -> None:
+    result = invoke("inspect", path, "--json")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    found = json.loads(result.stdout)
+    assert {"model", "precision", "inputs", "outputs", "calibration", "engines", "provenance"} <= set(found)
+    assert (found["model"], found["precision"], found["calibration"]) == ("PatchConvNet", "fp32", None)
+    assert [entry["target"] for entry in found["engines"]] == ["cpu", "torchscript"]
+    for entry in found["engines"]:
+        assert {"target", "sha256", "bytes", "built_with"} <= set(entry)
+        assert found["members"][entry["member"]]["sha256"] == entry["sha256"]
+    assert found["parity"]["torchscript"]["passed"] is True
+    assert found["layers"]
+    assert found["provenance"]["built_by"]["torch"]
+
+
+def rewrite(path: Path, change: Any) -> None:
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    manifest = json.loads(members.pop("manifest.json"))
+    change(manifest, members)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in {"manifest.json": json.dumps(manifest).encode(), **members}.items():
+            archive.writestr(name, data)
+
+
+COMMANDS = [["inspect"], ["verify"], ["bench", "--seconds", "0.01"], ["engine", "--target", "cpu"], ["run", "a.png"]]
+commands = pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words[0])
+
+
+def bad(path: Path, words: list[str], *parts: str) -> None:
+    before = path.read_bytes() if path.exists() else None
+    refused(invoke(words[0], path, *words[1:]), 5, *parts)
+    assert (path.read_bytes() if path.exists() else None) == before
+
+
+@commands
+def test_a_bundle_that_is_missing(tmp_path: Path, words: list[str]) -> None:
+    bad(tmp_path / "missing.pcn", words, "does not exist. Build one with: pcn-compile build")
+
+
+@commands
+def test_a_truncated_bundle(path: Path, words: list[str]) -> None:
+    path.write_bytes(path.read_bytes()[:-500])
+    bad(path, words, "truncated", "Copy or build it again")
+
+
+@commands
+def test_a_file_that_is_no_bundle(path: Path, words: list[str]) -> None:
+    path.write_text("no bundle")
+    bad(path, words, "is not a bundle")
+
+
+@commands
+def test_a_newer_schema(path: Path, words: list[str]) -> None:
+    def newer(manifest: Any, members: Any) -> None:
+        manifest["schema"] = 99
+
+    rewrite(path, newer)
+    bad(path, words, "schema 99; this version reads schema 1. Upgrade pcn-deploy.")
+
+
+@commands
+def test_an_altered_member(path: Path, words: list[str]) -> None:
+    def alter(manifest: Any, members: Any) -> None:
+        for name, data in members.items():
+            members[name] = data[:-1] + bytes([data[-1] ^ 1])
+
+    rewrite(path, alter)
+    bad(path, words, "is not what was packed", "do not use it")
+
+
+@commands
+def test_a_member_too_many(path: Path, words: list[str]) -> None:
+    def add(manifest: Any, members: Any) -> None:
+        members["../evil.sh"] = b"evil"
+
+    rewrite(path, add)
+    bad(path, words, "does not hold what its manifest declares: ../evil.sh")
+
+
+@commands
+def test_an_altered_manifest(path: Path, words: list[str]) -> None:
+    def garble(manifest: Any, members: Any) -> None:
+        del manifest["interface"]["inputs"]
+
+    rewrite(path, garble)
+    bad(path, words, "was altered")
+
+
+def test_the_engine_on_disk_is_the_one_described(path: Path) -> None:
+    found = json.loads(invoke("inspect", path, "--json").stdout)
+    bundle = Bundle.open(path)
+    assert {entry["target"]: entry["bytes"] for entry in found["engines"]} == {
+        "cpu": len(bundle.read("model.onnx")),
+        "torchscript": len(bundle.read("model.ts")),
+    }

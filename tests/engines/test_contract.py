@@ -1,0 +1,223 @@
+"""The contract of a backend, once; each backend that runs anywhere is a subclass."""
+
+from __future__ import annotations
+
+import io
+import sys
+import warnings
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from pcn_deploy.engines.base import Array, Backend, GraphSource, Session
+from pcn_deploy.engines.registry import TARGETS, get_backend
+from pcn_deploy.errors import BuildError, DataError, DependencyError, IncompatibleError, OptionError
+from pcn_deploy.specs import BatchRange, EngineSpec, TensorSpec
+
+torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
+
+SPEC = EngineSpec(
+    inputs=(TensorSpec(name="images", dtype="float32", shape=("batch", 3, 2, 2)),),
+    outputs=(TensorSpec(name="logits", dtype="float32", shape=("batch", 3)),),
+    batch=BatchRange(min=2, opt=2, max=4),
+)
+
+
+def images(count: int = 3, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal((count, 3, 2, 2), dtype=np.float32)
+
+
+def expected(batch: Array) -> Array:
+    """What the network of these tests computes: the sum over the pixels of each channel."""
+    total: Array = batch.sum((2, 3))
+    return total
+
+
+class ContractTemplate(ABC):
+    """What every backend must do. Subclasses say which one, and make its graph."""
+
+    target: ClassVar[str]
+    missing: ClassVar[str]
+
+    @abstractmethod
+    def source(self) -> GraphSource:
+        """A graph that computes `expected`."""
+
+    @abstractmethod
+    def broken(self) -> list[GraphSource]:
+        """Graphs that cannot become an engine that opens."""
+
+    @property
+    def backend(self) -> Backend:
+        return get_backend(self.target)
+
+    @pytest.fixture
+    def session(self) -> Session:
+        return self.backend.open(self.backend.build(self.source()).data, SPEC)
+
+    def test_it_says_what_it_can_do(self) -> None:
+        state = self.backend.availability()
+        assert state.can_build
+        assert state.can_run
+        assert any(character.isdigit() for character in state.detail), "a version"
+        assert self.backend.target == self.target
+
+    def test_an_engine_computes_the_graph(self, session: Session) -> None:
+        for count in (2, 3, 4):
+            outputs = session.run({"images": images(count)})
+            assert list(outputs) == ["logits"]
+            assert outputs["logits"].dtype == np.float32
+            np.testing.assert_allclose(outputs["logits"], expected(images(count)), rtol=1e-5, atol=1e-6)
+
+    def test_the_engine_says_what_built_it(self) -> None:
+        facts = self.backend.build(self.source()).built_with
+        assert facts
+        assert all(isinstance(value, str) for value in facts.values())
+
+    def test_inputs_that_are_not_contiguous(self, session: Session) -> None:
+        batch = images()[:, :, ::-1].transpose(0, 1, 3, 2)
+        assert not batch.flags.c_contiguous
+        np.testing.assert_allclose(session.run({"images": batch})["logits"], expected(batch), rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("names", [[], ["image"], ["images", "more"]], ids=str)
+    def test_other_names(self, session: Session, names: list[str]) -> None:
+        with pytest.raises(DataError, match=r"Inputs given: .*the engine takes \['images'\]"):
+            session.run({name: images() for name in names})
+
+    @pytest.mark.parametrize("dtype", ["float64", "float16", "uint8", "int32"])
+    def test_another_dtype(self, session: Session, dtype: str) -> None:
+        with pytest.raises(DataError, match=f"'images' is {dtype} .*takes float32"):
+            session.run({"images": images().astype(dtype)})
+
+    @pytest.mark.parametrize("shape", [(3, 3, 2, 3), (3, 1, 2, 2), (3, 2, 2), (3, 3, 2, 2, 1), ()], ids=str)
+    def test_another_shape(self, session: Session, shape: tuple[int, ...]) -> None:
+        with pytest.raises(DataError, match=r"of shape \(.*the engine takes float32 of shape \('batch', 3, 2, 2\)"):
+            session.run({"images": np.zeros(shape, np.float32)})
+
+    @pytest.mark.parametrize("count", [0, 1, 5])
+    def test_a_batch_out_of_range(self, session: Session, count: int) -> None:
+        with pytest.raises(DataError, match=f"Batch of {count} images; the engine was built for 2:2:4"):
+            session.run({"images": images(count)})
+
+    def test_outputs_belong_to_the_caller(self, session: Session) -> None:
+        given = images()
+        first = session.run({"images": given})["logits"]
+        kept = first.copy()
+        second = session.run({"images": images(seed=1)})["logits"]
+        np.testing.assert_array_equal(first, kept, "a later run writes elsewhere")
+        second[:] = 7
+        given[:] = 7
+        np.testing.assert_array_equal(first, kept)
+        np.testing.assert_array_equal(session.run({"images": images()})["logits"], kept)
+
+    def test_inputs_are_left_alone(self, session: Session) -> None:
+        given = images()
+        session.run({"images": given})
+        np.testing.assert_array_equal(given, images())
+
+    def test_closing_twice(self, session: Session) -> None:
+        with session:
+            session.run({"images": images()})
+        session.close()
+        session.close()
+        another = self.backend.open(self.backend.build(self.source()).data, SPEC)
+        assert another.run({"images": images()})["logits"].shape == (3, 3)
+
+    def test_graphs_that_are_broken(self) -> None:
+        for source in self.broken():
+            with pytest.raises((BuildError, IncompatibleError)) as caught:
+                self.backend.open(self.backend.build(source).data, SPEC)
+            assert len(str(caught.value)) > 20
+
+    def test_bytes_that_are_no_engine(self) -> None:
+        with pytest.raises(IncompatibleError, match=r"cannot load"):
+            self.backend.open(b"no engine at all", SPEC)
+
+    def test_without_its_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import importlib.util
+
+        real = importlib.util.find_spec
+
+        def without(name: str, *rest: Any) -> Any:
+            return None if name == self.missing else real(name, *rest)
+
+        monkeypatch.setattr(importlib.util, "find_spec", without)
+        state = self.backend.availability()
+        assert (state.can_build, state.can_run) == (False, False)
+        for attempt in (lambda: self.backend.build(self.source()), lambda: self.backend.open(b"", SPEC)):
+            with pytest.raises(DependencyError, match=rf"pip install 'pcn-deploy\[{self.backend.extra}\]'"):
+                attempt()
+
+
+class TestOnnxRuntime(ContractTemplate):
+    target = "cpu"
+    missing = "onnxruntime"
+
+    def source(self) -> GraphSource:
+        return self._graph("ReduceSum")
+
+    def broken(self) -> list[GraphSource]:
+        good = self.source()
+        return [self._graph("NoSuchOperator"), replace(good, onnx=b""), replace(good, onnx=good.onnx[:-20])]
+
+    def test_a_library_that_does_not_load(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "onnxruntime.py").write_text("raise ImportError('libgomp.so.1: cannot open')")
+        monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
+        state = self.backend.availability()
+        assert (state.can_build, state.can_run) == (False, False)
+        assert state.detail.startswith("onnxruntime does not load: libgomp")
+        with pytest.raises(DependencyError, match="--force-reinstall"):
+            self.backend.build(self.source())
+
+    def _graph(self, operator: str) -> GraphSource:
+        info, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+        graph = onnx.helper.make_graph(
+            [onnx.helper.make_node(operator, ["images", "axes"], ["logits"], keepdims=0)],
+            "sum",
+            [info("images", kind, ["batch", 3, 2, 2])],
+            [info("logits", kind, ["batch", 3])],
+            [onnx.numpy_helper.from_array(np.array([2, 3]), "axes")],
+        )
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+        return GraphSource(onnx=model.SerializeToString(), torchscript=b"", spec=SPEC)
+
+
+class _Sum(torch.nn.Module):  # type: ignore[name-defined,misc]
+    def forward(self, images: torch.Tensor) -> torch.Tensor:  # type: ignore[name-defined]
+        return images.sum((2, 3))
+
+
+class TestTorchScript(ContractTemplate):
+    target = "torchscript"
+    missing = "torch"
+
+    def source(self) -> GraphSource:
+        buffer = io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            torch.jit.save(torch.jit.script(_Sum()), buffer)
+        return GraphSource(onnx=b"", torchscript=buffer.getvalue(), spec=SPEC)
+
+    def broken(self) -> list[GraphSource]:
+        good = self.source()
+        return [replace(good, torchscript=b""), replace(good, torchscript=good.torchscript[:-200])]
+
+
+def test_every_target_has_a_backend_of_its_name() -> None:
+    backends = [get_backend(target) for target in TARGETS]
+    assert [backend.target for backend in backends] == list(TARGETS)
+    members = [backend.member for backend in backends]
+    assert members == ["model.onnx", "model.ts", "engines/tensorrt.engine", "engines/tensorrt-rtx.engine"]
+    for backend in backends:
+        assert backend.availability().detail
+
+
+def test_an_unknown_target() -> None:
+    with pytest.raises(OptionError, match=r"Unknown target 'gpu'. Known targets: cpu, torchscript, tensorrt"):
+        get_backend("gpu")

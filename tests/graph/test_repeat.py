@@ -1,0 +1,187 @@
+"""Exporting one block of many: the unrolled graph is the graph of the whole network, or the run is left alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pcn_deploy.graph import export
+from pcn_deploy.graph.repeat import Run, find_runs, keep_first
+from pcn_deploy.models.deploy import to_deploy
+from pcn_deploy.models.patchconvnet import PatchConvNet
+from pcn_deploy.specs import BatchRange
+
+MakeNet = Callable[..., PatchConvNet]
+
+
+def execute(graph: ir.Model, images: Tensor) -> npt.NDArray[np.float32]:
+    session = ort.InferenceSession(export.serialise(graph), providers=["CPUExecutionProvider"])
+    logits: npt.NDArray[np.float32] = session.run(None, {"images": images.numpy()})[0]
+    return logits
+
+
+def check_export(model: nn.Module, shape: tuple[int, int, int], runs: list[Run]) -> None:
+    model.eval()
+    images = torch.from_numpy(np.random.default_rng(0).standard_normal((2, *shape)).astype(np.float32))
+    assert find_runs(model, images) == runs
+    with torch.no_grad():
+        expected = model(images).numpy()
+    assert np.abs(expected).max() > 0
+    np.testing.assert_allclose(execute(export.to_onnx(model, shape, BatchRange(), {}), images), expected, atol=1e-5)
+
+
+def test_unrolled_graph_is_that_of_a_full_export(make_net: MakeNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, _ = to_deploy(make_net(depth=4))
+    images = torch.rand(2, 3, 32, 48)
+    assert find_runs(net, images) == [Run("blocks", ("0", "1", "2", "3"))]
+    unrolled = export.to_onnx(net, (3, 32, 48), BatchRange(), {})
+    monkeypatch.setattr(export, "find_runs", lambda _model, _example: [])
+    full = export.to_onnx(net, (3, 32, 48), BatchRange(), {})
+    np.testing.assert_allclose(execute(unrolled, images), execute(full, images), atol=1e-6)
+    kinds = [Counter(node.op_type for node in graph.graph) for graph in (unrolled, full)]
+    assert kinds[0] == kinds[1]
+    assert kinds[0]["Conv"] == 4 + 4 * 5
+    sizes = [
+        sum(value.const_value.size for value in g.graph.initializers.values() if value.const_value is not None)
+        for g in (unrolled, full)
+    ]
+    assert sizes[0] == sizes[1]
+
+
+def test_each_block_reads_its_own_weights(make_net: MakeNet) -> None:
+    net = make_net(depth=4)
+    graph = export.to_onnx(net, (3, 32, 32), BatchRange(), {}).graph
+    weights = net.state_dict()
+    depthwise = [node for node in graph if node.op_type == "Conv" and node.attributes["group"].as_int() == 32]
+    assert len(depthwise) == 4
+    for index, node in enumerate(depthwise):
+        for value, leaf in zip(node.inputs[1:], ("weight", "bias"), strict=True):
+            assert value is not None and value.const_value is not None
+            expected = weights[f"blocks.{index}.attn.qkv_pos.2.{leaf}"].numpy()
+            np.testing.assert_array_equal(value.const_value.numpy(), expected)
+
+
+def test_the_network_keeps_all_its_blocks(make_net: MakeNet) -> None:
+    net = make_net(depth=4)
+    short = keep_first(net, [Run("blocks", ("0", "1", "2", "3"))])
+    assert [name for name, _ in short.get_submodule("blocks").named_children()] == ["0"]
+    assert len(net.blocks) == 4
+    assert short.state_dict()["blocks.0.gamma_1"].data_ptr() == net.state_dict()["blocks.0.gamma_1"].data_ptr()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_equal_weights_everywhere_are_no_problem(make_net: MakeNet, value: float) -> None:
+    net = make_net(depth=3)
+    with torch.no_grad():
+        for name, parameter in net.blocks.named_parameters():
+            parameter.fill_(value if "norm" in name or value == 0 else 0.01)
+        next(net.blocks[2].parameters()).fill_(0.3)
+    check_export(net, (3, 32, 32), [Run("blocks", ("0", "1", "2"))])
+
+
+def conv() -> nn.Conv2d:
+    return nn.Conv2d(4, 4, 3, padding=1)
+
+
+class Block(nn.Module):
+    def __init__(self, slope: float = 0.1) -> None:
+        super().__init__()
+        self.conv, self.norm, self.slope = conv(), nn.BatchNorm2d(4), slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x))
+        return nn.functional.leaky_relu(y, self.slope)
+
+
+def test_a_run_at_the_root_holds_the_runs_inside_it() -> None:
+    nested = nn.Sequential(*(nn.Sequential(Block(), Block()) for _ in range(3)))
+    check_export(nested, (4, 8, 8), [Run("", ("0", "1", "2"))])
+
+
+def test_several_runs() -> None:
+    net = nn.Sequential(nn.Sequential(conv(), conv()), nn.ReLU(), nn.Sequential(Block(), Block(), Block()))
+    check_export(net, (4, 8, 8), [Run("0", ("0", "1")), Run("2", ("0", "1", "2"))])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(*(nn.Conv2d(4, 4, 3, stride=2, padding=1) for _ in range(3))),
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=2, dilation=2)),
+        lambda: nn.Sequential(Block(0.1), Block(0.3)),
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, bias=False)),
+        lambda: nn.Sequential(nn.GELU(), nn.GELU()),
+    ],
+    ids=["shape changes", "another dilation", "another slope", "no bias", "no weights"],
+)
+def test_blocks_that_differ_are_no_run(make: Callable[[], nn.Module]) -> None:
+    assert find_runs(make().eval(), torch.zeros(1, 4, 9, 9)) == []
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block(), Block())
+
+
+class OwnLoop(Blocks):
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) + x
+        return x
+
+
+class Twice(Blocks):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.blocks(self.blocks(x))
+        return y
+
+
+class AlsoAlone(Blocks):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.blocks(x) + self.blocks[1](x)
+        return y
+
+
+def test_blocks_that_the_network_executes_in_its_own_way_are_no_run() -> None:
+    """Repeating the one exported block would compute something else, without any error."""
+    for model in (OwnLoop(), Twice(), AlsoAlone()):
+        check_export(model, (4, 6, 6), [])
+    shared = conv()
+    check_export(nn.Sequential(shared, shared, conv()), (4, 6, 6), [])
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).reshape(batch, tokens, 3, 2, width // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        update = ((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2)
+        y: Tensor = x + update.reshape(batch, tokens, width)
+        return y
+
+
+class Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Attention(), Attention(), Attention())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.blocks(x.reshape(x.shape[0], -1, 8))
+        return y.mean(1)
+
+
+def test_blocks_that_read_more_than_their_input_are_exported_in_full() -> None:
+    """With a batch of any size, these blocks read the size of the batch too."""
+    check_export(Transformer(), (4, 8, 8), [Run("blocks", ("0", "1", "2"))])

@@ -1,0 +1,197 @@
+"""Reading weights: every container the authors used, and everything that must be refused."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pcn_deploy.errors import CheckpointError
+from pcn_deploy.models.checkpoint import (
+    StateDict,
+    infer_patchconvnet,
+    load_strict,
+    read_state_dict,
+    stack_class_heads,
+)
+from pcn_deploy.models.patchconvnet import PatchConvNet
+from pcn_deploy.models.registry import create_model
+
+MakeNet = Callable[..., PatchConvNet]
+
+
+def assert_same(found: StateDict, expected: StateDict) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def prefixed(state: StateDict) -> StateDict:
+    return {f"module.{name}": tensor for name, tensor in state.items()}
+
+
+CONTAINERS: dict[str, Callable[[StateDict], Any]] = {
+    "flat": lambda state: state,
+    "model": lambda state: {"model": state, "epoch": 3, "lr": 0.1},
+    "state_dict": lambda state: {"state_dict": state, "scaler": {"scale": 2.0}},
+    "model_ema": lambda state: {"model_ema": state},
+    "module prefix": prefixed,
+    "model with module prefix": lambda state: {"model": prefixed(state)},
+    "model before model_ema": lambda state: {"model_ema": {"norm.bias": torch.zeros(1)}, "model": state},
+    "argparse.Namespace beside": lambda state: {"model": state, "args": argparse.Namespace(lr=3e-3, model="S60")},
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_every_container_is_unwrapped(tmp_path: Path, make_net: MakeNet, container: str) -> None:
+    state = make_net().state_dict()
+    torch.save(CONTAINERS[container](state), tmp_path / "net.pth")
+    assert_same(read_state_dict(tmp_path / "net.pth"), state)
+
+
+def test_safetensors(tmp_path: Path, make_net: MakeNet) -> None:
+    state = make_net().state_dict()
+    save_file(state, tmp_path / "net.safetensors")
+    assert_same(read_state_dict(tmp_path / "net.safetensors"), state)
+    save_file(prefixed(state), tmp_path / "wrapped.safetensors")
+    assert_same(read_state_dict(tmp_path / "wrapped.safetensors"), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_become_float32(tmp_path: Path, make_net: MakeNet, dtype: torch.dtype) -> None:
+    state = {name: tensor.to(dtype) for name, tensor in make_net().state_dict().items()}
+    torch.save(state, tmp_path / "net.pth")
+    loaded = create_model("patchconvnet", weights=tmp_path / "net.pth").state_dict()
+    assert_same(loaded, {name: tensor.float() for name, tensor in state.items()})
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
+
+
+def test_wrong_keys_are_listed_by_kind(make_net: MakeNet) -> None:
+    net = make_net()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    state = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
+    del state["norm.bias"]
+    state["pos_embed"] = torch.zeros(1)
+    state["head.weight"] = torch.zeros(9, 32)
+    with pytest.raises(CheckpointError) as caught:
+        load_strict(net, state, "my.pth")
+    assert str(caught.value).splitlines()[:-1] == [
+        "my.pth does not fit this network:",
+        "  1 missing: norm.bias",
+        "  1 extra: pos_embed",
+        "  1 misshapen: head.weight (9, 32) instead of (10, 32)",
+    ]
+    assert_same(net.state_dict(), before)
+
+
+def test_a_long_list_of_keys_is_shortened_and_counted(make_net: MakeNet) -> None:
+    with pytest.raises(CheckpointError, match=r"20 extra: x00, x01, .*x07 and 12 more"):
+        load_strict(make_net(), make_net().state_dict() | {f"x{i:02}": torch.zeros(1) for i in range(20)}, "origin")
+
+
+class Payload:
+    """A pickle that makes a directory when it is loaded."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path: Path, zipped: bool) -> None:
+    marker, path = tmp_path / "executed", tmp_path / "evil.pth"
+    content = {"extra": Payload(marker), "model": {"norm.bias": torch.zeros(3)}}
+    if zipped:
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(CheckpointError, match=r"refers to .*mkdir.*refused"):
+        read_state_dict(path)
+    assert not marker.exists()
+    torch.load(path, weights_only=False) if zipped else pickle.loads(path.read_bytes())
+    assert marker.exists(), "the payload was live"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_truncated_file_is_refused(tmp_path: Path, make_net: MakeNet, share: float, suffix: str) -> None:
+    path = tmp_path / f"net{suffix}"
+    if suffix == ".pth":
+        torch.save(make_net().state_dict(), path)
+    else:
+        save_file(make_net().state_dict(), path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(CheckpointError, match=rf"net\{suffix} is .*again|is corrupt"):
+        read_state_dict(path)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    for name in ("notes.pth", "notes.safetensors"):
+        (tmp_path / name).write_text("these are not the weights you are looking for\n" * 20)
+        with pytest.raises(CheckpointError, match=name):
+            read_state_dict(tmp_path / name)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.pth", tmp_path):
+        with pytest.raises(CheckpointError, match=r"does not exist.*--weights"):
+            read_state_dict(path)
+
+
+@pytest.mark.parametrize("content", [{}, {"epoch": 3}, {"model": {"epoch": 3}}, [torch.zeros(1)], torch.zeros(2)])
+def test_a_file_without_named_tensors_is_refused(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "net.pth")
+    with pytest.raises(CheckpointError, match="no tensors by name"):
+        read_state_dict(tmp_path / "net.pth")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_numbers_are_refused(tmp_path: Path, make_net: MakeNet, value: float) -> None:
+    state = make_net().state_dict()
+    state["blocks.1.norm1.bias"][3] = value
+    torch.save(state, tmp_path / "net.pth")
+    with pytest.raises(CheckpointError, match=r"NaN or infinite values in 1 tensors: blocks\.1\.norm1\.bias"):
+        read_state_dict(tmp_path / "net.pth")
+
+
+def official_heads(state: StateDict) -> StateDict:
+    """The layout of the official multi-class-token files: one linear layer per class."""
+    heads = {f"head.{i}.weight": row[None] for i, row in enumerate(state["head.weight"])}
+    heads |= {f"head.{i}.bias": value[None] for i, value in enumerate(state["head.bias"])}
+    return {name: tensor for name, tensor in state.items() if not name.startswith("head.")} | heads
+
+
+def test_official_class_heads_are_stacked_in_numeric_order(tmp_path: Path, make_net: MakeNet) -> None:
+    net = make_net(num_classes=12, multi_class_token=True)  # 12: as text, head.10 sorts before head.2
+    official = official_heads(net.state_dict())
+    assert "head.11.bias" in official
+    assert_same(stack_class_heads(official), net.state_dict())
+    torch.save(official, tmp_path / "multi.pth")
+    loaded = create_model("patchconvnet", weights=tmp_path / "multi.pth")
+    images = torch.rand(2, 3, 48, 32)
+    assert torch.equal(loaded(images), net(images))
+
+
+@pytest.mark.parametrize("absent", ["head.3.bias", "head.0.weight", "head.5.weight"])
+def test_incomplete_class_heads_are_not_stacked_but_reported(tmp_path: Path, make_net: MakeNet, absent: str) -> None:
+    state = official_heads(make_net(num_classes=12, multi_class_token=True).state_dict())
+    del state[absent]
+    torch.save(state, tmp_path / "multi.pth")
+    with pytest.raises(CheckpointError, match=r"head\.weight"):
+        create_model("patchconvnet", weights=tmp_path / "multi.pth", num_classes=12)
+
+
+def test_weights_of_another_family_are_named_so() -> None:
+    with pytest.raises(CheckpointError, match=r"not a PatchConvNet: 'cls_token' is absent.*conv1\.weight"):
+        infer_patchconvnet({"conv1.weight": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="not a PatchConvNet"):
+        infer_patchconvnet({"cls_token": torch.zeros(1, 1, 8), "head.weight": torch.zeros(3, 8)})

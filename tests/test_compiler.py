@@ -1,0 +1,243 @@
+"""The verb `compile`, end to end on a network that takes seconds."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pcn_deploy
+from pcn_deploy import BatchRange, CompileOptions, CompileResult, Transform
+from pcn_deploy.compiler import synthetic_images
+from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend
+from pcn_deploy.errors import CheckpointError, DataError, DependencyError, ModelError, OptionError
+from pcn_deploy.parity import BUDGETS
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+
+needs_rtx = pytest.mark.skipif(
+    not any(map(find_spec, ("tensorrt_rtx", "tensorrt_rtx_bindings"))), reason="TensorRT-RTX is not installed"
+)
+
+
+def network(seed: int = 0) -> Any:
+    return pcn_deploy.create_model(
+        "patchconvnet", random_weights=True, width=32, depth=2, patch=4, num_classes=5, layer_scale=0.5, seed=seed
+    )
+
+
+def options(**given: Any) -> CompileOptions:
+    shape = {"transform": Transform(resolution=(32, 32)), "batch": BatchRange(min=1, opt=2, max=4)}
+    return CompileOptions(**{**shape, **given})
+
+
+def images(count: int = 12) -> Any:
+    return np.random.default_rng(1).standard_normal((count, 3, 32, 32), dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, CompileResult]:
+    """One build per precision, for both targets that run anywhere."""
+    return {
+        precision: pcn_deploy.compile(
+            network(),
+            options(precision=precision, targets=("cpu", "torchscript")),
+            calibration=images() if precision == "int8" else None,
+        )
+        for precision in ("fp32", "fp16", "int8")
+    }
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_every_precision_keeps_parity(results: dict[str, CompileResult], precision: str) -> None:
+    result = results[precision]
+    assert result
+    assert [(report.target, report.executed_by) for report in result.reports] == [
+        ("cpu", "cpu"),
+        ("torchscript", "torchscript"),
+    ]
+    for report in result.reports:
+        assert report.images == 8
+        assert report.data == "golden"
+        assert report.budget == BUDGETS[precision]
+        assert report.metrics["sqnr_db"] > BUDGETS[precision].sqnr_db
+
+
+def test_precisions_are_truly_different(results: dict[str, CompileResult]) -> None:
+    """FP16 rounds more than FP32 and INT8 more than FP16: nothing was left in a higher precision silently."""
+    noise = [results[precision].reports[0].metrics["sqnr_db"] for precision in ("fp32", "fp16", "int8")]
+    assert noise[0] > noise[1] + 20 > noise[2] + 20
+    sizes = [len(results[precision].bundle.read("model.onnx")) for precision in ("fp32", "fp16", "int8")]
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_the_bundle_holds_what_the_design_says(results: dict[str, CompileResult], precision: str) -> None:
+    bundle = results[precision].bundle
+    expected = {"model.onnx", "model.ts", "golden.npz", "plan.json", "parity/cpu.json", "parity/torchscript.json"}
+    assert set(bundle.manifest["members"]) == expected | ({"calibration.json"} if precision == "int8" else set())
+    assert [entry["member"] for entry in bundle.engines] == ["model.onnx", "model.ts"]
+    for entry in bundle.engines:
+        assert entry["bytes"] == len(bundle.read(entry["member"]))
+    assert bundle.read_json("parity/cpu.json") == results[precision].reports[0].to_json()
+    assert bundle.read_json("plan.json") == json.loads(json.dumps(results[precision].plan.to_json()))
+    assert bundle.manifest["interface"]["batch"] == {"min": 1, "opt": 2, "max": 4}
+    assert bundle.manifest["transform"]["resolution"] == (32, 32)
+
+
+def test_the_golden_set_is_the_eager_network(results: dict[str, CompileResult]) -> None:
+    golden = results["int8"].bundle.read_arrays("golden.npz")
+    with torch.inference_mode():
+        expected = network()(torch.from_numpy(golden["images"])).numpy()
+    np.testing.assert_allclose(golden["logits"], expected, atol=1e-5)
+    given = images()
+    assert all(any(np.array_equal(image, one) for one in given) for image in golden["images"])
+
+
+def test_int8_records_its_calibration(results: dict[str, CompileResult]) -> None:
+    bundle = results["int8"].bundle
+    kept = bundle.read_json("calibration.json")
+    assert (kept["calibrator"], kept["images"], kept["unreadable"]) == ("entropy", 12, 0)
+    quantised = {entry["op"] for entry in bundle.read_json("plan.json")["entries"] if entry["precision"] == "int8"}
+    assert quantised == set(kept["ranges"])
+    assert quantised
+    assert bundle.manifest["calibration"]["dataset_sha256"] == kept["dataset_sha256"]
+    assert results["fp16"].bundle.manifest["calibration"] is None
+
+
+def test_int8_without_images_is_refused() -> None:
+    with pytest.raises(DataError, match=r"INT8 needs calibration images.*--calibration DIR or FILE\.npz"):
+        pcn_deploy.compile(network(), options(precision="int8"))
+
+
+def test_the_network_is_left_as_it_is() -> None:
+    model = network()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = [type(module) for module in model.modules()]
+    pcn_deploy.compile(model, options(precision="int8"), calibration=images())
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert [type(module) for module in model.modules()] == modules
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@needs_rtx
+def test_an_engine_that_cannot_run_here_is_proven_through_its_graph() -> None:
+    result = pcn_deploy.compile(network(), options(precision="fp16", targets=("tensorrt-rtx",)))
+    (report,) = result.reports
+    assert report.target == "tensorrt-rtx"
+    entry = result.bundle.engine("tensorrt-rtx")
+    assert entry["member"] == "engines/tensorrt-rtx.engine"
+    assert entry["built_with"]["flavour"] == "TensorRT-RTX"
+    if not pcn_deploy.engines.registry.get_backend("tensorrt-rtx").availability().can_run:
+        assert report.executed_by == "cpu"
+        assert result.bundle.read_json("parity/tensorrt-rtx.json")["executed_by"] == "cpu"
+
+
+def test_bf16_on_the_cpu_is_refused_before_any_work() -> None:
+    steps: list[str] = []
+    with pytest.raises(OptionError, match=r"BF16 .*no BF16 kernels on the CPU.*--precision fp16"):
+        pcn_deploy.compile(network(), options(precision="bf16"), progress=lambda step, *_: steps.append(step))
+    assert steps == []
+
+
+def test_a_spoiled_engine_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = OnnxRuntimeBackend._build_impl
+    other = pcn_deploy.compile(network(seed=1), options(precision="fp32")).bundle.read("model.onnx")
+
+    def spoiled(self: Any, source: Any, progress: Any) -> Any:
+        import dataclasses
+
+        return real(self, dataclasses.replace(source, onnx=other), progress)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "_build_impl", spoiled)
+    result = pcn_deploy.compile(network(), options(precision="fp32", targets=("cpu", "torchscript")))
+    assert not result
+    assert [bool(report) for report in result.reports] == [False, True]
+    assert "SQNR" in " ".join(result.reports[0].failures)
+    assert result.bundle.read_json("parity/cpu.json")["passed"] is False
+
+
+class Broken(nn.Module):  # type: ignore[name-defined,misc]
+    """A network with one fault, chosen by name."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+        self.layer = nn.Conv2d(3, 16, 3, padding=1)
+
+    def forward(self, x: Any) -> Any:
+        y = self.layer(x)
+        if self.fault == "map":
+            return y
+        y = y.mean((2, 3))
+        if self.fault == "not finite":
+            return y / torch.zeros_like(y)
+        return (y, y)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "words"),
+    [
+        ("map", ModelError, r"one tensor of logits, \(N, K\)"),
+        ("two", ModelError, r"one tensor of logits, \(N, K\)"),
+        ("not finite", DataError, "NaN or infinite logits"),
+    ],
+)
+def test_networks_that_have_no_logits(fault: str, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        pcn_deploy.compile(Broken(fault).eval(), options(precision="fp32"))
+
+
+def test_weights_that_are_no_numbers() -> None:
+    model = network()
+    model.head.bias.data[0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"NaN or infinite values in 1 tensors: head\.bias"):
+        pcn_deploy.compile(model, options(precision="fp32"))
+
+
+def test_images_of_another_size() -> None:
+    with pytest.raises(DataError, match=r"Set --resolution HxW"):
+        pcn_deploy.compile(network(), options(precision="int8"), calibration=np.zeros((2, 3, 16, 16), np.float32))
+
+
+def test_a_target_whose_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = (
+        OnnxRuntimeBackend()
+        .availability()
+        .__class__(
+            can_build=False,
+            can_run=False,
+            detail="onnxruntime is not installed",
+            remedy="pip install 'pcn-deploy[runtime]'",
+        )
+    )
+    monkeypatch.setattr(OnnxRuntimeBackend, "availability", lambda self: missing)
+    with pytest.raises(DependencyError, match=r"'cpu' cannot be built here.*pip install 'pcn-deploy\[runtime\]'"):
+        pcn_deploy.compile(network(), options(precision="fp32"))
+
+
+def test_synthetic_images_follow_the_seed() -> None:
+    first = synthetic_images(2, options(seed=3))
+    assert first.shape == (2, 3, 32, 32)
+    np.testing.assert_array_equal(first, synthetic_images(2, options(seed=3)))
+    assert not np.array_equal(first, synthetic_images(2, options(seed=4)))
+
+
+def test_each_step_reports_its_start_and_its_end() -> None:
+    calls: dict[str, list[tuple[int, int]]] = {}
+
+    def progress(step: str, done: int, total: int, unit: str = "", /) -> None:
+        calls.setdefault(step, []).append((done, total))
+
+    pcn_deploy.compile(network(), options(precision="int8"), calibration=images(), progress=progress)
+    assert {"Calibrating", "Scripting", "Exporting to ONNX", "Proving cpu"} <= set(calls)
+    for step, seen in calls.items():
+        assert seen[0][0] == 0, step
+        assert seen[-1][0] == seen[-1][1], step
+        assert [done for done, _ in seen] == sorted(done for done, _ in seen), step

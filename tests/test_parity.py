@@ -1,0 +1,187 @@
+"""Metrics against the formulas written out, and the verdict."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from pcn_deploy.calibration.plan import PRECISIONS
+from pcn_deploy.errors import DataError, OptionError
+from pcn_deploy.parity import BUDGETS, SQNR_CEILING_DB, ParityBudget, ParityMeter, ParityReport, budget_for
+
+Floats = npt.NDArray[np.float32]
+STRICT = ParityBudget(cosine_min=0.99, sqnr_db=30.0, top1_drop=1.0)
+
+logits = arrays(np.float32, (5, 4), elements=st.floats(-100, 100, width=32))
+
+
+def measure(reference: Floats, engine: Floats, labels: npt.NDArray[np.int64] | None = None) -> dict[str, float]:
+    meter = ParityMeter()
+    meter.update(reference, engine, labels)
+    return meter.metrics()
+
+
+def judge(reference: Floats, engine: Floats, labels: npt.NDArray[np.int64] | None = None) -> ParityReport:
+    meter = ParityMeter()
+    meter.update(reference, engine, labels)
+    return meter.report(target="cpu", executed_by="cpu", data="test", budget=STRICT)
+
+
+@given(logits, logits)
+def test_metrics_are_the_formulas(reference: Floats, engine: Floats) -> None:
+    r, y = reference.astype(np.float64), engine.astype(np.float64)
+    assume(np.linalg.norm(r, axis=1).min() > 1e-6 and np.linalg.norm(y, axis=1).min() > 1e-6)
+    assume(((r - y) ** 2).sum() > 1e-12)
+    found = measure(reference, engine)
+    cosines = [float(a @ b / (np.sqrt(a @ a) * np.sqrt(b @ b))) for a, b in zip(r, y, strict=True)]
+    assert found["cosine_min"] == pytest.approx(min(cosines), abs=1e-9)
+    expected = 10 * np.log10(np.sum(r * r) / np.sum((r - y) * (r - y)))
+    assert found["sqnr_db"] == pytest.approx(min(expected, SQNR_CEILING_DB), abs=1e-6)
+    assert found["max_abs_error"] == np.max(np.abs(r - y))
+    same = [int(np.argmax(a)) == int(np.argmax(b)) for a, b in zip(r, y, strict=True)]
+    assert found["top1_agreement"] == pytest.approx(100 * sum(same) / len(same))
+
+
+@given(logits, logits, st.integers(1, 4), arrays(np.int64, 5, elements=st.integers(0, 3)))
+def test_batches_do_not_matter(reference: Floats, engine: Floats, cut: int, labels: npt.NDArray[np.int64]) -> None:
+    meter = ParityMeter()
+    for part in (slice(cut), slice(cut, None)):
+        meter.update(reference[part], engine[part], labels[part])
+    assert meter.metrics() == pytest.approx(measure(reference, engine, labels), abs=1e-9)
+
+
+@given(logits)
+def test_equal_outputs_are_perfect(reference: Floats) -> None:
+    found = measure(reference, reference.copy())
+    assert found["cosine_min"] == pytest.approx(1.0, abs=1e-12)
+    assert found["sqnr_db"] == SQNR_CEILING_DB
+    assert (found["max_abs_error"], found["top1_agreement"]) == (0.0, 100.0)
+    assert judge(reference, reference.copy())
+
+
+def test_accuracy_with_labels() -> None:
+    reference = np.eye(4, dtype=np.float32)
+    engine = reference[[0, 1, 2, 2]]
+    found = measure(reference, engine, np.array([0, 1, 0, 3]))
+    assert (found["top1_reference"], found["top1_engine"], found["top1_drop"]) == (75.0, 50.0, 25.0)
+    assert found["top1_agreement"] == 75.0
+    assert "top1_drop" not in measure(reference, engine)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [(0, 0), (2, 3)])
+def test_outputs_that_are_not_numbers_fail(bad: float, place: tuple[int, int]) -> None:
+    reference = np.arange(12, dtype=np.float32).reshape(3, 4) + 1
+    engine = reference.copy()
+    engine[place] = bad
+    report = judge(reference, engine)
+    assert not report
+    assert report.metrics["cosine_min"] == -1.0
+    assert report.metrics["sqnr_db"] == -SQNR_CEILING_DB
+    assert math.isinf(report.metrics["max_abs_error"])
+
+
+def test_an_engine_of_zeros_fails() -> None:
+    reference = np.ones((2, 3), np.float32)
+    report = judge(reference, np.zeros_like(reference))
+    assert not report
+    assert report.metrics["cosine_min"] == 0.0
+    assert report.metrics["sqnr_db"] == pytest.approx(0.0)
+
+
+def test_noise_where_the_reference_is_silent_fails() -> None:
+    report = judge(np.zeros((2, 3), np.float32), np.full((2, 3), 1e-3, np.float32))
+    assert not report
+    assert report.metrics["sqnr_db"] == -SQNR_CEILING_DB
+
+
+def test_one_bad_image_among_many_decides_the_cosine() -> None:
+    reference = np.ones((100, 3), np.float32)
+    engine = reference.copy()
+    engine[41] = [1, 1, -1]
+    report = judge(reference, engine)
+    assert report.metrics["cosine_min"] == pytest.approx(1 / 3)
+    assert len(report.failures) == 2
+    assert "cosine 0.33333 of the worst image is below 0.99" in report.failures[0]
+    assert "SQNR 18.8 dB is below 30.0 dB" in report.failures[1]
+
+
+def test_the_drop_alone_fails() -> None:
+    """Logits nearly equal, but the class changes: only labels can tell that it matters."""
+    reference = np.array([[1.0, 0.9999]] * 10, np.float32)
+    engine = reference[:, ::-1].copy()
+    assert judge(reference, engine)
+    report = judge(reference, engine, np.zeros(10, np.int64))
+    assert report.failures == ("top-1 drops by 100.00 points, more than 1.00",)
+    assert not report.passed
+    assert judge(reference, engine, np.ones(10, np.int64)), "a gain is no drop"
+
+
+def test_a_limit_that_is_just_kept_passes() -> None:
+    reference, engine = np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32)
+    engine[3] = [1, 0, 0, 1.0001]
+    metrics = measure(reference, engine, np.array([0, 1, 2, 3]))
+    exact = ParityBudget(cosine_min=metrics["cosine_min"], sqnr_db=metrics["sqnr_db"], top1_drop=metrics["top1_drop"])
+    meter = ParityMeter()
+    meter.update(reference, engine, np.array([0, 1, 2, 3]))
+    assert meter.report(target="cpu", executed_by="cpu", data="test", budget=exact)
+
+
+@pytest.mark.parametrize("labels", [[0, 4], [-1, 0]])
+def test_labels_outside_the_classes(labels: list[int]) -> None:
+    reference = np.ones((2, 4), np.float32)
+    with pytest.raises(DataError, match=rf"Labels run from {min(labels)} to {max(labels)}; the network has 4 classes"):
+        ParityMeter().update(reference, reference, np.array(labels))
+
+
+@pytest.mark.parametrize(("one", "other"), [((2, 4), (2, 3)), ((2, 4), (1, 4)), ((4,), (4,)), ((2, 4, 1), (2, 4, 1))])
+def test_shapes_that_differ(one: tuple[int, ...], other: tuple[int, ...]) -> None:
+    with pytest.raises(DataError, match=r"expected the same"):
+        ParityMeter().update(np.ones(one, np.float32), np.ones(other, np.float32))
+
+
+def test_nothing_compared_is_no_parity() -> None:
+    with pytest.raises(DataError, match=r"No images were compared"):
+        ParityMeter().report(target="cpu", executed_by="cpu", data="none", budget=STRICT)
+
+
+def test_every_precision_has_a_budget_and_lower_ones_allow_more() -> None:
+    assert tuple(BUDGETS) == PRECISIONS
+    budgets = [budget_for(precision) for precision in PRECISIONS]
+    for tight, loose in itertools.pairwise(budgets):
+        assert tight.cosine_min > loose.cosine_min
+        assert tight.sqnr_db > loose.sqnr_db
+        assert tight.top1_drop < loose.top1_drop
+
+
+def test_the_limit_of_the_user_replaces_the_drop_only() -> None:
+    budget, default = budget_for("int8", 0.25), BUDGETS["int8"]
+    assert (budget.cosine_min, budget.sqnr_db, budget.top1_drop) == (default.cosine_min, default.sqnr_db, 0.25)
+    assert budget_for("int8", 0.0).top1_drop == 0.0
+
+
+@pytest.mark.parametrize("limit", [-0.1, math.nan, math.inf])
+def test_a_limit_that_is_none(limit: float) -> None:
+    with pytest.raises(OptionError, match=r"--max-drop .*0 or more"):
+        budget_for("fp16", limit)
+
+
+def test_the_json_form_keeps_its_keys() -> None:
+    reference = np.eye(3, dtype=np.float32)
+    meter = ParityMeter()
+    meter.update(reference, reference, np.arange(3))
+    found = meter.report(target="tensorrt", executed_by="cpu", data="golden", budget=STRICT).to_json()
+    assert json.loads(json.dumps(found)) == found
+    assert (found["passed"], found["target"], found["executed_by"], found["images"]) == (True, "tensorrt", "cpu", 3)
+    assert (found["data"], found["failures"]) == ("golden", [])
+    names = {"cosine_min", "sqnr_db", "max_abs_error", "top1_agreement", "top1_reference", "top1_engine", "top1_drop"}
+    assert set(found["metrics"]) == names
+    assert found["budget"] == {"cosine_min": 0.99, "sqnr_db": 30.0, "top1_drop": 1.0}

@@ -1,0 +1,168 @@
+"""Opening a bundle's engine and running it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pcn_deploy
+from pcn_deploy import BatchRange, Bundle, CompileOptions, Engine, Transform
+from pcn_deploy.engines.base import Availability, Session
+from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend
+from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.engines.torchscript import TorchScriptBackend
+from pcn_deploy.errors import BundleError, DataError, DependencyError, OptionError
+from pcn_deploy.runtime import PREFERENCE, executor
+
+torch = pytest.importorskip("torch")
+
+NOTHING = Availability(can_build=False, can_run=False, detail="nothing found", remedy="pip install it")
+
+
+def network() -> Any:
+    return pcn_deploy.create_model(
+        "patchconvnet", random_weights=True, width=32, depth=2, patch=4, num_classes=5, layer_scale=0.5
+    )
+
+
+def images(count: int) -> Any:
+    return np.random.default_rng(2).standard_normal((count, 3, 32, 32), dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Targets torchscript and cpu, in this order; batches of 2 to 4."""
+    options = CompileOptions(
+        precision="fp32",
+        targets=("torchscript", "cpu"),
+        transform=Transform(resolution=(32, 32)),
+        batch=BatchRange(min=2, opt=2, max=4),
+    )
+    bundle = pcn_deploy.compile(network(), options).bundle
+    return bundle.save(tmp_path_factory.mktemp("bundle") / "tiny.pcn")
+
+
+@pytest.fixture(scope="module")
+def expected() -> Any:
+    with torch.inference_mode():
+        return network()(torch.from_numpy(images(11))).numpy()
+
+
+@pytest.mark.parametrize("target", ["cpu", "torchscript"])
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 11])
+def test_any_number_of_images(path: Path, expected: Any, target: str, count: int) -> None:
+    with pcn_deploy.load(path, target) as engine:
+        logits = engine.predict(images(11)[:count])
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected[:count], atol=1e-5)
+
+
+def test_batches_are_as_few_and_as_full_as_the_engine_allows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    with pcn_deploy.load(path, "cpu") as engine:
+        real = Session.run
+
+        def run(self: Session, inputs: Any) -> Any:
+            sizes.append(len(inputs["images"]))
+            return real(self, inputs)
+
+        monkeypatch.setattr(Session, "run", run)
+        assert engine.predict(images(9)).shape == (9, 5)
+    assert sizes == [4, 4, 2], "the last image is repeated, for the engine takes 2 or more"
+
+
+def test_the_same_kind_comes_back(path: Path, expected: Any) -> None:
+    with pcn_deploy.load(path) as engine:
+        array = engine(images(3))
+        tensor = engine(torch.from_numpy(images(3)).requires_grad_())
+    assert type(array) is np.ndarray
+    assert type(tensor) is torch.Tensor
+    assert (tensor.dtype, tensor.requires_grad) == (torch.float32, False)
+    np.testing.assert_allclose(array, expected[:3], atol=1e-5)
+    np.testing.assert_array_equal(tensor.numpy(), array)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        np.zeros((0, 3, 32, 32), np.float32),
+        np.float32(1),
+        np.zeros((2, 3, 32, 32)),
+        np.zeros((2, 3, 16, 16), np.float32),
+        np.zeros((3, 32, 32), np.float32),
+        np.zeros((2, 1, 32, 32), np.float32),
+        np.zeros((2, 32, 32, 3), np.uint8),
+    ],
+    ids=lambda bad: f"{bad.dtype} {bad.shape}",
+)
+def test_images_that_do_not_fit(path: Path, bad: Any) -> None:
+    with pcn_deploy.load(path) as engine, pytest.raises(DataError, match=r"engine takes|No images"):
+        engine.predict(np.asarray(bad))
+
+
+def test_load_takes_the_fastest_that_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PREFERENCE.index("tensorrt") < PREFERENCE.index("cpu") < PREFERENCE.index("torchscript")
+    with pcn_deploy.load(path) as engine:
+        assert (engine.target, engine.executed_by) == ("cpu", "cpu")
+    monkeypatch.setattr(OnnxRuntimeBackend, "availability", lambda self: NOTHING)
+    with pcn_deploy.load(path) as engine:
+        assert (engine.target, engine.executed_by) == ("torchscript", "torchscript")
+    monkeypatch.setattr(TorchScriptBackend, "availability", lambda self: NOTHING)
+    with pytest.raises(DependencyError, match=r"(?s)cpu: nothing found\. pip install it.*torchscript: nothing found"):
+        pcn_deploy.load(path)
+
+
+def test_the_target_asked_for_is_taken_or_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pcn_deploy.load(path, "torchscript") as engine:
+        assert engine.target == "torchscript"
+    with pytest.raises(BundleError, match=r"no engine for 'tensorrt'; it holds: torchscript, cpu"):
+        pcn_deploy.load(path, "tensorrt")
+    monkeypatch.setattr(OnnxRuntimeBackend, "availability", lambda self: NOTHING)
+    with pytest.raises(DependencyError, match=r"'cpu' cannot run here: nothing found\. pip install it"):
+        pcn_deploy.load(path, "cpu")
+
+
+def test_the_engine_knows_its_interface(path: Path) -> None:
+    with pcn_deploy.load(path) as engine:
+        assert engine.spec.inputs[0].shape == ("batch", 3, 32, 32)
+        assert engine.spec.outputs[0].shape == ("batch", 5)
+        assert engine.spec.batch == BatchRange(min=2, opt=2, max=4)
+        assert engine.transform == Transform(resolution=(32, 32))
+
+
+@pytest.mark.parametrize("target", ["cpu", "torchscript"])
+def test_altered_engines_are_never_opened(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    """The hash is checked first: no byte of an altered engine reaches ONNX Runtime or PyTorch."""
+    bundle = Bundle.open(path)
+    data = bundle.read(bundle.engine(target)["member"])
+    altered = tmp_path / "altered.pcn"
+    whole = path.read_bytes()
+    middle = whole.index(data) + len(data) // 2
+    altered.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    backend = type(get_backend(target))
+    monkeypatch.setattr(backend, "_open_impl", lambda *_: pytest.fail("altered bytes were opened"))
+    with pytest.raises(BundleError, match=r"altered"):
+        pcn_deploy.load(altered, target)
+
+
+def test_an_engine_closes_once_and_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(Session, "close", lambda self: closed.append(type(self).__name__))
+    with Engine.open(Bundle.open(path), "cpu") as engine:
+        pass
+    assert len(closed) == 1
+    engine.close()
+
+
+def test_who_executes(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = TorchScriptBackend()
+    assert executor(backend, "bf16") == "torchscript"
+    monkeypatch.setattr(TorchScriptBackend, "availability", lambda self: NOTHING)
+    assert executor(backend, "fp16") == "cpu"
+    with pytest.raises(OptionError, match=r"BF16 for target 'torchscript' cannot be proven here"):
+        executor(backend, "bf16")

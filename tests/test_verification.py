@@ -1,0 +1,170 @@
+"""The verb `verify`: against the golden set, images and any reference."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import pcn_deploy
+from pcn_deploy import BatchRange, Bundle, CompileOptions, ImageSource, ParityBudget, Transform
+from pcn_deploy.errors import BundleError, DataError
+
+torch = pytest.importorskip("torch")
+
+CLASSES = 3
+
+
+def network(seed: int = 0) -> Any:
+    return pcn_deploy.create_model(
+        "patchconvnet", random_weights=True, width=32, depth=1, patch=4, num_classes=CLASSES, layer_scale=0.5, seed=seed
+    )
+
+
+def eager(images: Any) -> Any:
+    with torch.inference_mode():
+        return network()(torch.from_numpy(images)).numpy()
+
+
+def images(count: int) -> Any:
+    return np.random.default_rng(3).standard_normal((count, 3, 32, 32), dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    options = CompileOptions(
+        precision="fp32",
+        targets=("cpu", "torchscript"),
+        transform=Transform(resolution=(32, 32)),
+        batch=BatchRange(min=1, opt=2, max=4),
+    )
+    return pcn_deploy.compile(network(), options).bundle
+
+
+@pytest.fixture
+def path(bundle: Bundle, tmp_path: Path) -> Path:
+    fresh = Bundle(dict(bundle.manifest), {name: bundle.read(name) for name in bundle.manifest["members"]})
+    return fresh.save(tmp_path / "tiny.pcn")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five images of random pixels in the folders of three classes, one of them without images of its own."""
+    root, random = tmp_path / "images", np.random.default_rng(4)
+    for index, label in enumerate([0, 0, 1, 2, 2]):
+        place = root / str(label)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(place / f"{index}.png")
+    return root
+
+
+@pytest.mark.parametrize("target", ["cpu", "torchscript"])
+def test_the_golden_set_needs_nothing_else(path: Path, target: str) -> None:
+    with pcn_deploy.load(path, target) as engine:
+        report = pcn_deploy.verify(engine)
+    assert report
+    assert (report.target, report.executed_by, report.data, report.images) == (target, target, "golden", 8)
+    assert "top1_drop" not in report.metrics
+    assert report.budget == ParityBudget(**engine.bundle.manifest["parity_budget"])
+
+
+def test_a_labelled_folder(path: Path, folder: Path) -> None:
+    with pcn_deploy.load(path, "cpu") as engine:
+        report = pcn_deploy.verify(engine, folder, reference=network())
+        labels = [0, 0, 1, 2, 2]
+        source = ImageSource(folder, engine.transform)
+        logits = eager(np.stack([sample.image for sample in source]))
+    assert report
+    assert (report.images, report.data) == (5, str(folder))
+    accuracy = 100 * np.mean(logits.argmax(1) == labels)
+    assert report.metrics["top1_reference"] == pytest.approx(accuracy)
+    assert report.metrics["top1_engine"] == pytest.approx(accuracy)
+    assert report.metrics["top1_drop"] == 0
+
+
+def test_a_function_is_a_reference_too(path: Path) -> None:
+    batches: list[int] = []
+
+    def reference(batch: Any) -> Any:
+        batches.append(len(batch))
+        return eager(batch)
+
+    with pcn_deploy.load(path, "cpu") as engine:
+        report = pcn_deploy.verify(engine, [images(6)], reference=reference)
+    assert report
+    assert report.images == 6
+    assert batches == [4, 2]
+
+
+def test_the_network_and_its_function_give_the_same_numbers(path: Path) -> None:
+    with pcn_deploy.load(path, "cpu") as engine:
+        one = pcn_deploy.verify(engine, [images(4)], reference=network())
+        other = pcn_deploy.verify(engine, [images(4)], reference=eager)
+    assert one.metrics == other.metrics
+
+
+@pytest.mark.parametrize("data", ["golden", "images"])
+def test_another_network_is_no_parity(path: Path, bundle: Bundle, data: str) -> None:
+    """A golden set, or a reference, of other weights."""
+    with torch.inference_mode():
+        logits = network(seed=1)(torch.from_numpy(images(4))).numpy()
+    altered = Bundle.open(path)
+    buffer = io.BytesIO()
+    np.savez(buffer, images=images(4), logits=logits)
+    altered.add("golden.npz", buffer.getvalue())
+    altered.save(path, overwrite=True)
+    with pcn_deploy.load(path, "cpu") as engine:
+        given: dict[str, Any] = {} if data == "golden" else {"data": [images(4)], "reference": network(seed=1)}
+        report = pcn_deploy.verify(engine, **given)
+    assert not report
+    assert any("SQNR" in failure for failure in report.failures)
+
+
+def test_the_budget_given_decides(path: Path) -> None:
+    wide = ParityBudget(cosine_min=0.9, sqnr_db=40.0, top1_drop=0.0)
+    narrow = ParityBudget(cosine_min=0.9, sqnr_db=80.0, top1_drop=0.0)
+
+    def nearly(batch: Any) -> Any:
+        return eager(batch) * np.float32(1.001)  # 60 dB
+
+    with pcn_deploy.load(path, "cpu") as engine:
+        reports = [pcn_deploy.verify(engine, [images(4)], reference=nearly, budget=each) for each in (wide, narrow)]
+    assert [bool(report) for report in reports] == [True, False]
+    assert [report.budget for report in reports] == [wide, narrow]
+
+
+def test_the_limit_spreads_over_the_images(path: Path, folder: Path) -> None:
+    with pcn_deploy.load(path, "cpu") as engine:
+        report = pcn_deploy.verify(engine, folder, reference=network(), limit=2)
+    assert report.images == 2
+    assert "top1_reference" in report.metrics
+
+
+def test_images_without_a_reference_are_refused(path: Path) -> None:
+    with pcn_deploy.load(path, "cpu") as engine, pytest.raises(DataError, match=r"nothing to compare with.*--weights"):
+        pcn_deploy.verify(engine, [images(2)])
+
+
+def test_labels_outside_the_classes(path: Path, tmp_path: Path) -> None:
+    npz = tmp_path / "set.npz"
+    np.savez(npz, images=images(4), labels=np.array([0, 1, 2, CLASSES]))
+    with pcn_deploy.load(path, "cpu") as engine, pytest.raises(DataError, match=r"Labels run from 0 to 3.*3 classes"):
+        pcn_deploy.verify(engine, npz, reference=network())
+
+
+def test_a_reference_of_another_shape(path: Path) -> None:
+    with pcn_deploy.load(path, "cpu") as engine, pytest.raises(DataError, match=r"\(2, 7\) and engine logits \(2, 3\)"):
+        pcn_deploy.verify(engine, [images(2)], reference=lambda batch: np.zeros((len(batch), 7), np.float32))
+
+
+def test_a_golden_set_without_logits(path: Path) -> None:
+    bundle, buffer = Bundle.open(path), io.BytesIO()
+    np.savez(buffer, images=images(2))
+    bundle.add("golden.npz", buffer.getvalue())
+    bundle.save(path, overwrite=True)
+    with pcn_deploy.load(path, "cpu") as engine, pytest.raises(BundleError, match=r"holds \['images'\] instead of"):
+        pcn_deploy.verify(engine)
