@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -37,3 +38,28 @@ def make_net(fill: ModuleType) -> Callable[..., PatchConvNet]:
         return net.eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small FP32 bundle with engines for `cpu` and `torchscript`, 3 classes, 32x32; copy it before changing it."""
+    pytest.importorskip("torch")
+    import pcn_deploy
+
+    network = pcn_deploy.create_model(
+        "patchconvnet", random_weights=True, width=32, depth=1, patch=4, num_classes=3, layer_scale=0.5
+    )
+    options = pcn_deploy.CompileOptions(
+        precision="fp32",
+        targets=("cpu", "torchscript"),
+        transform=pcn_deploy.Transform(resolution=(32, 32)),
+        batch=pcn_deploy.BatchRange(min=1, opt=1, max=4),
+    )
+    bundle = pcn_deploy.compile(network, options).bundle
+    return bundle.save(tmp_path_factory.mktemp("bundle") / "tiny.pcn")
+
+
+@pytest.fixture
+def path(original: Path, tmp_path: Path) -> Path:
+    """A copy of the small bundle that a test may spoil."""
+    return Path(shutil.copy(original, tmp_path / "tiny.pcn"))

@@ -3,55 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from helpers import invoke, refused
 
-import pcn_deploy
-from pcn_deploy import BatchRange, CompileOptions, Transform
-from pcn_deploy.cli.main import main
 from pcn_deploy.engines.base import Availability
 from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend
 from pcn_deploy.engines.torchscript import TorchScriptBackend
 
 pytest.importorskip("torch")
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    network = pcn_deploy.create_model(
-        "patchconvnet", random_weights=True, width=32, depth=1, patch=4, num_classes=3, layer_scale=0.5
-    )
-    options = CompileOptions(
-        precision="fp32",
-        targets=("cpu", "torchscript"),
-        transform=Transform(resolution=(32, 32)),
-        batch=BatchRange(min=1, opt=1, max=4),
-    )
-    bundle = pcn_deploy.compile(network, options).bundle
-    return bundle.save(tmp_path_factory.mktemp("bundle") / "tiny.pcn")
-
-
-@pytest.fixture
-def path(original: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copy(original, tmp_path / "tiny.pcn"))
-
-
-def invoke(*words: Any) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in words])
-
-
-def refused(result: Result, code: int, *words: str) -> None:
-    """One clear error on stderr, the right code, no traceback, nothing on stdout."""
-    assert isinstance(result.exception, SystemExit), result.exception
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    for word in ("Error: ", *words):
-        assert word in " ".join(result.stderr.split()), result.stderr
-    assert result.stdout == ""
 
 
 def test_json_keeps_its_keys(path: Path) -> None:

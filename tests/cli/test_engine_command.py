@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from helpers import invoke, refused
 
 import pcn_deploy
 from pcn_deploy import BatchRange, Bundle, CompileOptions, Transform
-from pcn_deploy.cli.main import main
 from pcn_deploy.engines.base import Availability, EngineArtifact
 from pcn_deploy.engines.torchscript import TorchScriptBackend
 from pcn_deploy.errors import BuildError
@@ -38,20 +37,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def path(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(original, tmp_path / "tiny.pcn"))
-
-
-def invoke(*words: Any) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in words])
-
-
-def refused(result: Result, code: int, *words: str) -> None:
-    """One clear error on stderr, the right code, no traceback, nothing on stdout."""
-    assert isinstance(result.exception, SystemExit), result.exception
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    for word in ("Error: ", *words):
-        assert word in " ".join(result.stderr.split()), result.stderr
-    assert result.stdout == ""
 
 
 def targets(path: Path) -> list[str]:
