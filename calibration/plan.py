@@ -117,7 +117,7 @@ Rule = Callable[[LayerFacts], str]
 
 
 def _has_weights(layer: LayerFacts) -> str:
-    return "" if layer.in_channels else "no weights: Q/DQ would only add conversions"
+    return "" if layer.in_channels else "not a Conv2d or Linear: Q/DQ would only add conversions"
 
 
 def _is_dense(layer: LayerFacts) -> str:

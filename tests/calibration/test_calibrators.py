@@ -12,7 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pcn_deploy.calibration.calibrators import CALIBRATORS, PERCENTILE, get_calibrator
+from pcn_deploy.calibration.calibrators import CALIBRATORS, PERCENTILE, _divergences, get_calibrator
 from pcn_deploy.calibration.observers import HistogramObserver, Statistics
 from pcn_deploy.errors import OptionError
 
@@ -74,6 +74,16 @@ def test_entropy_equals_its_literal_definition(kind: str) -> None:
     bins = next(n for n in candidates(seen) if min(n * seen.width, seen.amax) == found)
     best = min(divergence(counts, n) for n in tried)
     assert divergence(counts, bins) <= best + 1e-9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_divergence_equals_its_literal_definition(kind: str) -> None:
+    seen = histogram_of(samples(kind, 7, 1000))
+    counts = seen.counts.astype(np.float64)
+    counts[0] = counts[1]
+    tried = candidates(seen)[::20]
+    found = _divergences(counts, np.array(tried), float(counts.sum()))
+    np.testing.assert_allclose(found, [divergence(counts, n) for n in tried], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["normal", "outlier", "few"])

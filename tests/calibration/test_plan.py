@@ -29,7 +29,7 @@ def facts(path: str = "layer", **changes: Any) -> LayerFacts:
         ({}, ""),
         ({"rows": 2, "out_channels": 16, "in_channels": 16}, ""),
         ({"in_channels": 3, "out_channels": 24, "kernel": (3, 3), "reads_image": True}, ""),
-        ({"kind": "GELU", "in_channels": 0, "out_channels": 0}, "no weights"),
+        ({"kind": "GELU", "in_channels": 0, "out_channels": 0}, "not a Conv2d or Linear"),
         ({"groups": 64}, "depthwise or grouped"),
         ({"groups": 2}, "depthwise or grouped"),
         ({"rows": 1}, "matrix times vector"),
@@ -61,7 +61,7 @@ def test_placement_for_a_patchconvnet(make_net: MakeNet, form: dict[str, Any], r
     assert reasons["patch_embed.proj.2.0"] == "fewer than 16 channels"
     assert reasons["blocks.1.attn.qkv_pos.2"] == "depthwise or grouped"
     assert reasons["blocks.1.attn.qkv_pos.4.conv_expand"] == "matrix times vector"
-    assert reasons["blocks.1.norm1"] == reasons["blocks.1.attn.qkv_pos.1"] == "no weights"
+    assert reasons["blocks.1.norm1"] == reasons["blocks.1.attn.qkv_pos.1"] == "not a Conv2d or Linear"
     if not rows:
         assert reasons["head"] == reasons["blocks_token_only.0.mlp.fc1"] == "matrix times vector"
 

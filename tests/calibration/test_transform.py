@@ -36,6 +36,7 @@ def check(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float64]) -> 
     ("given", "resized", "resolution"),
     [  # sizes as (width, height); the shorter side becomes 224 / 0.875 = 256
         ((500, 375), (341, 256), (224, 224)),
+        ((503, 375), (343, 256), (224, 224)),  # 59.5 pixels to the left become 60
         ((375, 500), (256, 341), (224, 224)),
         ((100, 100), (256, 256), (224, 224)),
         ((256, 256), (256, 256), (224, 224)),
