@@ -80,11 +80,7 @@ def _equal_neighbours(sequence: nn.Sequential) -> Iterator[tuple[str, ...]]:
 def _structure(module: nn.Module) -> tuple[Any, ...]:
     """What decides the graph of a module, apart from the values of its weights."""
     hidden = {"_parameters", "_buffers", "_modules"}
-    settings = tuple(
-        (key, value if isinstance(value, bool | int | float | str | tuple | type(None)) else repr(value))
-        for key, value in sorted(module.__dict__.items())
-        if key not in hidden
-    )
+    settings = tuple((key, _setting(value)) for key, value in sorted(module.__dict__.items()) if key not in hidden)
     tensors = tuple(
         (name, None if tensor is None else (tuple(tensor.shape), tensor.dtype))
         for group in (module._parameters, module._buffers)
@@ -92,6 +88,17 @@ def _structure(module: nn.Module) -> tuple[Any, ...]:
     )
     children = tuple((name, _structure(child)) for name, child in module.named_children())
     return (type(module), settings, tensors, children)
+
+
+def _setting(value: Any) -> Any:
+    """A comparable form of an attribute: its value if that is plain, else its identity."""
+    if isinstance(value, bool | int | float | str | type(None)):
+        return value
+    if isinstance(value, list | tuple | set):
+        return (type(value), *(_setting(item) for item in value))
+    if isinstance(value, dict):
+        return (dict, *((str(key), _setting(item)) for key, item in value.items()))
+    return id(value)
 
 
 def _plain_chains(model: nn.Module, example: Tensor, runs: list[Run]) -> list[Run]:

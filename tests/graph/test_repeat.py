@@ -101,6 +101,19 @@ class Block(nn.Module):
         return nn.functional.leaky_relu(y, self.slope)
 
 
+class Masked(nn.Module):
+    """Holds a tensor that is neither parameter nor buffer, too long for its text to show what differs."""
+
+    def __init__(self, middle: float) -> None:
+        super().__init__()
+        self.conv, self.mask = conv(), torch.ones(5000)
+        self.mask[2500] = middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x) * self.mask[2500]
+        return y
+
+
 def test_a_run_at_the_root_holds_the_runs_inside_it() -> None:
     nested = nn.Sequential(*(nn.Sequential(Block(), Block()) for _ in range(3)))
     check_export(nested, (4, 8, 8), [Run("", ("0", "1", "2"))])
@@ -118,9 +131,10 @@ def test_several_runs() -> None:
         lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=2, dilation=2)),
         lambda: nn.Sequential(Block(0.1), Block(0.3)),
         lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, bias=False)),
+        lambda: nn.Sequential(Masked(2.0), Masked(3.0)),
         lambda: nn.Sequential(nn.GELU(), nn.GELU()),
     ],
-    ids=["shape changes", "another dilation", "another slope", "no bias", "no weights"],
+    ids=["shape changes", "another dilation", "another slope", "no bias", "another constant", "no weights"],
 )
 def test_blocks_that_differ_are_no_run(make: Callable[[], nn.Module]) -> None:
     assert find_runs(make().eval(), torch.zeros(1, 4, 9, 9)) == []
