@@ -81,10 +81,11 @@ def calibrate(
 
 def _observe(model: nn.Module, observers: dict[str, AmaxObserver], source: ImageSource, progress: Progress) -> int:
     def hook(observer: AmaxObserver) -> Any:
-        return lambda _module, inputs: observer.observe(inputs[0])
+        return lambda _module, inputs, named: observer.observe(inputs[0] if inputs else named["input"])
 
     handles = [
-        model.get_submodule(path).register_forward_pre_hook(hook(observer)) for path, observer in observers.items()
+        model.get_submodule(path).register_forward_pre_hook(hook(observer), with_kwargs=True)
+        for path, observer in observers.items()
     ]
     done = 0
     progress("Calibrating", 0, len(source), "images")

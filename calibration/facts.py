@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,16 +25,15 @@ def inspect_layers(model: nn.Module, example: Tensor) -> list[LayerFacts]:
         One entry per executed leaf module, in the order of their first execution.
 
     Raises:
-        ModelError: If the network cannot run on the example, with its own words, or if a layer with weights runs
-            more than once (one range would have to fit all of its inputs).
+        ModelError: If the network cannot run on the example, with its own words.
     """
     facts: dict[str, LayerFacts] = {}
-    repeated: list[str] = []
+    uses: Counter[int] = Counter()
 
     def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if path in facts and facts[path].in_channels:
-                repeated.append(path)
+            weight = getattr(module, "weight", None)
+            uses[id(weight)] += weight is not None
             facts[path] = _facts(path, module, output, bool(inputs) and inputs[0] is example)
 
         return record
@@ -42,16 +43,18 @@ def inspect_layers(model: nn.Module, example: Tensor) -> list[LayerFacts]:
     try:
         with torch.inference_mode():
             model(example)
-    except RuntimeError as error:
-        msg = f"The network cannot run on an input of shape {tuple(example.shape)}: {error}. Check --resolution."
+    except Exception as error:  # the network's own code may fail in any way
+        reason = f"{type(error).__name__}: {error}"
+        msg = (
+            f"The network cannot run on one input of shape {tuple(example.shape)}: {reason}. It must take one batch of "
+            "images; check --resolution, and --mean and --std for the number of channels."
+        )
         raise ModelError(msg) from error
     finally:
         for handle in handles:
             handle.remove()
-    if repeated:
-        msg = f"Layers used more than once cannot be quantised yet: {', '.join(sorted(set(repeated)))}."
-        raise ModelError(msg)
-    return list(facts.values())
+    weights = {path: id(getattr(model.get_submodule(path), "weight", None)) for path in facts}
+    return [replace(layer, uses=max(1, uses[weights[path]])) for path, layer in facts.items()]
 
 
 def _facts(path: str, module: nn.Module, output: Any, reads_image: bool) -> LayerFacts:

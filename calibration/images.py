@@ -81,8 +81,9 @@ class ImageSource:
             self._items = [self._items[index] for index in chosen]
 
     def subset(self, count: int) -> ImageSource:
-        """At most `count` of the images, spread evenly."""
+        """At most `count` of the images, spread evenly; unreadable ones are skipped, as they were counted before."""
         part = copy.copy(self)
+        part.max_unreadable = 1.0
         part._spread(count)
         return part
 
@@ -174,7 +175,8 @@ class _Array:
         if self.array.dtype == np.uint8:
             from PIL import Image
 
-            return transform(Image.fromarray(np.asarray(self.array).squeeze()))
+            pixels = np.asarray(self.array)
+            return transform(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
         return np.ascontiguousarray(self.array, dtype=np.float32)
 
 

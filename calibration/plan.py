@@ -31,6 +31,7 @@ class LayerFacts:
         groups: Groups of a convolution.
         kernel: Kernel height and width; (1, 1) for a linear layer.
         reads_image: Whether its input is the input of the network.
+        uses: How often its weight is used in one run; more than once if it is called again or shared.
     """
 
     path: str
@@ -41,6 +42,7 @@ class LayerFacts:
     groups: int = 1
     kernel: tuple[int, int] = (1, 1)
     reads_image: bool = False
+    uses: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +136,11 @@ def _is_wide(layer: LayerFacts) -> str:
     return f"fewer than {MIN_CHANNELS} channels" if narrow and not image_stem else ""
 
 
-INT8_RULES: tuple[Rule, ...] = (_has_weights, _is_dense, _is_matrix_product, _is_wide)
+def _is_used_once(layer: LayerFacts) -> str:
+    return "" if layer.uses == 1 else "used more than once: one scale would have to fit every use"
+
+
+INT8_RULES: tuple[Rule, ...] = (_has_weights, _is_used_once, _is_dense, _is_matrix_product, _is_wide)
 
 
 def make_plan(layers: list[LayerFacts], precision: str, remainder: str = "fp16") -> PrecisionPlan:
@@ -160,7 +166,8 @@ def make_plan(layers: list[LayerFacts], precision: str, remainder: str = "fp16")
         return PrecisionPlan(precision=precision, remainder=precision, entries=tuple(entries))
     entries = [_decide(layer, remainder) for layer in layers]
     if not any(entry.precision == "int8" for entry in entries):
-        msg = "No layer of this network gains from INT8 (see `--explain`); build it with --precision fp16."
+        reasons = "; ".join(sorted({f"{entry.kind}: {entry.reason}" for entry in entries}))
+        msg = f"No layer of this network gains from INT8 ({reasons}). Build it with --precision fp16."
         raise ModelError(msg)
     return PrecisionPlan(precision=precision, remainder=remainder, entries=tuple(entries))
 

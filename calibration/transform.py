@@ -85,13 +85,16 @@ class Transform:
         """Transform one image.
 
         Args:
-            image: Any size and mode; grey images are repeated over three channels, transparency is dropped.
+            image: Any size and mode; grey images are repeated over three channels, transparency is dropped, 16 bits
+                become 8, and an EXIF orientation is ignored, as torchvision does.
 
         Returns:
             float32 `(C, H, W)`.
         """
         from PIL import Image
 
+        if image.mode.startswith("I"):  # 16 bits per pixel: Pillow's own conversion would cut off, not scale
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         image = image.convert("RGB" if len(self.mean) == 3 else "L")
         height, width = self.resolution
         wanted = (int(height / self.crop_pct), int(width / self.crop_pct))

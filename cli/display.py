@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -82,7 +83,9 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console = Console()
-    console.print(table, markup=False) if console.is_terminal else Console(width=120).print(table, markup=False)
+    if not console.is_terminal:
+        console = Console(width=int(os.environ.get("COLUMNS", "120")))
+    console.print(table, markup=False)
 
 
 def _is_number(text: str) -> bool:

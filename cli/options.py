@@ -81,7 +81,7 @@ max_drop_option = click.option(
     "--max-drop",
     type=float,
     metavar="PCT",
-    help="Largest loss of top-1, in percentage points, on labelled images. [default: by precision]",
+    help="Largest loss of top-1, in percentage points, on labelled images. [default: by precision, kept in the bundle]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")

@@ -127,6 +127,15 @@ class Bundle:
             raise BundleError(msg)
         return data
 
+    def check_members(self) -> None:
+        """Check the hash of every member, used or not.
+
+        Raises:
+            BundleError: If one is truncated or altered.
+        """
+        for name in self.manifest["members"]:
+            self.read(name)
+
     def read_json(self, name: str) -> Any:
         """Return a JSON member, checked as by `read`.
 
@@ -153,12 +162,21 @@ class Bundle:
             raise BundleError(msg) from error
 
     def add(self, name: str, data: bytes) -> None:
-        """Add or replace a member; it waits in an unnamed temporary file, not in memory, until `save`."""
-        if self._spool is None:
-            self._spool = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the bundle
-            weakref.finalize(self, self._spool.close)
-        self._spooled[name] = (self._spool.seek(0, io.SEEK_END), len(data))
-        self._spool.write(data)
+        """Add or replace a member; it waits in an unnamed temporary file, not in memory, until `save`.
+
+        Raises:
+            OutputError: If there is no room for temporary files.
+        """
+        try:
+            if self._spool is None:
+                self._spool = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the bundle
+                weakref.finalize(self, self._spool.close)
+            self._spooled[name] = (self._spool.seek(0, io.SEEK_END), len(data))
+            self._spool.write(data)
+            self._spool.flush()
+        except OSError as error:
+            msg = f"The folder for temporary files, {tempfile.gettempdir()}, cannot hold {name}: {error}. Set TMPDIR."
+            raise OutputError(msg) from error
         self.manifest["members"][name] = {"sha256": _sha256(data), "bytes": len(data)}
 
     def add_engine(self, target: str, member: str, data: bytes, built_with: dict[str, str]) -> None:
@@ -210,10 +228,15 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     Raises:
         OutputError: If the file exists and may not be replaced, or its folder is missing or not writable.
     """
+    try:
+        exists = path.exists()
+    except OSError as error:
+        msg = f"{path} cannot be a file here: {error.strerror}. Choose another path with -o."
+        raise OutputError(msg) from error
     if path.is_dir():
         msg = f"{path} is a folder; -o takes a file name such as {path / 'model.pcn'}."
         raise OutputError(msg)
-    if path.exists() and not overwrite:
+    if exists and not overwrite:
         msg = f"{path} exists. Give --overwrite to replace it, or another path with -o."
         raise OutputError(msg)
     if not path.parent.is_dir():
@@ -222,6 +245,11 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     if not os.access(path.parent, os.W_OK):
         msg = f"The folder {path.parent} is not writable. Choose another path with -o."
         raise OutputError(msg)
+    try:
+        tempfile.TemporaryFile(dir=path.parent, prefix=path.name).close()
+    except OSError as error:
+        msg = f"{path} cannot be written: {error.strerror}. Choose another path with -o."
+        raise OutputError(msg) from error
 
 
 def _read_manifest(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
@@ -239,7 +267,7 @@ def _read_manifest(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         msg = f"{path} has no valid {MANIFEST} ({error}): it is not a bundle, or it is corrupt."
         raise BundleError(msg) from error
-    if schema != SCHEMA:
+    if type(schema) is not int or schema != SCHEMA:
         advice = "Upgrade pcn-deploy." if isinstance(schema, int) and schema > SCHEMA else "Build it again."
         msg = f"{path} has bundle schema {schema}; this version reads schema {SCHEMA}. {advice}"
         raise BundleError(msg)

@@ -7,6 +7,8 @@ from typing import Any
 
 from pcn_deploy.bundle import Bundle
 from pcn_deploy.calibration.plan import PrecisionPlan
+from pcn_deploy.errors import BundleError
+from pcn_deploy.parity import report_from_json
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -20,12 +22,18 @@ def describe(path: str | Path) -> dict[str, Any]:
         per target, `layers` (the plan, layer by layer), `members` and `provenance`, all plain values.
 
     Raises:
-        BundleError: If the bundle is corrupt, altered or of a newer schema.
+        BundleError: If the bundle is corrupt, altered or of a newer schema; every member is checked.
     """
     bundle = Bundle.open(path)
+    bundle.check_members()
     manifest = bundle.manifest
-    plan = PrecisionPlan.from_json(bundle.read_json("plan.json"))
     targets = [entry["target"] for entry in bundle.engines]
+    try:
+        plan = PrecisionPlan.from_json(bundle.read_json("plan.json"))
+        parity = {target: report_from_json(bundle.read_json(f"parity/{target}.json")) for target in targets}
+    except (KeyError, TypeError, AttributeError) as error:
+        msg = f"The plan or a parity report in {path} is malformed ({error!r}): it was altered. Build it again."
+        raise BundleError(msg) from error
     return {
         "model": manifest["model"],
         "precision": manifest["precision"],
@@ -36,7 +44,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "transform": manifest["transform"],
         "calibration": manifest["calibration"],
         "engines": bundle.engines,
-        "parity": {target: bundle.read_json(f"parity/{target}.json") for target in targets},
+        "parity": {target: report.to_json() for target, report in parity.items()},
         "layers": plan.to_json()["entries"],
         "members": manifest["members"],
         "provenance": manifest["provenance"],

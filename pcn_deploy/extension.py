@@ -8,6 +8,7 @@ from pathlib import Path
 from pcn_deploy.bundle import Bundle, check_output
 from pcn_deploy.engines.base import GraphSource
 from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.errors import OptionError
 from pcn_deploy.parity import ParityBudget, ParityReport
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine, executor
@@ -48,6 +49,9 @@ def add_engine(
     destination = Path(path if output is None else output)
     overwrite = overwrite or output is None
     check_output(destination, overwrite=overwrite)
+    if target == "torchscript" and bundle.manifest["precision"] in ("fp16", "bf16"):
+        msg = f"The TorchScript module is FP32, the bundle {bundle.manifest['precision']}: build another bundle for it."
+        raise OptionError(msg)
     executed_by = executor(backend, bundle.manifest["remainder"])
     source = GraphSource(
         onnx=bundle.read("model.onnx"),

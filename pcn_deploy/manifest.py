@@ -5,10 +5,12 @@ Hashes in the manifest guard the members; nothing guards the manifest itself, so
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pcn_deploy.calibration.transform import Transform
+from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.errors import BundleError, OptionError
 from pcn_deploy.parity import ParityBudget
 from pcn_deploy.specs import EngineSpec
@@ -41,14 +43,28 @@ def check_contents(manifest: dict[str, Any], path: Path) -> None:
         msg = f"The manifest of {path} lacks or garbles {', '.join(wrong)}: it was altered. Copy or build it again."
         raise BundleError(msg)
     try:
-        EngineSpec.from_json(manifest["interface"])
-        Transform.from_json(manifest["transform"])
-        ParityBudget(**manifest["parity_budget"])
-        engines = [(str(entry["target"]), entry["member"], entry["sha256"]) for entry in manifest["engines"]]
+        _check_values(manifest)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OptionError) as error:
         msg = f"The manifest of {path} is malformed ({error!r}): it was altered. Copy or build it again."
         raise BundleError(msg) from error
-    for target, member, sha256 in engines:
-        if manifest["members"].get(member, {}).get("sha256") != sha256:
-            msg = f"The manifest of {path} contradicts itself about the engine {target!r}: it was altered."
+    for entry in manifest["engines"]:
+        if manifest["members"].get(entry["member"], {}).get("sha256") != entry["sha256"]:
+            msg = f"The manifest of {path} contradicts itself about the engine {entry['target']!r}: it was altered."
             raise BundleError(msg)
+
+
+def _check_values(manifest: dict[str, Any]) -> None:
+    """Read every value as its reader will; raises whatever that raises."""
+    spec = EngineSpec.from_json(manifest["interface"])
+    if len(spec.inputs) != 1 or len(spec.outputs) != 1:
+        msg = f"{len(spec.inputs)} inputs and {len(spec.outputs)} outputs instead of one each"
+        raise ValueError(msg)
+    Transform.from_json(manifest["transform"])
+    for limit in asdict(ParityBudget(**manifest["parity_budget"])).values():
+        float(limit)
+    for entry in manifest["engines"]:
+        int(entry["bytes"])
+        dict(entry["built_with"])
+        if entry["target"] not in TARGETS:
+            msg = f"unknown engine {entry['target']!r}"
+            raise ValueError(msg)

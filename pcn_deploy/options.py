@@ -59,6 +59,12 @@ class CompileOptions:
         if not self.targets or len(set(self.targets)) != len(self.targets):
             msg = f"Targets {self.targets}: name at least one, and each only once."
             raise OptionError(msg)
+        if "torchscript" in self.targets and self.precision in ("fp16", "bf16"):
+            msg = (
+                f"The TorchScript module is FP32, so target torchscript cannot be {self.precision}. "
+                "Take --precision fp32 or int8 for it, or leave the target out."
+            )
+            raise OptionError(msg)
         get_calibrator(self.calibrator)
         if min(self.calibration_images, self.golden_images) < 1 or not 0 <= self.max_unreadable <= 1:
             msg = (

@@ -104,6 +104,25 @@ class ParityReport:
         return {"passed": self.passed, **asdict(self), "failures": list(self.failures)}
 
 
+def report_from_json(data: dict[str, Any]) -> ParityReport:
+    """Inverse of `ParityReport.to_json`.
+
+    Raises:
+        KeyError: If an entry is missing.
+        TypeError: If an entry is of another kind.
+    """
+    return ParityReport(
+        target=str(data["target"]),
+        executed_by=str(data["executed_by"]),
+        images=int(data["images"]),
+        data=str(data["data"]),
+        metrics={str(key): float(value) for key, value in data["metrics"].items()},
+        budget=ParityBudget(**data["budget"]),
+        failures=tuple(data["failures"]),
+        unreadable=int(data["unreadable"]),
+    )
+
+
 class ParityMeter:
     """Accumulates the comparison batch by batch, in constant memory."""
 
@@ -123,12 +142,15 @@ class ParityMeter:
             labels: Classes, `(N,)`, if known.
 
         Raises:
-            DataError: If the shapes differ, or a label is not one of the K classes.
+            DataError: If the shapes differ, the reference is not finite, or a label is not one of the K classes.
         """
         if reference.shape != engine.shape or reference.ndim != 2:
             msg = f"Reference logits {reference.shape} and engine logits {engine.shape}: expected the same (N, K)."
             raise DataError(msg)
         ref, out = reference.astype(np.float64), engine.astype(np.float64)
+        if not np.isfinite(ref).all():
+            msg = "The reference logits hold NaN or infinite values; there is nothing to be equal to."
+            raise DataError(msg)
         self._images += len(ref)
         self._signal += float((ref**2).sum())
         error = np.where(np.isfinite(out), ref - out, np.inf)
@@ -157,7 +179,7 @@ class ParityMeter:
         found = {
             "cosine_min": self._cosine_min,
             "sqnr_db": _sqnr_db(self._signal, self._noise),
-            "max_abs_error": self._max_abs,
+            "max_abs_error": min(self._max_abs, float(np.finfo(np.float64).max)),  # JSON has no infinity
             "top1_agreement": 100.0 * self._agree / self._images,
         }
         if self._labelled:

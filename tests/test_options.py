@@ -57,3 +57,9 @@ def test_options_are_frozen_and_named() -> None:
         CompileOptions().precision = "fp32"  # type: ignore[misc]
     with pytest.raises(TypeError):
         CompileOptions("fp32")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_torchscript_is_never_called_what_it_is_not(precision: str) -> None:
+    with pytest.raises(OptionError, match="TorchScript module is FP32"):
+        CompileOptions(precision=precision, targets=("torchscript",))

@@ -10,22 +10,24 @@ from pcn_deploy.bench import Latency, bench
 from pcn_deploy.bundle import Bundle
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
-from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.engines.registry import TARGETS, get_backend
 from pcn_deploy.errors import DependencyError
 from pcn_deploy.runtime import Engine
 
 
 @click.command("bench")
 @options.bundle_argument
-@options.target_option
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Images per run.")
+@click.option("--target", type=click.Choice(TARGETS), help="Measure this engine only. [default: all that run here]")
+@click.option(
+    "--batch", type=click.IntRange(min=1), metavar="N", help="Images per run. [default: OPT of the bundle's range]"
+)
 @click.option(
     "--seconds", type=float, default=3.0, show_default=True, metavar="S", help="Time each engine for so long."
 )
 @options.json_option
 @options.verbosity_options
 def command(
-    file: Path, target: str | None, batch: int, seconds: float, as_json: bool, verbose: int, quiet: bool
+    file: Path, target: str | None, batch: int | None, seconds: float, as_json: bool, verbose: int, quiet: bool
 ) -> None:
     """Measure the engines of FILE.pcn that run here: latency host to host, copies included, and throughput."""
     set_verbosity(verbose, quiet)
@@ -40,7 +42,7 @@ def command(
                 skipped[name] = state.detail
                 continue
             with Engine.open(bundle, name) as engine:
-                found[name] = bench(engine, batch=batch, seconds=seconds, progress=progress)
+                found[name] = bench(engine, batch=batch or engine.spec.batch.opt, seconds=seconds, progress=progress)
     if not found:
         reasons = "; ".join(f"{name}: {detail}" for name, detail in skipped.items())
         message = f"None of the engines in {file} can run here: {reasons}"

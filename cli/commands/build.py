@@ -72,7 +72,9 @@ from pcn_deploy.specs import BatchRange
     help="Engine to build; repeat for several.",
 )
 @options.max_drop_option
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of random weights and images.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of random weights and images."
+)
 @options.overwrite_option
 @click.option("--explain", is_flag=True, help="Print the precision of every layer, and why.")
 @options.json_option
@@ -161,6 +163,7 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
     display.print_table("Engines", ["target", "member", "size"], engines)
     display.print_table("Parity with the eager network", display.PARITY_COLUMNS, display.parity_rows(reports))
     seen = bundle.manifest["calibration"]
+    click.echo(f"Golden set: {reports[0]['images']} images, from {bundle.manifest['golden']}.")
     if seen:
         click.echo(f"Ranges: {seen['calibrator']} on {seen['images']} images; {seen['unreadable']} could not be read.")
     for report in result.reports:

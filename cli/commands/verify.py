@@ -51,6 +51,7 @@ def command(
         message = "--weights and --images go with --data; without it the golden set of the bundle is used."
         raise click.UsageError(message)
     with load(file, target) as engine, display.progress_bars(quiet=quiet or as_json) as progress:
+        engine.bundle.check_members()
         manifest = engine.bundle.manifest
         budget = ParityBudget(**manifest["parity_budget"])
         if max_drop is not None:

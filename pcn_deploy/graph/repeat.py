@@ -65,7 +65,7 @@ def _holds(run: Run, path: str) -> bool:
 def _equal_neighbours(sequence: nn.Sequential) -> Iterator[tuple[str, ...]]:
     group: list[str] = []
     previous: object = None
-    for name, block in sequence.named_children():
+    for name, block in sequence._modules.items():  # named_children() leaves out a module that comes a second time
         structure = _structure(block) if any(True for _ in block.parameters()) else None
         if structure is None or structure != previous:
             if len(group) > 1:
@@ -86,7 +86,7 @@ def _structure(module: nn.Module) -> tuple[Any, ...]:
         for group in (module._parameters, module._buffers)
         for name, tensor in group.items()
     )
-    children = tuple((name, _structure(child)) for name, child in module.named_children())
+    children = tuple((name, _structure(child)) for name, child in module._modules.items() if child is not None)
     return (type(module), settings, tensors, children)
 
 
@@ -159,7 +159,7 @@ def unroll(graph: ir.Graph, model: nn.Module, run: Run) -> None:
     entry, result = _boundary(body)
     later = [use for use in result.uses() if use.node not in body]
     outputs = [index for index, value in enumerate(graph.outputs) if value is result]
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     anchor, current = body[-1], result
     for name in run.names[1:]:
         mapping: dict[ir.Value, ir.Value] = {entry: current}
@@ -239,6 +239,9 @@ def _input(
     name = value.name or ""
     if value not in mapping and value.is_initializer() and name.startswith(f"{first}."):
         own = path + name.removeprefix(first)
+        if own not in tensors:
+            msg = f"A repeated block holds {name}, which has no counterpart {own}."
+            raise ModelError(msg)
         array = tensors[own].detach().numpy()
         weight = ir.Value(name=own, const_value=ir.tensor(array, name=own), shape=value.shape, type=value.type)
         graph.register_initializer(weight)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ StateDict = dict[str, Tensor]
 CONTAINERS = ("model", "state_dict", "model_ema")
 """Keys under which a state dict may be wrapped, first match wins."""
 
-_SHOWN = 8
+_SHOWN = 20
 
 
 def read_state_dict(path: Path) -> StateDict:
@@ -51,12 +52,22 @@ def check_finite(state: StateDict, origin: str) -> None:
     """Refuse weights that are not numbers.
 
     Raises:
-        CheckpointError: If a tensor holds NaN or infinity; the names are in the message.
+        CheckpointError: If a tensor holds NaN or infinity, or is sparse, quantised or complex; the names are in the
+            message.
     """
-    broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    odd = [f"{name} ({tensor.dtype}, {tensor.layout})" for name, tensor in state.items() if not _is_plain(tensor)]
+    if odd:
+        msg = f"{origin} holds tensors that are not plain numbers: {_listed(odd)}. Export dense, unquantised weights."
+        raise CheckpointError(msg)
+    floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    broken = [name for name, tensor in floats.items() if not tensor.float().isfinite().all()]
     if broken:
         msg = f"{origin} holds NaN or infinite values in {len(broken)} tensors: {_listed(broken)}. Export it again."
         raise CheckpointError(msg)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_complex()
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -71,14 +82,14 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _read_pickle(path: Path) -> Any:
+    _check_archive(path)
     try:
         # Training scripts of the DeiT family store their argparse.Namespace beside the weights; it is plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
         found = re.search(r"GLOBAL (\S+)", str(error))
-        named = f" (it refers to {found.group(1)})" if found else f" ({reason})"
+        named = f" (it refers to {found.group(1)})" if found else ""
         msg = (
             f"{path} is corrupt, or holds objects other than tensors{named}. Loading it could run foreign code, "
             "so it is refused. Save the plain state dict instead: torch.save(model.state_dict(), path), "
@@ -86,8 +97,23 @@ def _read_pickle(path: Path) -> Any:
         )
         raise CheckpointError(msg) from error
     except Exception as error:  # a corrupt pickle fails with whatever its random instructions run into
+        msg = f"{path} is not a readable PyTorch checkpoint ({type(error).__name__}). Download or save it again."
+        raise CheckpointError(msg) from error
+
+
+def _check_archive(path: Path) -> None:
+    """PyTorch does not compare the checksums that its ZIP files carry; a flipped bit would become a weight."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, EOFError) as error:
         msg = f"{path} is not a readable PyTorch checkpoint ({error}). Download or save it again."
         raise CheckpointError(msg) from error
+    if damaged is not None:
+        msg = f"{path} is corrupt: the checksum of {damaged} is wrong. Download or save it again."
+        raise CheckpointError(msg)
 
 
 def _unwrap(content: Any, path: Path) -> StateDict:
@@ -103,7 +129,9 @@ def _unwrap(content: Any, path: Path) -> StateDict:
     if not tensors:
         msg = f"{path} holds no tensors by name. Expected a state dict, flat or under one of {', '.join(CONTAINERS)}."
         raise CheckpointError(msg)
-    return {key.removeprefix("module."): value for key, value in tensors.items()}
+    if all(key.startswith("module.") for key in tensors):  # as torch.nn.DataParallel saves
+        return {key.removeprefix("module."): value for key, value in tensors.items()}
+    return tensors
 
 
 def load_strict(model: nn.Module, state: StateDict, origin: str) -> None:
@@ -125,6 +153,11 @@ def load_strict(model: nn.Module, state: StateDict, origin: str) -> None:
         for name, shape in expected.items()
         if name in state and tuple(state[name].shape) != shape
     ]
+    misshapen += [
+        f"{name} is {state[name].dtype} instead of {tensor.dtype}"
+        for name, tensor in model.state_dict().items()
+        if name in state and tensor.is_floating_point() != state[name].is_floating_point()
+    ]
     if missing or extra or misshapen:
         lines = [f"{origin} does not fit this network:"]
         for kind, names in (("missing", sorted(missing)), ("extra", sorted(extra)), ("misshapen", misshapen)):
@@ -142,13 +175,25 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
+def has_class_heads(state: StateDict) -> bool:
+    """Whether the weights are those of the official multi-class-token form, with one head per class."""
+    return any(re.fullmatch(r"head\.\d+\.(weight|bias)", key) for key in state)
+
+
 def stack_class_heads(state: StateDict) -> StateDict:
-    """Stack the official multi-class-token heads `head.<i>.weight (1, C)` into one `head.weight (classes, C)`."""
-    heads = sorted({int(match.group(1)) for key in state if (match := re.fullmatch(r"head\.(\d+)\.weight", key))})
-    if not heads or heads != list(range(len(heads))):
+    """Stack the official multi-class-token heads `head.<i>.weight (1, C)` into one `head.weight (classes, C)`.
+
+    Raises:
+        CheckpointError: If the head of a class is missing.
+    """
+    if not has_class_heads(state):
         return state
-    if any(f"head.{index}.bias" not in state for index in heads):
-        return state
+    heads = range(1 + max(int(key.split(".")[1]) for key in state if re.fullmatch(r"head\.\d+\.(weight|bias)", key)))
+    wanted = [f"head.{index}.{kind}" for index in heads for kind in ("weight", "bias")]
+    missing = [name for name in wanted if name not in state]
+    if missing:
+        msg = f"The weights hold one head per class, but {len(missing)} tensors are missing: {_listed(missing)}."
+        raise CheckpointError(msg)
     stacked = {key: value for key, value in state.items() if not re.fullmatch(r"head\.\d+\.(weight|bias)", key)}
     stacked["head.weight"] = torch.cat([state[f"head.{index}.weight"] for index in heads])
     stacked["head.bias"] = torch.cat([state[f"head.{index}.bias"] for index in heads])
@@ -164,7 +209,11 @@ def infer_patchconvnet(state: StateDict) -> dict[str, Any]:
     try:
         width = state["cls_token"].shape[-1]
         stem = [key for key in state if re.fullmatch(r"patch_embed\.proj\.\d+\.0\.weight", key)]
-        depth = 1 + max(int(match.group(1)) for key in state if (match := re.match(r"blocks\.(\d+)\.", key)))
+        blocks = {int(match.group(1)) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))}
+        depth = 1 + max(blocks)
+        if len(blocks) != depth:
+            msg = f"The weights hold {len(blocks)} trunk blocks, numbered up to {max(blocks)}: some are missing."
+            raise CheckpointError(msg)
         return {
             "width": width,
             "depth": depth,
@@ -176,7 +225,7 @@ def infer_patchconvnet(state: StateDict) -> dict[str, Any]:
         }
     except (KeyError, ValueError, IndexError) as error:
         msg = (
-            f"The weights are not a PatchConvNet: {error} is absent. Found keys such as {_listed(sorted(state))}. "
+            f"The weights are not a PatchConvNet ({type(error).__name__}: {error}). Found {_listed(sorted(state))}. "
             "Check the model name and the file."
         )
         raise CheckpointError(msg) from error

@@ -13,7 +13,6 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 
 import torch
 from torch import Tensor, fx, nn
@@ -119,20 +118,12 @@ def absorb_key_value(model: nn.Module) -> int:
     return absorbed
 
 
-def _sequential_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names of (convolution, BatchNorm) that follow each other in an `nn.Sequential`."""
-    for path, module in model.named_modules():
-        if type(module).forward is nn.Sequential.forward:
-            names = [f"{path}.{name}" if path else name for name, _ in module.named_children()]
-            yield from pairwise(names)
-
-
 def _traced_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Names of (module, module) where the second is the only reader of the first, each called once."""
     try:
         graph = fx.Tracer().trace(model)
     except Exception as error:
-        log.debug("BatchNorm folding looks at nn.Sequential only: %s", error)
+        log.debug("BatchNorm is not folded, the network cannot be traced: %s", error)
         return
     calls = [node for node in graph.nodes if node.op == "call_module"]
     counts = Counter(str(node.target) for node in calls)
@@ -147,10 +138,11 @@ def _traced_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
 def fold_batch_norm(model: nn.Module) -> int:
     """Fold each BatchNorm that alone reads a convolution into that convolution.
 
-    Pairs are found in `nn.Sequential` and, where the network can be traced symbolically, in the data flow.
+    Pairs are found in the data flow, where the network can be traced symbolically; elsewhere folding is left to the
+    engine.
     """
     folded = 0
-    for conv_path, norm_path in [*_sequential_pairs(model), *_traced_pairs(model)]:
+    for conv_path, norm_path in list(_traced_pairs(model)):
         conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
         # exact types: a subclass may standardise its weights, or end in an activation
         if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_mean is not None:

@@ -210,10 +210,10 @@ class PatchConvNet(nn.Module):
         multi_class_token: bool = False,
     ) -> None:
         super().__init__()
-        if min(width, depth, num_classes, in_channels) < 1:
+        if min(width, depth, num_classes, in_channels) < 1 or not mlp_ratio > 0:
             msg = (
-                f"width={width}, depth={depth}, num_classes={num_classes}, in_channels={in_channels}: "
-                "all must be at least 1."
+                f"width={width}, depth={depth}, num_classes={num_classes}, in_channels={in_channels}, "
+                f"mlp_ratio={mlp_ratio}: all must be at least 1, and the ratio above 0."
             )
             raise OptionError(msg)
         self.patch = patch

@@ -159,10 +159,12 @@ def create_model(
         if info is None:
             model = _call_user_factory(name, architecture)
         else:
-            state = checkpoint.stack_class_heads(state) if state is not None else None
+            if state is not None and checkpoint.has_class_heads(state):
+                state = checkpoint.stack_class_heads(state)
+                architecture |= {} if info.arguments else {"multi_class_token": True}
             arguments = _arguments(info, state, architecture)
             with torch.device("meta" if state is not None else "cpu"):
-                model = _load(info.factory)(**arguments)
+                model = _make(info, arguments)
     if state is not None:
         checkpoint.load_strict(model, state, str(weights))
     return model.eval()
@@ -191,6 +193,15 @@ def _arguments(info: ModelInfo, state: StateDict | None, given: dict[str, Any]) 
     return {**inferred, **info.arguments, **given}
 
 
+def _make(info: ModelInfo, arguments: dict[str, Any]) -> nn.Module:
+    try:
+        model: nn.Module = _load(info.factory)(**arguments)
+    except TypeError as error:
+        msg = f"{info.name} does not take these arguments: {error}."
+        raise OptionError(msg) from error
+    return model
+
+
 def _load(path: str) -> Any:
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
@@ -206,7 +217,7 @@ def _call_user_factory(spec: str, arguments: dict[str, Any]) -> nn.Module:
         module = _import_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
         factory = getattr(module, attribute)
         model = factory(**arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         msg = f"{spec!r} could not be made into a network: {type(error).__name__}: {error}"
         raise ModelError(msg) from error
     if not isinstance(model, nn.Module):

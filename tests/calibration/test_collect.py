@@ -13,6 +13,7 @@ from pcn_deploy.calibration import collect
 from pcn_deploy.calibration.collect import Calibration, calibrate
 from pcn_deploy.calibration.facts import inspect_layers
 from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.calibration.plan import make_plan
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.errors import DataError, ModelError, OptionError
 from pcn_deploy.models.patchconvnet import PatchConvNet
@@ -108,23 +109,25 @@ def test_facts_of_every_layer(make_net: MakeNet) -> None:
     assert not any(module._forward_hooks for module in net.modules())
 
 
-def test_a_layer_used_twice_is_refused() -> None:
+def test_a_layer_used_twice_is_not_quantised() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.act = nn.Conv2d(3, 3, 1), nn.ReLU()
+            self.conv, self.act, self.tied = nn.Conv2d(32, 32, 1), nn.ReLU(), nn.Conv2d(32, 32, 1)
+            self.first, self.tied.weight = nn.Conv2d(3, 32, 1), self.conv.weight
 
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.act(self.conv(self.act(self.conv(x))))
+            y: Tensor = self.tied(self.conv(self.act(self.conv(self.first(x)))))
             return y
 
-    with pytest.raises(ModelError, match="used more than once cannot be quantised yet: conv"):
-        inspect_layers(Twice(), torch.zeros(1, 3, 4, 4))
+    layers = inspect_layers(Twice(), torch.zeros(1, 3, 4, 4))
+    assert {layer.path: layer.uses for layer in layers} == {"first": 1, "conv": 3, "act": 1, "tied": 3}
+    assert list(make_plan(layers, "int8").int8_entries) == ["first"]
 
 
 def test_a_network_that_cannot_take_the_resolution_is_refused() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    with pytest.raises(ModelError, match=r"shape \(1, 3, 4, 4\).*Check --resolution"):
+    with pytest.raises(ModelError, match=r"shape \(1, 3, 4, 4\).*check --resolution"):
         inspect_layers(net, torch.zeros(1, 3, 4, 4))
 
 
@@ -138,3 +141,22 @@ def test_a_layer_with_its_own_arithmetic_is_not_taken_for_a_convolution() -> Non
     """Quantising it as a convolution would drop what it does beside convolving."""
     (fact,) = inspect_layers(nn.Sequential(StandardisedConv(3, 16, 1)), torch.zeros(1, 3, 4, 4))
     assert (fact.kind, fact.in_channels) == ("StandardisedConv", 0)
+
+
+def test_a_layer_called_by_keyword_is_observed() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 32, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.conv(input=x)
+            return y
+
+    given = ImageSource([np.full((1, 3, 4, 4), 2.0, np.float32)], Transform(resolution=(4, 4)))
+    assert calibrate(Named(), ["conv"], given, "max").ranges == {"conv": 2.0}
+
+
+def test_a_network_of_two_inputs_is_refused_in_words() -> None:
+    with pytest.raises(ModelError, match="one batch of images"):
+        inspect_layers(nn.Bilinear(3, 3, 2), torch.zeros(1, 3, 4, 4))

@@ -113,3 +113,10 @@ def test_json_round_trip() -> None:
 def test_an_impossible_transform_is_refused(wrong: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         Transform(**wrong)
+
+
+def test_sixteen_bits_are_scaled_not_cut_off() -> None:
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    transform = Transform(resolution=(16, 16), crop_pct=1.0, mean=(0.0,), std=(1.0,))
+    found = transform(Image.fromarray(ramp))[0]
+    np.testing.assert_allclose(found, ramp / 65535, atol=1 / 255)

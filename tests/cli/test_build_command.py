@@ -227,7 +227,7 @@ def test_resolutions_that_cannot_be(factory: str, weights: Path, out: Path) -> N
         result = invoke("patchconvnet", "--weights", weights, "--resolution", text, "-o", out)
         refused(result, 2, "is not HxW in pixels, such as 224x224", out=out)
     result = invoke(factory, "--random-weights", "--precision", "fp32", "--resolution", "8x8", "-o", out)
-    refused(result, 1, "cannot run on an input of shape (1, 3, 8, 8)", "Check --resolution", out=out)
+    refused(result, 1, "cannot run on one input of shape (1, 3, 8, 8)", "check --resolution", out=out)
 
 
 def test_any_other_resolution_is_taken(weights: Path, out: Path) -> None:

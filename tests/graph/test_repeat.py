@@ -199,3 +199,15 @@ class Transformer(nn.Module):
 def test_blocks_that_read_more_than_their_input_are_exported_in_full() -> None:
     """With a batch of any size, these blocks read the size of the batch too."""
     check_export(Transformer(), (4, 8, 8), [Run("blocks", ("0", "1", "2"))])
+
+
+def test_one_activation_object_between_equal_blocks_stays_in_the_graph() -> None:
+    shared = nn.ReLU()
+    check_export(nn.Sequential(conv(), shared, conv(), shared, conv(), shared), (4, 8, 8), [])
+
+
+def test_blocks_that_share_a_part_are_exported() -> None:
+    blocks = [nn.Sequential(conv(), nn.ReLU()) for _ in range(3)]
+    for block in blocks[1:]:
+        block[0].weight = blocks[0][0].weight
+    check_export(nn.Sequential(*blocks), (4, 8, 8), [Run("", ("0", "1", "2"))])

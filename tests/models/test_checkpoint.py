@@ -91,8 +91,8 @@ def test_wrong_keys_are_listed_by_kind(make_net: MakeNet) -> None:
 
 
 def test_a_long_list_of_keys_is_shortened_and_counted(make_net: MakeNet) -> None:
-    with pytest.raises(CheckpointError, match=r"20 extra: x00, x01, .*x07 and 12 more"):
-        load_strict(make_net(), make_net().state_dict() | {f"x{i:02}": torch.zeros(1) for i in range(20)}, "origin")
+    with pytest.raises(CheckpointError, match=r"32 extra: x00, x01, .*x19 and 12 more"):
+        load_strict(make_net(), make_net().state_dict() | {f"x{i:02}": torch.zeros(1) for i in range(32)}, "origin")
 
 
 class Payload:
@@ -186,12 +186,58 @@ def test_incomplete_class_heads_are_not_stacked_but_reported(tmp_path: Path, mak
     state = official_heads(make_net(num_classes=12, multi_class_token=True).state_dict())
     del state[absent]
     torch.save(state, tmp_path / "multi.pth")
-    with pytest.raises(CheckpointError, match=r"head\.weight"):
+    with pytest.raises(CheckpointError, match=rf"1 tensors are missing: {absent}"):
         create_model("patchconvnet", weights=tmp_path / "multi.pth", num_classes=12)
 
 
 def test_weights_of_another_family_are_named_so() -> None:
-    with pytest.raises(CheckpointError, match=r"not a PatchConvNet: 'cls_token' is absent.*conv1\.weight"):
+    with pytest.raises(CheckpointError, match=r"not a PatchConvNet \(KeyError: 'cls_token'\).*conv1\.weight"):
         infer_patchconvnet({"conv1.weight": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="not a PatchConvNet"):
         infer_patchconvnet({"cls_token": torch.zeros(1, 1, 8), "head.weight": torch.zeros(3, 8)})
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path, make_net: MakeNet) -> None:
+    path = tmp_path / "w.pth"
+    torch.save(make_net().state_dict(), path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="checksum"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.eye(3).to_sparse(), torch.zeros(3, dtype=torch.complex64)], ids=["sparse", "complex"]
+)
+def test_tensors_that_are_no_plain_numbers_are_refused(tmp_path: Path, tensor: torch.Tensor) -> None:
+    torch.save({"weight": tensor}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError):
+        read_state_dict(tmp_path / "w.pth")
+
+
+def test_integers_in_place_of_weights_are_refused(make_net: MakeNet) -> None:
+    net = make_net()
+    state = net.state_dict() | {"head.bias": torch.zeros(10, dtype=torch.int64)}
+    with pytest.raises(CheckpointError, match=r"head\.bias is torch\.int64"):
+        load_strict(net, state, "w.pth")
+
+
+def test_a_prefix_that_only_some_keys_have_is_part_of_their_name(tmp_path: Path) -> None:
+    state = {"module.weight": torch.zeros(2), "bias": torch.zeros(2)}
+    torch.save(state, tmp_path / "w.pth")
+    assert_same(read_state_dict(tmp_path / "w.pth"), state)
+
+
+def test_a_stray_block_is_named(make_net: MakeNet) -> None:
+    state = make_net().state_dict() | {"blocks.99999.gamma_1": torch.zeros(32)}
+    with pytest.raises(CheckpointError, match="numbered up to 99999"):
+        infer_patchconvnet(state)
+
+
+def test_official_heads_of_one_class_mean_a_class_token(tmp_path: Path, make_net: MakeNet) -> None:
+    net = make_net(num_classes=1, multi_class_token=True)
+    torch.save(official_heads(net.state_dict()), tmp_path / "w.pth")
+    loaded = create_model("patchconvnet", weights=tmp_path / "w.pth")
+    assert isinstance(loaded, PatchConvNet)
+    assert loaded.multi_class_token

@@ -210,3 +210,28 @@ def test_final_norm_sees_class_tokens_only(make_net: MakeNet, multi: bool, token
     deployed.get_submodule("norm").register_forward_hook(lambda _m, inputs, _o: shapes.append(inputs[0].shape))
     deployed(torch.zeros(2, 3, 64, 64))
     assert shapes == [(2, tokens, 32)]
+
+
+class ByHand(nn.Module):
+    """Walks through a Sequential itself and reads a convolution's output twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body[0](x)
+        z: Tensor = self.body[1](y) + y
+        return z
+
+
+def test_a_convolution_with_another_reader_is_not_folded(fill: ModuleType) -> None:
+    relu = nn.ReLU()
+    for plain in (
+        ByHand(),
+        nn.Sequential(nn.Conv2d(3, 4, 1), relu, nn.Conv2d(4, 4, 1), relu, nn.BatchNorm2d(4)),
+    ):
+        fill.fill_(plain, 4)
+        rewritten, count = apply(fold_batch_norm, plain.eval())
+        assert count == 0
+        check_equal(plain, rewritten, fill)
