@@ -19,6 +19,7 @@ from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.engines.base import Backend, GraphSource
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DataError, DependencyError, ModelError
+from pcn_deploy.memory import release_unused
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.parity import ParityBudget, ParityMeter, ParityReport, budget_for
 from pcn_deploy.progress import Progress, silent
@@ -107,6 +108,7 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     bundle.add("golden.npz", _npz(_golden_set(model, options, source, progress)))
     plan, graphs = network.plan, _add_graphs(bundle, network, options, progress)
     del network  # its folded weights are in the graphs now
+    release_unused()
     for backend in backends:
         artifact = backend.build(graphs, progress)
         bundle.add_engine(backend.target, backend.member, artifact.data, artifact.built_with)
@@ -257,7 +259,7 @@ def _add_graphs(bundle: Bundle, network: _Network, options: CompileOptions, prog
     spec = engine_spec(graph, options.batch)
     bundle.manifest["interface"] = spec.to_json()
     bundle.add("model.onnx", serialise(graph))
-    del graph
+    del graph, network
     _check_agreement(bundle, spec, options)
     return GraphSource(
         onnx=bundle.read("model.onnx"),
