@@ -147,6 +147,28 @@ class ImageSource:
             raise DataError(msg)
 
 
+def read_image(path: Path, transform: Transform) -> ImageArray:
+    """Read and transform one image file.
+
+    Returns:
+        float32 `(C, H, W)`.
+
+    Raises:
+        DataError: If it cannot be read as an image.
+        DependencyError: If Pillow is missing.
+    """
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ModuleNotFoundError as error:
+        raise DependencyError.for_extra(error.name or "Pillow", "runtime", "reading images") from error
+    try:
+        with Image.open(path) as image:
+            return transform(image)
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        msg = f"{path} cannot be read as an image: {error}"
+        raise DataError(msg) from error
+
+
 @dataclass(frozen=True)
 class _File:
     path: Path
@@ -155,13 +177,8 @@ class _File:
 
     def read(self, transform: Transform) -> ImageArray | None:
         try:
-            from PIL import Image, UnidentifiedImageError
-        except ModuleNotFoundError as error:
-            raise DependencyError.for_extra(error.name or "Pillow", "runtime", "reading images") from error
-        try:
-            with Image.open(self.path) as image:
-                return transform(image)
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
+            return read_image(self.path, transform)
+        except DataError:
             return None
 
 

@@ -179,6 +179,10 @@ class Bundle:
             raise OutputError(msg) from error
         self.manifest["members"][name] = {"sha256": _sha256(data), "bytes": len(data)}
 
+    def add_json(self, name: str, data: Any) -> None:
+        """Add or replace a JSON member; raises what `add` raises."""
+        self.add(name, json.dumps(data, indent=1).encode())
+
     def add_engine(self, target: str, member: str, data: bytes, built_with: dict[str, str]) -> None:
         """Add or replace an engine. A member shared with the portable graph is stored once."""
         self.add(member, data)

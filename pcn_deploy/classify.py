@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pcn_deploy.errors import DataError, DependencyError
+from pcn_deploy.calibration.images import read_image
+from pcn_deploy.errors import DataError
 from pcn_deploy.runtime import Engine
 
 
@@ -49,7 +50,7 @@ def classify(
     """
     results = []
     for path in images:
-        logits = engine.predict(_read(path, engine)[None])[0].astype(np.float64)
+        logits = engine.predict(read_image(path, engine.transform)[None])[0].astype(np.float64)
         if class_names is not None and len(class_names) != len(logits):
             msg = f"{len(class_names)} class names were given; the network has {len(logits)} classes."
             raise DataError(msg)
@@ -64,16 +65,3 @@ def classify(
             )
         )
     return results
-
-
-def _read(path: Path, engine: Engine) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ModuleNotFoundError as error:
-        raise DependencyError.for_extra(error.name or "Pillow", "runtime", "reading images") from error
-    try:
-        with Image.open(path) as image:
-            return engine.transform(image)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        msg = f"{path} cannot be read as an image: {error}"
-        raise DataError(msg) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -237,10 +236,11 @@ def _new_bundle(
         "parity_budget": asdict(budget_for(options.precision, options.max_drop)),
         "provenance": {**provenance, "built_by": _versions(), "host": platform.platform()},
     }
-    members = {"plan.json": _json(network.plan.to_json())}
+    bundle = Bundle(manifest)
+    bundle.add_json("plan.json", network.plan.to_json())
     if calibration:
-        members["calibration.json"] = _json(calibration)
-    return Bundle(manifest, members)
+        bundle.add_json("calibration.json", calibration)
+    return bundle
 
 
 def _add_graphs(bundle: Bundle, network: _Network, options: CompileOptions, progress: Progress) -> GraphSource:
@@ -259,7 +259,7 @@ def _add_graphs(bundle: Bundle, network: _Network, options: CompileOptions, prog
     spec = engine_spec(graph, options.batch)
     bundle.manifest["interface"] = spec.to_json()
     bundle.add("model.onnx", serialise(graph))
-    del graph, network
+    del graph
     _check_agreement(bundle, spec, options)
     return GraphSource(
         onnx=bundle.read("model.onnx"),
@@ -308,7 +308,7 @@ def _prove(
             with Engine.open(bundle, backend.target, executed_by=executed_by) as engine:
                 proven[executed_by] = verify_golden(engine, budget, progress)
         reports.append(replace(proven[executed_by], target=backend.target))
-        bundle.add(f"parity/{backend.target}.json", _json(reports[-1].to_json()))
+        bundle.add_json(f"parity/{backend.target}.json", reports[-1].to_json())
     return tuple(reports)
 
 
@@ -321,10 +321,6 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _json(data: Any) -> bytes:
-    return json.dumps(data, indent=1).encode()
 
 
 def _npz(arrays: dict[str, npt.NDArray[np.float32]]) -> bytes:

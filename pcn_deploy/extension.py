@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pcn_deploy.bundle import Bundle, check_output
 from pcn_deploy.engines.base import GraphSource
 from pcn_deploy.engines.registry import get_backend
-from pcn_deploy.errors import OptionError
+from pcn_deploy.options import check_target_precision
 from pcn_deploy.parity import ParityBudget, ParityReport
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine, executor
@@ -49,9 +48,7 @@ def add_engine(
     destination = Path(path if output is None else output)
     overwrite = overwrite or output is None
     check_output(destination, overwrite=overwrite)
-    if target == "torchscript" and bundle.manifest["precision"] in ("fp16", "bf16"):
-        msg = f"The TorchScript module is FP32, the bundle {bundle.manifest['precision']}: build another bundle for it."
-        raise OptionError(msg)
+    check_target_precision(target, bundle.manifest["precision"])
     executed_by = executor(backend, bundle.manifest["remainder"])
     source = GraphSource(
         onnx=bundle.read("model.onnx"),
@@ -63,6 +60,6 @@ def add_engine(
     with Engine.open(bundle, target, executed_by=executed_by) as engine:
         report = verify_golden(engine, ParityBudget(**bundle.manifest["parity_budget"]), progress)
     if report:
-        bundle.add(f"parity/{target}.json", json.dumps(report.to_json(), indent=1).encode())
+        bundle.add_json(f"parity/{target}.json", report.to_json())
         bundle.save(destination, overwrite=overwrite)
     return report

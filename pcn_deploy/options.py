@@ -14,6 +14,20 @@ from pcn_deploy.parity import budget_for
 from pcn_deploy.specs import BatchRange
 
 
+def check_target_precision(target: str, precision: str) -> None:
+    """Refuse an engine that would not have the precision of its bundle.
+
+    Raises:
+        OptionError: If TorchScript, whose module is FP32, were to be called FP16 or BF16.
+    """
+    if target == "torchscript" and precision in ("fp16", "bf16"):
+        msg = (
+            f"The TorchScript module is FP32, so target torchscript cannot be {precision}. "
+            "Take --precision fp32 or int8 for it, or leave the target out."
+        )
+        raise OptionError(msg)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompileOptions:
     """What to build.
@@ -56,14 +70,9 @@ class CompileOptions:
             raise OptionError(msg)
         for target in self.targets:
             get_backend(target)
+            check_target_precision(target, self.precision)
         if not self.targets or len(set(self.targets)) != len(self.targets):
             msg = f"Targets {self.targets}: name at least one, and each only once."
-            raise OptionError(msg)
-        if "torchscript" in self.targets and self.precision in ("fp16", "bf16"):
-            msg = (
-                f"The TorchScript module is FP32, so target torchscript cannot be {self.precision}. "
-                "Take --precision fp32 or int8 for it, or leave the target out."
-            )
             raise OptionError(msg)
         get_calibrator(self.calibrator)
         if min(self.calibration_images, self.golden_images) < 1 or not 0 <= self.max_unreadable <= 1:

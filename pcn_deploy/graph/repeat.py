@@ -162,12 +162,12 @@ def unroll(graph: ir.Graph, model: nn.Module, run: Run) -> None:
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     anchor, current = body[-1], result
     for name in run.names[1:]:
-        mapping: dict[ir.Value, ir.Value] = {entry: current}
+        repetition = _Repetition(graph, first, run.path(name), tensors, {entry: current})
         for node in body:
-            copied = _copy(graph, node, mapping, first, run.path(name), tensors)
+            copied = repetition.copy(node)
             graph.insert_after(anchor, copied)
             anchor = copied
-        current = mapping[result]
+        current = repetition.mapping[result]
     for use in later:
         use.node.replace_input_with(use.idx, current)
     for index in outputs:
@@ -202,48 +202,51 @@ def _is_computed(value: ir.Value) -> bool:
     return not value.is_initializer() and (producer is None or producer.op_type != "Constant")
 
 
-def _copy(
-    graph: ir.Graph,
-    node: ir.Node,
-    mapping: dict[ir.Value, ir.Value],
-    first: str,
-    path: str,
-    tensors: dict[str, Tensor],
-) -> ir.Node:
-    inputs = [None if value is None else _input(graph, value, mapping, first, path, tensors) for value in node.inputs]
-    copied = ir.Node(
-        node.domain,
-        node.op_type,
-        inputs,
-        node.attributes.values(),
-        overload=node.overload,
-        num_outputs=len(node.outputs),
-        version=node.version,
-        metadata_props={SCOPES: node.metadata_props.get(SCOPES, "").replace(f"'{first}", f"'{path}")},
-    )
-    for old, new in zip(node.outputs, copied.outputs, strict=True):
-        new.name, new.shape, new.type = f"{path}:{old.name}", old.shape, old.type
-        mapping[old] = new
-    return copied
+@dataclass
+class _Repetition:
+    """One block of a run on its way into the graph.
 
+    Attributes:
+        graph: Where it goes.
+        first: Name of the block whose nodes are copied.
+        path: Name of the block that the copies stand for.
+        tensors: Parameters and buffers of the whole network.
+        mapping: What stands for each tensor of the first block.
+    """
 
-def _input(
-    graph: ir.Graph,
-    value: ir.Value,
-    mapping: dict[ir.Value, ir.Value],
-    first: str,
-    path: str,
-    tensors: dict[str, Tensor],
-) -> ir.Value:
-    """The counterpart of an input: a copied tensor, the block's own weight, or the same constant."""
-    name = value.name or ""
-    if value not in mapping and value.is_initializer() and name.startswith(f"{first}."):
-        own = path + name.removeprefix(first)
-        if own not in tensors:
-            msg = f"A repeated block holds {name}, which has no counterpart {own}."
-            raise ModelError(msg)
-        array = tensors[own].detach().numpy()
-        weight = ir.Value(name=own, const_value=ir.tensor(array, name=own), shape=value.shape, type=value.type)
-        graph.register_initializer(weight)
-        mapping[value] = weight
-    return mapping.get(value, value)
+    graph: ir.Graph
+    first: str
+    path: str
+    tensors: dict[str, Tensor]
+    mapping: dict[ir.Value, ir.Value]
+
+    def copy(self, node: ir.Node) -> ir.Node:
+        """The counterpart of a node."""
+        copied = ir.Node(
+            node.domain,
+            node.op_type,
+            [None if value is None else self.input(value) for value in node.inputs],
+            node.attributes.values(),
+            overload=node.overload,
+            num_outputs=len(node.outputs),
+            version=node.version,
+            metadata_props={SCOPES: node.metadata_props.get(SCOPES, "").replace(f"'{self.first}", f"'{self.path}")},
+        )
+        for old, new in zip(node.outputs, copied.outputs, strict=True):
+            new.name, new.shape, new.type = f"{self.path}:{old.name}", old.shape, old.type
+            self.mapping[old] = new
+        return copied
+
+    def input(self, value: ir.Value) -> ir.Value:
+        """The counterpart of an input: a copied tensor, the block's own weight, or the same constant."""
+        name = value.name or ""
+        if value not in self.mapping and value.is_initializer() and name.startswith(f"{self.first}."):
+            own = self.path + name.removeprefix(self.first)
+            if own not in self.tensors:
+                msg = f"A repeated block holds {name}, which has no counterpart {own}."
+                raise ModelError(msg)
+            array = self.tensors[own].detach().numpy()
+            weight = ir.Value(name=own, const_value=ir.tensor(array, name=own), shape=value.shape, type=value.type)
+            self.graph.register_initializer(weight)
+            self.mapping[value] = weight
+        return self.mapping.get(value, value)
