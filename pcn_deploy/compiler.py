@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from pcn_deploy.calibration.quantized import Quantization
 
 AGREEMENT_DB = 25.0
-"""Least SQNR between the TorchScript module and the ONNX graph. FP16 differs by 65 to 75 dB, INT8 ties by 45 to 130."""
+"""Least SQNR between the TorchScript module and the ONNX graph: FP16 rounding alone leaves 64 dB and more, a graph
+that was unrolled wrongly in a trial had 17 dB."""
 
 CalibrationImages = str | Path | Iterable[npt.NDArray[np.float32]] | ImageSource
 

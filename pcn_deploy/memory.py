@@ -11,7 +11,7 @@ def release_unused() -> None:
     """Return freed memory to the system, so that the next step does not add its peak to the last one's.
 
     Only glibc keeps freed memory for itself and has a call to end that; elsewhere nothing happens. On a build of
-    PatchConvNet-S60 it lowers the peak by about 45 MiB.
+    PatchConvNet-S60 in INT8 it lowered the peak by 46 MiB with the rest in FP32, by 4 MiB with the rest in FP16.
     """
     gc.collect()
     if platform.libc_ver()[0] == "glibc":
