@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from pcn_deploy.calibration.images import read_image
-from pcn_deploy.errors import DataError
+from pcn_deploy.errors import DataError, OptionError
+from pcn_deploy.heatmap import overlay, save
 from pcn_deploy.runtime import Engine
+from pcn_deploy.specs import ATTENTION_MAP, LOGITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,16 +24,23 @@ class Prediction:
         classes: Indices of the classes.
         names: Their names; the indices as text where no names were given.
         probabilities: Softmax of the logits, 0 to 1.
+        heatmap: The picture of where the network looked, if one was asked for.
     """
 
     image: str
     classes: tuple[int, ...]
     names: tuple[str, ...]
     probabilities: tuple[float, ...]
+    heatmap: str | None = None
 
 
 def classify(
-    engine: Engine, images: Sequence[Path], *, top: int = 5, class_names: Sequence[str] | None = None
+    engine: Engine,
+    images: Sequence[Path],
+    *,
+    top: int = 5,
+    class_names: Sequence[str] | None = None,
+    heatmaps: Sequence[Path] | None = None,
 ) -> list[Prediction]:
     """Classify image files.
 
@@ -40,28 +49,41 @@ def classify(
         images: Image files.
         top: Number of classes per image.
         class_names: Name of every class, in order.
+        heatmaps: Where to write, for each image, the attention map over it: that of the most likely class where every
+            class has its own.
 
     Returns:
         One prediction per image.
 
     Raises:
         DataError: If an image cannot be read, or the names are not as many as the classes.
+        OptionError: If heatmaps are asked of a bundle without attention map.
+        OutputError: If a picture cannot be written.
         DependencyError: If Pillow is missing.
     """
+    if heatmaps is not None and len(engine.spec.outputs) == 1:
+        msg = "The bundle holds no attention map. Build it with --with-attention-map."
+        raise OptionError(msg)
     results = []
-    for path in images:
-        logits = engine.predict(read_image(path, engine.transform)[None])[0].astype(np.float64)
+    for index, path in enumerate(images):
+        image = read_image(path, engine.transform)
+        outputs = engine.outputs(image[None])
+        logits = outputs[LOGITS][0].astype(np.float64)
         if class_names is not None and len(class_names) != len(logits):
             msg = f"{len(class_names)} class names were given; the network has {len(logits)} classes."
             raise DataError(msg)
         weights = np.exp(logits - logits.max())
         best = np.argsort(-logits, kind="stable")[:top]
+        if heatmaps is not None:
+            maps = outputs[ATTENTION_MAP][0]
+            save(overlay(image, maps[best[0] if len(maps) > 1 else 0], engine.transform), heatmaps[index])
         results.append(
             Prediction(
                 image=str(path),
                 classes=tuple(int(index) for index in best),
                 names=tuple(str(index) if class_names is None else class_names[index] for index in best),
                 probabilities=tuple(float(value) for value in (weights / weights.sum())[best]),
+                heatmap=None if heatmaps is None else str(heatmaps[index]),
             )
         )
     return results

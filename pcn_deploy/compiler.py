@@ -163,6 +163,7 @@ def _prepare(model: nn.Module, options: CompileOptions, source: ImageSource | No
     from pcn_deploy.calibration.facts import inspect_layers
     from pcn_deploy.calibration.plan import make_plan
     from pcn_deploy.calibration.quantized import plan_scales
+    from pcn_deploy.models.attention_map import output_attention_map
     from pcn_deploy.models.checkpoint import check_finite
     from pcn_deploy.models.deploy import to_deploy
     from pcn_deploy.models.patchconvnet import PatchConvNet
@@ -172,6 +173,8 @@ def _prepare(model: nn.Module, options: CompileOptions, source: ImageSource | No
         model.check_resolution(*options.transform.resolution)
     progress("Rewriting and planning", 0, 2)
     deployed, rewrites = to_deploy(model)
+    if options.with_attention_map:
+        deployed = output_attention_map(deployed)
     progress("Rewriting and planning", 1, 2)
     layers = inspect_layers(deployed, torch.zeros(1, *options.transform.shape))
     plan = make_plan(layers, options.precision, options.remainder)
@@ -196,22 +199,26 @@ def _golden_set(
     """A few images with the outputs of the plain eager network."""
     import torch
 
+    from pcn_deploy.models.attention_map import with_attention_map
+
+    forward = with_attention_map(model) if options.with_attention_map else lambda images: (model(images),)
     count = options.golden_images
     images = synthetic_images(count, options) if source is None else next(source.subset(count).batches(count))[0]
-    rows: list[torch.Tensor] = []
+    rows: list[tuple[torch.Tensor, ...]] = []
     with torch.inference_mode():
         for image in images:
             progress("Eager reference", len(rows), len(images), "images")
-            rows.append(model(torch.from_numpy(image[None])))
+            rows.append(forward(torch.from_numpy(image[None])))
     progress("Eager reference", len(images), len(images), "images")
-    if not all(isinstance(row, torch.Tensor) and row.ndim == 2 for row in rows):
+    if not all(isinstance(row[0], torch.Tensor) and row[0].ndim == 2 for row in rows):
         msg = "The network must return one tensor of logits, (N, K)."
         raise ModelError(msg)
-    logits = torch.cat(rows).numpy()
-    if not np.isfinite(logits).all():
+    columns = zip(*rows, strict=True)
+    expected = {name: torch.cat(values).numpy() for name, values in zip(options.outputs, columns, strict=True)}
+    if not all(np.isfinite(values).all() for values in expected.values()):
         msg = "The eager network returns NaN or infinite logits on the golden images; there is nothing to be equal to."
         raise DataError(msg)
-    return {"images": images, "logits": logits}
+    return {"images": images, **expected}
 
 
 def synthetic_images(count: int, options: CompileOptions) -> npt.NDArray[np.float32]:
@@ -254,7 +261,14 @@ def _add_graphs(bundle: Bundle, network: _Network, options: CompileOptions, prog
     progress("Scripting", 0, 1)
     bundle.add("model.ts", to_torchscript(apply_scales(network.deployed, network.scales)))
     progress("Scripting", 1, 1)
-    graph = to_onnx(network.deployed, options.transform.shape, options.batch, network.scales, progress)
+    graph = to_onnx(
+        network.deployed,
+        options.transform.shape,
+        options.batch,
+        network.scales,
+        progress,
+        outputs=options.outputs,
+    )
     if options.graph_type != "fp32":
         reduce_precision(graph, options.graph_type)
     spec = engine_spec(graph, options.batch)
@@ -282,19 +296,24 @@ def _check_agreement(bundle: Bundle, spec: EngineSpec, options: CompileOptions) 
         backend = get_backend(target)
         try:
             with backend.open(bundle.read(backend.member), spec) as session:
-                outputs.append(session.run({spec.inputs[0].name: images})[spec.outputs[0].name])
+                outputs.append(session.run({spec.inputs[0].name: images}))
         except RuntimeError as error:  # what a scripted module raises when it runs
             msg = f"{backend.member} cannot be executed: {str(error).strip().splitlines()[-1]}"
             raise ModelError(msg) from error
-    meter = ParityMeter()
-    meter.update(outputs[0], outputs[-1])
-    found = meter.metrics()["sqnr_db"]
+    found = min(_agreement(outputs[0][tensor.name], outputs[-1][tensor.name]) for tensor in spec.outputs)
     if found < AGREEMENT_DB:
         msg = (
             f"TorchScript and ONNX were made from one module but differ ({found:.1f} dB): the network does something "
             "that the exporter or a rewrite got wrong. Please report it, with the definition of the network."
         )
         raise ModelError(msg)
+
+
+def _agreement(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> float:
+    """SQNR between two arrays of one shape, `(N, ...)`, in dB."""
+    meter = ParityMeter()
+    meter.update(first, second)
+    return meter.metrics()["sqnr_db"]
 
 
 def _prove(

@@ -13,7 +13,7 @@ from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.errors import BundleError, OptionError
 from pcn_deploy.parity import ParityBudget
-from pcn_deploy.specs import EngineSpec
+from pcn_deploy.specs import ATTENTION_MAP, LOGITS, EngineSpec
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "model": (str,),
@@ -56,8 +56,9 @@ def check_contents(manifest: dict[str, Any], path: Path) -> None:
 def _check_values(manifest: dict[str, Any]) -> None:
     """Read every value as its reader will; raises whatever that raises."""
     spec = EngineSpec.from_json(manifest["interface"])
-    if len(spec.inputs) != 1 or len(spec.outputs) != 1:
-        msg = f"{len(spec.inputs)} inputs and {len(spec.outputs)} outputs instead of one each"
+    outputs = tuple(tensor.name for tensor in spec.outputs)
+    if len(spec.inputs) != 1 or outputs not in ((LOGITS,), (LOGITS, ATTENTION_MAP)):
+        msg = f"{len(spec.inputs)} inputs and outputs {outputs} instead of images to logits, perhaps an attention map"
         raise ValueError(msg)
     Transform.from_json(manifest["transform"])
     for limit in asdict(ParityBudget(**manifest["parity_budget"])).values():

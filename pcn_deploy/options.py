@@ -11,7 +11,7 @@ from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import OptionError
 from pcn_deploy.parity import budget_for
-from pcn_deploy.specs import BatchRange
+from pcn_deploy.specs import ATTENTION_MAP, LOGITS, BatchRange
 
 
 def check_target_precision(target: str, precision: str) -> None:
@@ -43,6 +43,7 @@ class CompileOptions:
         transform: Evaluation transform; its resolution is the resolution of the engine.
         batch: Batch sizes the engines take.
         max_drop: Largest loss of top-1, in percentage points; the default of the precision if None.
+        with_attention_map: Add the attention map to the outputs.
         seed: Seed of synthetic images.
 
     Raises:
@@ -59,6 +60,7 @@ class CompileOptions:
     transform: Transform = field(default_factory=Transform)
     batch: BatchRange = field(default_factory=BatchRange)
     max_drop: float | None = None
+    with_attention_map: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,6 +84,11 @@ class CompileOptions:
             )
             raise OptionError(msg)
         budget_for(self.precision, self.max_drop)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs, in order."""
+        return (LOGITS, ATTENTION_MAP) if self.with_attention_map else (LOGITS,)
 
     @property
     def graph_type(self) -> str:

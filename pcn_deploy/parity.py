@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.errors import DataError, OptionError
+from pcn_deploy.specs import ATTENTION_MAP
 
 Logits = npt.NDArray[np.floating[Any]]
 
@@ -76,7 +77,8 @@ class ParityReport:
             machine and ONNX Runtime executed the same graph instead.
         images: Number of images compared.
         data: Where they came from.
-        metrics: Names as in the module's definitions; `top1_*` and `top1_drop` in percent, with labels only.
+        metrics: Names as in the module's definitions; `top1_*` and `top1_drop` in percent, with labels only;
+            `attention_map_*` where the engine has that output and the reference too.
         budget: What was allowed.
         failures: One sentence per limit that was broken.
         unreadable: Image files that could not be read and were left out.
@@ -137,17 +139,17 @@ class ParityMeter:
         """Compare one batch.
 
         Args:
-            reference: Logits of the eager model, `(N, K)`.
-            engine: Logits of the engine, `(N, K)`.
+            reference: Logits of the eager model, `(N, K)`; another output, `(N, ...)`, counts as one row per image.
+            engine: The same of the engine.
             labels: Classes, `(N,)`, if known.
 
         Raises:
             DataError: If the shapes differ, the reference is not finite, or a label is not one of the K classes.
         """
-        if reference.shape != engine.shape or reference.ndim != 2:
+        if reference.shape != engine.shape or reference.ndim < 2:
             msg = f"Reference logits {reference.shape} and engine logits {engine.shape}: expected the same (N, K)."
             raise DataError(msg)
-        ref, out = reference.astype(np.float64), engine.astype(np.float64)
+        ref, out = (values.reshape(len(values), -1).astype(np.float64) for values in (reference, engine))
         if not np.isfinite(ref).all():
             msg = "The reference logits hold NaN or infinite values; there is nothing to be equal to."
             raise DataError(msg)
@@ -188,9 +190,23 @@ class ParityMeter:
             found |= {"top1_reference": reference, "top1_engine": engine, "top1_drop": reference - engine}
         return found
 
-    def report(self, *, target: str, executed_by: str, data: str, budget: ParityBudget) -> ParityReport:
-        """Judge the numbers so far against a budget."""
-        metrics = self.metrics()
+    def report(
+        self, *, target: str, executed_by: str, data: str, budget: ParityBudget, attention: ParityMeter | None = None
+    ) -> ParityReport:
+        """Judge the numbers so far against a budget.
+
+        Args:
+            target: The engine judged.
+            executed_by: What computed its outputs.
+            data: Where the images came from.
+            budget: What is still parity.
+            attention: The comparison of the attention maps, judged by cosine and SQNR as the logits are.
+        """
+        metrics, failures = self.metrics(), _failures(self.metrics(), budget)
+        if attention is not None:
+            seen = attention.metrics()
+            metrics |= {f"{ATTENTION_MAP}_{name}": seen[name] for name in ("cosine_min", "sqnr_db", "max_abs_error")}
+            failures += [f"attention map: {failure}" for failure in _failures(seen, budget)]
         return ParityReport(
             target=target,
             executed_by=executed_by,
@@ -198,7 +214,7 @@ class ParityMeter:
             data=data,
             metrics=metrics,
             budget=budget,
-            failures=tuple(_failures(metrics, budget)),
+            failures=tuple(failures),
         )
 
 

@@ -15,7 +15,7 @@ from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.engines.base import Backend, Session
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DataError, DependencyError, OptionError
-from pcn_deploy.specs import EngineSpec
+from pcn_deploy.specs import LOGITS, EngineSpec
 
 PREFERENCE = ("tensorrt", "tensorrt-rtx", "cpu", "torchscript")
 """Order in which `load` tries the engines of a bundle: fastest first."""
@@ -91,20 +91,35 @@ class Engine:
         Raises:
             DataError: If the images do not fit the engine, or there are none.
         """
+        return self.outputs(images)[LOGITS]
+
+    def outputs(self, images: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.float32]]:
+        """Run any number of images and return everything the engine gives.
+
+        Args:
+            images: float32 `(N, C, H, W)`, transformed.
+
+        Returns:
+            `logits`, float32 `(N, K)`, and where the bundle was built with it `attention_map`, float32
+            `(N, T, H', W')`: the weight of each position for each of T class tokens.
+
+        Raises:
+            DataError: If the images do not fit the engine, or there are none.
+        """
         if images.ndim == 0 or len(images) == 0:
             msg = "No images were given."
             raise DataError(msg)
-        return np.concatenate([self.run_batch(batch) for batch in self._batches(images)])
+        batches = [self.run_batch(batch) for batch in self._batches(images)]
+        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
-    def run_batch(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def run_batch(self, images: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.float32]]:
         """Run at most `spec.batch.max` images; a batch below the engine's minimum is filled up with copies."""
         missing = self.spec.batch.min - len(images)
         batch = images
         if missing > 0:
             batch = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
         outputs = self._session.run({self.spec.inputs[0].name: batch})
-        logits: npt.NDArray[np.float32] = outputs[self.spec.outputs[0].name]
-        return logits[: len(images)]
+        return {name: values[: len(images)] for name, values in outputs.items()}
 
     def _batches(self, images: npt.NDArray[np.float32]) -> Iterator[npt.NDArray[np.float32]]:
         size = self.spec.batch.max

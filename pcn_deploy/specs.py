@@ -10,6 +10,12 @@ from pcn_deploy.errors import OptionError
 BATCH_AXIS = "batch"
 """Name of the one symbolic dimension; all others are fixed at build time."""
 
+LOGITS = "logits"
+"""Name of the first output, `(N, K)`."""
+
+ATTENTION_MAP = "attention_map"
+"""Name of the second output, if there is one: `(N, T, H, W)`, the weight of each position for each class token."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:

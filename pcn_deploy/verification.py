@@ -15,6 +15,7 @@ from pcn_deploy.errors import BundleError, DataError
 from pcn_deploy.parity import ParityBudget, ParityMeter, ParityReport
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine
+from pcn_deploy.specs import ATTENTION_MAP, LOGITS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,18 +77,27 @@ def verify(
 def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = silent) -> ParityReport:
     """Compare an engine with the eager outputs that its bundle holds."""
     golden = engine.bundle.read_arrays("golden.npz")
-    if not {"images", "logits"} <= golden.keys():
-        msg = f"The golden set holds {sorted(golden)} instead of images and logits. Build the bundle again."
+    expected = {"images", *(tensor.name for tensor in engine.spec.outputs)}
+    if not expected <= golden.keys():
+        msg = f"The golden set holds {sorted(golden)} instead of {sorted(expected)}. Build the bundle again."
         raise BundleError(msg)
-    images, logits = golden["images"], golden["logits"]
+    images = golden["images"]
     size, step = engine.spec.batch.max, f"Proving {engine.target}"
-    meter = ParityMeter()
+    meters = {tensor.name: ParityMeter() for tensor in engine.spec.outputs}
     progress(step, 0, len(images), "images")
     for start in range(0, len(images), size):
         part = slice(start, start + size)
-        meter.update(logits[part], engine.predict(images[part]))
+        outputs = engine.outputs(images[part])
+        for name, meter in meters.items():
+            meter.update(golden[name][part], outputs[name])
         progress(step, min(start + size, len(images)), len(images), "images")
-    return meter.report(target=engine.target, executed_by=engine.executed_by, data="golden", budget=budget)
+    return meters[LOGITS].report(
+        target=engine.target,
+        executed_by=engine.executed_by,
+        data="golden",
+        budget=budget,
+        attention=meters.get(ATTENTION_MAP),
+    )
 
 
 def eager(model: Any) -> Reference:

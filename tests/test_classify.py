@@ -24,9 +24,9 @@ class FakeEngine:
         default_factory=lambda: Transform(resolution=(4, 4), crop_pct=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
     )
 
-    def predict(self, images: Any) -> Any:
+    def outputs(self, images: Any) -> Any:
         assert images.shape == (1, 3, 4, 4)
-        return np.array([[0.25, float(images[0, 0].mean()), -1.0, 0.25]], np.float32)
+        return {"logits": np.array([[0.25, float(images[0, 0].mean()), -1.0, 0.25]], np.float32)}
 
 
 def run(images: list[Path], **given: Any) -> list[Prediction]:
@@ -65,7 +65,8 @@ def test_more_classes_asked_for_than_there_are(white: Path) -> None:
 
 
 def test_large_logits_do_not_overflow(white: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeEngine, "predict", lambda self, images: np.array([[5000.0, 0.0]], np.float32))
+    logits = np.array([[5000.0, 0.0]], np.float32)
+    monkeypatch.setattr(FakeEngine, "outputs", lambda self, images: {"logits": logits})
     assert run([white])[0].probabilities == (1.0, 0.0)
 
 

@@ -73,6 +73,11 @@ from pcn_deploy.specs import BatchRange
 )
 @options.max_drop_option
 @click.option(
+    "--with-attention-map",
+    is_flag=True,
+    help="Add a second output: the weight of each patch in the class attention, per class where tokens are.",
+)
+@click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of random weights and images."
 )
 @options.overwrite_option
@@ -136,6 +141,7 @@ def _options(given: dict[str, Any]) -> CompileOptions:
         ),
         batch=given["batch"] if isinstance(given["batch"], BatchRange) else BatchRange.parse(given["batch"]),
         max_drop=given["max_drop"],
+        with_attention_map=given["with_attention_map"],
         seed=given["seed"],
     )
 

@@ -10,6 +10,7 @@ import click
 from pcn_deploy.classify import classify
 from pcn_deploy.cli import display, options
 from pcn_deploy.errors import DataError
+from pcn_deploy.heatmap import picture_paths
 from pcn_deploy.runtime import load
 
 
@@ -24,14 +25,30 @@ from pcn_deploy.runtime import load
     metavar="FILE",
     help="Names of the classes, one per line, in order.",
 )
+@click.option(
+    "--heatmap",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Write where the network looked, over the image: a .png for one image, a folder for several. "
+    "The bundle must have been built with --with-attention-map.",
+)
+@options.overwrite_option
 @options.json_option
 def command(
-    file: Path, images: tuple[Path, ...], target: str | None, top: int, labels: Path | None, as_json: bool
+    file: Path,
+    images: tuple[Path, ...],
+    target: str | None,
+    top: int,
+    labels: Path | None,
+    heatmap: Path | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Classify images with an engine of FILE.pcn and show the most likely classes."""
     names = _read_names(labels) if labels else None
+    pictures = picture_paths(heatmap, images, overwrite=overwrite) if heatmap else None
     with load(file, target) as engine:
-        predictions = classify(engine, images, top=top, class_names=names)
+        predictions = classify(engine, images, top=top, class_names=names, heatmaps=pictures)
         used = engine.target
     if as_json:
         display.print_json({"target": used, "predictions": [asdict(prediction) for prediction in predictions]})
@@ -42,6 +59,9 @@ def command(
             shown = prediction.image if rank == 0 else ""
             rows.append([shown, str(rank + 1), name, f"{100 * prediction.probabilities[rank]:.2f}"])
     display.print_table(f"Most likely classes, by {used}", ["image", "rank", "class", "probability %"], rows)
+    for prediction in predictions:
+        if prediction.heatmap:
+            click.echo(f"Wrote {prediction.heatmap}.")
 
 
 def _read_names(path: Path) -> list[str]:

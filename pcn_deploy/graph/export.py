@@ -19,7 +19,7 @@ from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.qdq import insert_qdq
 from pcn_deploy.graph.repeat import Run, find_runs, keep_first, unroll
 from pcn_deploy.progress import Progress, silent
-from pcn_deploy.specs import BATCH_AXIS, BatchRange, EngineSpec, TensorSpec
+from pcn_deploy.specs import BATCH_AXIS, LOGITS, BatchRange, EngineSpec, TensorSpec
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,6 @@ OPSET = 20
 """First opset with native Gelu; LayerNormalization is native since 17."""
 
 INPUT_NAME = "images"
-OUTPUT_NAME = "logits"
 
 
 def to_onnx(
@@ -36,6 +35,8 @@ def to_onnx(
     batch: BatchRange,
     quantized: dict[str, Quantization],
     progress: Progress = silent,
+    *,
+    outputs: tuple[str, ...] = (LOGITS,),
 ) -> ir.Model:
     """Export a module in evaluation mode.
 
@@ -45,6 +46,7 @@ def to_onnx(
         batch: The batch sizes the graph must take; the batch axis is symbolic if it is a true range.
         quantized: Scales of the layers to quantise, by name; empty for a float graph.
         progress: Told the stages done.
+        outputs: Names of what the module returns, in order.
 
     Returns:
         The graph, float32 apart from Q/DQ.
@@ -56,7 +58,7 @@ def to_onnx(
     example = torch.zeros((2 if batch.is_dynamic else batch.min, *image_shape))
     progress(step, 0, 3)
     with _quiet_exporter(), torch.no_grad():
-        program = _export_unrolled(model, example, batch, find_runs(model, example))
+        program = _export_unrolled(model, example, batch, find_runs(model, example), outputs)
         progress(step, 1, 3)
         insert_qdq(program.model.graph, quantized)
         progress(step, 2, 3)
@@ -67,16 +69,18 @@ def to_onnx(
     return finished
 
 
-def _export_unrolled(model: nn.Module, example: Tensor, batch: BatchRange, runs: list[Run]) -> Any:
+def _export_unrolled(
+    model: nn.Module, example: Tensor, batch: BatchRange, runs: list[Run], outputs: tuple[str, ...]
+) -> Any:
     """Export one block of each run and unroll; the whole network where its blocks cannot be repeated."""
-    program = _export(keep_first(model, runs), example, batch)
+    program = _export(keep_first(model, runs), example, batch, outputs)
     _fold_constants(program.model)
     try:
         for run in runs:
             unroll(program.model.graph, model, run)
     except ModelError as error:
         log.debug("Every block is exported on its own: %s", error)
-        return _export_unrolled(model, example, batch, [])
+        return _export_unrolled(model, example, batch, [], outputs)
     return program
 
 
@@ -91,7 +95,7 @@ def _fold_constants(model: ir.Model) -> None:
     RemoveUnusedNodesPass()(model)
 
 
-def _export(model: nn.Module, example: Tensor, batch: BatchRange) -> Any:
+def _export(model: nn.Module, example: Tensor, batch: BatchRange, outputs: tuple[str, ...]) -> Any:
     axes = {0: torch.export.Dim(BATCH_AXIS, min=1, max=max(batch.max, 2))}
     try:
         exported = torch.export.export(
@@ -102,7 +106,7 @@ def _export(model: nn.Module, example: Tensor, batch: BatchRange) -> Any:
             dynamo=True,
             opset_version=OPSET,
             input_names=[INPUT_NAME],
-            output_names=[OUTPUT_NAME],
+            output_names=list(outputs),
             optimize=False,
             verbose=False,
         )

@@ -155,7 +155,7 @@ def unroll(graph: ir.Graph, model: nn.Module, run: Run) -> None:
         ModelError: If the nodes of the block do not read one tensor and return one: it cannot be repeated.
     """
     first = run.path(run.names[0])
-    body = [node for node in graph if _belongs_to(node, first)]
+    body = _body(graph, first)
     entry, result = _boundary(body)
     later = [use for use in result.uses() if use.node not in body]
     outputs = [index for index, value in enumerate(graph.outputs) if value is result]
@@ -174,19 +174,30 @@ def unroll(graph: ir.Graph, model: nn.Module, run: Run) -> None:
         graph.outputs[index] = current
 
 
-def _belongs_to(node: ir.Node, path: str) -> bool:
-    return f"'{path}'" in node.metadata_props.get(SCOPES, "")
+def _body(graph: ir.Graph, path: str) -> list[ir.Node]:
+    """The nodes of a block, in order; also those without a note that stand between its nodes and nowhere else."""
+    body = {node for node in graph if f"'{path}'" in node.metadata_props.get(SCOPES, "")}
+    for node in graph:
+        if SCOPES not in node.metadata_props:
+            writers = {value.producer() for value in node.inputs if value is not None} - {None}
+            readers = {use.node for value in node.outputs for use in value.uses()}
+            if writers & body and readers and readers <= body:
+                body.add(node)
+    return [node for node in graph if node in body]
 
 
 def _boundary(body: list[ir.Node]) -> tuple[ir.Value, ir.Value]:
-    """The one computed tensor a block reads, and the one it returns."""
+    """The one computed tensor a block reads, and the one it returns.
+
+    Sizes do not count: a block keeps the shape of its tensor, so a size from outside is the same for all of them.
+    """
     inside = set(body)
     made = {value for node in body for value in node.outputs}
     read = {
         value
         for node in body
         for value in node.inputs
-        if value is not None and value not in made and _is_computed(value)
+        if value is not None and value not in made and _is_computed(value) and value.dtype != ir.DataType.INT64
     }
     returned = {
         value for value in made if value.is_graph_output() or any(use.node not in inside for use in value.uses())

@@ -1,4 +1,4 @@
-"""Reading weights: containers, safety, strictness, and the shape of a network from its keys.
+"""Reading weights: containers, safety, strictness.
 
 Pickles are read with `weights_only=True` only. The official PatchConvNet files come flat or wrapped; every container
 the authors used is accepted (facebookresearch/deit: `model`, `state_dict`, `model_ema`, prefix `module.`).
@@ -23,6 +23,8 @@ StateDict = dict[str, Tensor]
 
 CONTAINERS = ("model", "state_dict", "model_ema")
 """Keys under which a state dict may be wrapped, first match wins."""
+
+COUNTER = ".num_batches_tracked"
 
 _SHOWN = 20
 
@@ -57,12 +59,12 @@ def check_finite(state: StateDict, origin: str) -> None:
     """
     odd = [f"{name} ({tensor.dtype}, {tensor.layout})" for name, tensor in state.items() if not _is_plain(tensor)]
     if odd:
-        msg = f"{origin} holds tensors that are not plain numbers: {_listed(odd)}. Export dense, unquantised weights."
+        msg = f"{origin} holds tensors that are not plain numbers: {listed(odd)}. Export dense, unquantised weights."
         raise CheckpointError(msg)
     floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
     broken = [name for name, tensor in floats.items() if not tensor.float().isfinite().all()]
     if broken:
-        msg = f"{origin} holds NaN or infinite values in {len(broken)} tensors: {_listed(broken)}. Export it again."
+        msg = f"{origin} holds NaN or infinite values in {len(broken)} tensors: {listed(broken)}. Export it again."
         raise CheckpointError(msg)
 
 
@@ -146,6 +148,8 @@ def load_strict(model: nn.Module, state: StateDict, origin: str) -> None:
         CheckpointError: If a key is missing, extra or misshapen; all three lists are in the message.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    counters = {name: torch.zeros((), dtype=torch.long) for name in expected if name.endswith(COUNTER)}
+    state = counters | state  # files older than PyTorch 0.4.1 lack them, and nothing reads them in evaluation
     missing = expected.keys() - state.keys()
     extra = state.keys() - expected.keys()
     misshapen = [
@@ -162,70 +166,15 @@ def load_strict(model: nn.Module, state: StateDict, origin: str) -> None:
         lines = [f"{origin} does not fit this network:"]
         for kind, names in (("missing", sorted(missing)), ("extra", sorted(extra)), ("misshapen", misshapen)):
             if names:
-                lines.append(f"  {len(names)} {kind}: {_listed(names)}")
+                lines.append(f"  {len(names)} {kind}: {listed(names)}")
         lines.append("Check the model name, --num-classes and that the file belongs to this architecture.")
         raise CheckpointError("\n".join(lines))
     full = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     model.load_state_dict(full, strict=True, assign=True)
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
-
-
-def has_class_heads(state: StateDict) -> bool:
-    """Whether the weights are those of the official multi-class-token form, with one head per class."""
-    return any(re.fullmatch(r"head\.\d+\.(weight|bias)", key) for key in state)
-
-
-def stack_class_heads(state: StateDict) -> StateDict:
-    """Stack the official multi-class-token heads `head.<i>.weight (1, C)` into one `head.weight (classes, C)`.
-
-    Raises:
-        CheckpointError: If the head of a class is missing.
-    """
-    if not has_class_heads(state):
-        return state
-    heads = range(1 + max(int(key.split(".")[1]) for key in state if re.fullmatch(r"head\.\d+\.(weight|bias)", key)))
-    wanted = [f"head.{index}.{kind}" for index in heads for kind in ("weight", "bias")]
-    missing = [name for name in wanted if name not in state]
-    if missing:
-        msg = f"The weights hold one head per class, but {len(missing)} tensors are missing: {_listed(missing)}."
-        raise CheckpointError(msg)
-    stacked = {key: value for key, value in state.items() if not re.fullmatch(r"head\.\d+\.(weight|bias)", key)}
-    stacked["head.weight"] = torch.cat([state[f"head.{index}.weight"] for index in heads])
-    stacked["head.bias"] = torch.cat([state[f"head.{index}.bias"] for index in heads])
-    return stacked
-
-
-def infer_patchconvnet(state: StateDict) -> dict[str, Any]:
-    """Read the arguments of `PatchConvNet` off the keys and shapes of its state dict (heads stacked).
-
-    Raises:
-        CheckpointError: If a key that decides the shape is absent: this is not a PatchConvNet.
-    """
-    try:
-        width = state["cls_token"].shape[-1]
-        stem = [key for key in state if re.fullmatch(r"patch_embed\.proj\.\d+\.0\.weight", key)]
-        blocks = {int(match.group(1)) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))}
-        depth = 1 + max(blocks)
-        if len(blocks) != depth:
-            msg = f"The weights hold {len(blocks)} trunk blocks, numbered up to {max(blocks)}: some are missing."
-            raise CheckpointError(msg)
-        return {
-            "width": width,
-            "depth": depth,
-            "patch": 2 ** len(stem),
-            "num_classes": state["head.weight"].shape[0],
-            "in_channels": state["patch_embed.proj.0.0.weight"].shape[1],
-            "mlp_ratio": state["blocks_token_only.0.mlp.fc1.weight"].shape[0] / width,
-            "multi_class_token": state["cls_token"].shape[1] > 1,
-        }
-    except (KeyError, ValueError, IndexError) as error:
-        msg = (
-            f"The weights are not a PatchConvNet ({type(error).__name__}: {error}). Found {_listed(sorted(state))}. "
-            "Check the model name and the file."
-        )
-        raise CheckpointError(msg) from error

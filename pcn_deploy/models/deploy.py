@@ -4,7 +4,8 @@ Each rewrite changes the modules it knows, in place, and returns how many it cha
 to a copy. Products of weights are formed in float64 and stored in the dtype of the weights.
 
 Source of the algebra: arXiv 2112.13692 (LayerScale, aggregation); softmax is invariant to a constant added to all
-logits, and its weights sum to one, hence biases of keys vanish and biases of values pass through.
+logits, and its weights sum to one, hence biases of keys vanish and biases of values pass through. Bilinear
+interpolation is linear and its weights sum to one, so a BatchNorm after it may move before it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pcn_deploy.models.patchconvnet import Aggregation, PatchConvNet, TokenBlock, TrunkBlock
+from pcn_deploy.models.aggregation import Aggregation, AttentionPool2d, TokenBlock
+from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d, RelativeSelfAttention2d
+from pcn_deploy.models.patchconvnet import PatchConvNet, TrunkBlock
 
 log = logging.getLogger(__name__)
 
@@ -45,15 +48,13 @@ class AbsorbedAggregation(nn.Module):
         if not project_first:
             self.value.bias = self.bias
 
-    def forward(self, tokens: Tensor, patches: Tensor) -> Tensor:
-        """Aggregate normalised patches `(N, H * W, C)`; returns the update of the tokens, `(N, T, C)`."""
+    def forward(self, tokens: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Aggregation.forward`; the weights do not depend on the batch's tokens, which are constants."""
         keys = torch.cat((tokens, patches), 1) if self.attend_token else patches
         weights = (self.query @ keys.transpose(1, 2)).softmax(-1)
         if self.project_first:
-            projected: Tensor = self.value(keys)
-            return weights @ projected + self.bias
-        update: Tensor = self.value(weights @ keys)
-        return update
+            return weights @ self.value(keys) + self.bias, weights
+        return self.value(weights @ keys), weights
 
 
 def _scale_rows(layer: nn.Conv2d | nn.Linear, gamma: Tensor) -> None:
@@ -82,12 +83,21 @@ def fold_layer_scale(model: nn.Module) -> int:
 
 
 def fold_attention_scale(model: nn.Module) -> int:
-    """Fold the factor 1 / sqrt(C) of the attention logits into the query projection."""
-    sites = [module for module in model.modules() if isinstance(module, Aggregation) and module.scale != 1.0]
-    for module in sites:
-        _scale_rows(module.q, torch.full_like(module.q.bias, module.scale))
+    """Fold the factor 1 / sqrt(D) of the attention logits into the query projection."""
+    folded = 0
+    for module in model.modules():
+        if isinstance(module, Aggregation) and module.scale != 1.0:
+            _scale_rows(module.q, torch.full_like(module.q.bias, module.scale))
+        elif isinstance(module, RelativeSelfAttention2d) and module.scale != 1.0:
+            factors = torch.ones(module.conv_qkv.out_channels)
+            start = module.dk if module.keys_first else 0
+            factors[start : start + module.dk] = module.scale
+            _scale_rows(module.conv_qkv, factors)
+        else:
+            continue
         module.scale = 1.0
-    return len(sites)
+        folded += 1
+    return folded
 
 
 def absorb_key_value(model: nn.Module) -> int:
@@ -97,10 +107,14 @@ def absorb_key_value(model: nn.Module) -> int:
     `q.(Wk x + bk) = (Wk^T q).x + const`, and the constant cancels in the softmax. As the weights sum to one,
     `Wp (sum_i a_i (Wv x_i + bv)) + bp = (Wp Wv) (sum_i a_i x_i) + (Wp bv + bp)`.
     """
-    sites = [module for module in model.modules() if isinstance(module, PatchConvNet)]
     absorbed = 0
-    for network in sites:
-        block = network.blocks_token_only[0]
+    for network in model.modules():
+        if isinstance(network, PatchConvNet):
+            block: nn.Module = network.blocks_token_only[0]
+        elif isinstance(network, AttentionPool2d):
+            block = network.block
+        else:
+            continue
         attn = block.attn
         if not isinstance(block, TokenBlock) or not isinstance(attn, Aggregation):
             continue
@@ -112,16 +126,25 @@ def absorb_key_value(model: nn.Module) -> int:
             (proj.weight.double() @ value.weight.double()).to(dtype),
             (proj.weight.double() @ value.bias.double() + proj.bias.double()).to(dtype),
             attend_token=attn.attend_token,
-            project_first=network.multi_class_token,
+            project_first=network.cls_token.shape[1] > 1,
         )
         absorbed += 1
     return absorbed
 
 
+class _Tracer(fx.Tracer):
+    """Does not look into attention: its code depends on shapes."""
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        """Whether a module is one node of the graph."""
+        ours = isinstance(module, AttentionAugmentedConv2d | RelativeSelfAttention2d | TokenBlock)
+        return ours or super().is_leaf_module(module, qualified_name)
+
+
 def _traced_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Names of (module, module) where the second is the only reader of the first, each called once."""
     try:
-        graph = fx.Tracer().trace(model)
+        graph = _Tracer().trace(model)
     except Exception as error:
         log.debug("BatchNorm is not folded, the network cannot be traced: %s", error)
         return
@@ -136,7 +159,7 @@ def _traced_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def fold_batch_norm(model: nn.Module) -> int:
-    """Fold each BatchNorm that alone reads a convolution into that convolution.
+    """Fold each BatchNorm that alone reads a convolution, plain or augmented, into that convolution.
 
     Pairs are found in the data flow, where the network can be traced symbolically; elsewhere folding is left to the
     engine.
@@ -145,11 +168,33 @@ def fold_batch_norm(model: nn.Module) -> int:
     for conv_path, norm_path in list(_traced_pairs(model)):
         conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
         # exact types: a subclass may standardise its weights, or end in an activation
-        if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
+        if type(norm) is not nn.BatchNorm2d or norm.running_mean is None:
+            continue
+        if type(conv) is nn.Conv2d:
             model.set_submodule(conv_path, fuse_conv_bn_eval(conv, norm))
-            model.set_submodule(norm_path, nn.Identity())
-            folded += 1
+        elif isinstance(conv, AttentionAugmentedConv2d):
+            _fold_into_augmented(conv, norm)
+        else:
+            continue
+        model.set_submodule(norm_path, nn.Identity())
+        folded += 1
     return folded
+
+
+def _fold_into_augmented(conv: AttentionAugmentedConv2d, norm: nn.BatchNorm2d) -> None:
+    """Fold a BatchNorm into the last convolutions of both branches, each with its share of the channels."""
+    split = conv.conv_out.out_channels
+    conv.conv_out = fuse_conv_bn_eval(conv.conv_out, _channels_of(norm, slice(None, split)))
+    conv.attention.attn_out = fuse_conv_bn_eval(conv.attention.attn_out, _channels_of(norm, slice(split, None)))
+
+
+def _channels_of(norm: nn.BatchNorm2d, part: slice) -> nn.BatchNorm2d:
+    """Some channels of a BatchNorm."""
+    chosen = nn.BatchNorm2d(len(range(norm.num_features)[part]), norm.eps, affine=norm.affine).eval()
+    for name, tensor in norm.state_dict(keep_vars=True).items():
+        if tensor.ndim:
+            getattr(chosen, name).data = tensor.data[part]
+    return chosen
 
 
 REWRITES: tuple[Callable[[nn.Module], int], ...] = (

@@ -20,16 +20,29 @@ class LayerNorm2d(nn.LayerNorm):
         return x.permute(0, 3, 1, 2)
 
 
-class SqueezeExcite(nn.Module):
-    """Channel gate: global mean, 1x1 to `channels // 4`, ReLU, 1x1 back, sigmoid.
+class ResidualAdd(nn.Module):
+    """The addition at the end of a residual block, as a module: the planner finds it and may quantise its identity."""
 
-    Source: Hu et al., "Squeeze-and-Excitation Networks", section 3; ratio 1/4 as in PatchConvNet.
+    def forward(self, branch: Tensor, identity: Tensor) -> Tensor:
+        """Add two tensors of one shape."""
+        return branch + identity
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate: global mean, 1x1 to fewer channels, ReLU, 1x1 back, sigmoid.
+
+    Args:
+        channels: Channels of the map.
+        hidden: Channels between the two convolutions; a quarter by default, as in PatchConvNet.
+
+    Source: Hu et al., "Squeeze-and-Excitation Networks", arXiv 1709.01507, section 3.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, hidden: int | None = None) -> None:
         super().__init__()
-        self.conv_reduce = nn.Conv2d(channels, channels // 4, 1)
-        self.conv_expand = nn.Conv2d(channels // 4, channels, 1)
+        hidden = hidden or channels // 4
+        self.conv_reduce = nn.Conv2d(channels, hidden, 1)
+        self.conv_expand = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale each channel of `(N, C, H, W)`; same shape and dtype."""

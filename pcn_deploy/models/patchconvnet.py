@@ -10,13 +10,11 @@ Tensors stay `(N, C, H, W)` from the stem to the aggregation, so any height and 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcn_deploy.errors import OptionError
+from pcn_deploy.models.aggregation import NORM_EPS, TokenBlock
 from pcn_deploy.models.layers import LayerNorm2d, SqueezeExcite
-
-NORM_EPS = 1e-6
 
 
 class ConvStem(nn.Module):
@@ -85,85 +83,6 @@ class TrunkBlock(nn.Module):
         if self.gamma_1 is not None:
             update = update * self.gamma_1[:, None, None]
         return x + update
-
-
-class Aggregation(nn.Module):
-    """Single-head attention from the class tokens to the patches.
-
-    With one class token the keys are the token itself and the patches, with one token per class the patches alone.
-    `scale` is 1 once it is folded into the query projection.
-
-    Source: arXiv 2112.13692, section 3.3; official key layout with separate q, k, v.
-    """
-
-    def __init__(self, width: int, attend_token: bool) -> None:
-        super().__init__()
-        self.attend_token = attend_token
-        self.scale = width**-0.5
-        self.q = nn.Linear(width, width)
-        self.k = nn.Linear(width, width)
-        self.v = nn.Linear(width, width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, tokens: Tensor, patches: Tensor) -> Tensor:
-        """Aggregate the patches for each token.
-
-        Args:
-            tokens: Normalised class tokens, `(N, T, C)`.
-            patches: Normalised patches, `(N, H * W, C)`.
-
-        Returns:
-            The update of the class tokens, `(N, T, C)`.
-        """
-        keys = torch.cat((tokens, patches), 1) if self.attend_token else patches
-        query = self.q(tokens)
-        if self.scale != 1.0:
-            query = query * self.scale
-        weights = (query @ self.k(keys).transpose(1, 2)).softmax(-1)
-        update: Tensor = self.proj(weights @ self.v(keys))
-        return update
-
-
-class Mlp(nn.Module):
-    """Linear, GELU, linear."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform the last axis; same shape."""
-        y: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return y
-
-
-class TokenBlock(nn.Module):
-    """The one transformer-like block: aggregation, then an MLP, both on the class tokens only.
-
-    `gamma_1` and `gamma_2` are None once LayerScale is folded.
-    """
-
-    def __init__(self, width: int, mlp_ratio: float, layer_scale: float, attend_token: bool) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.attn: nn.Module = Aggregation(width, attend_token)
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-        hidden = int(width * mlp_ratio + 1e-6)  # a ratio read off a file may lie one rounding below its whole number
-        self.mlp = Mlp(width, hidden)
-        self.gamma_1 = nn.Parameter(torch.full((width,), layer_scale))
-        self.gamma_2 = nn.Parameter(torch.full((width,), layer_scale))
-
-    def forward(self, tokens: Tensor, patches: Tensor) -> Tensor:
-        """Update class tokens `(N, T, C)` from patches `(N, H * W, C)`."""
-        update: Tensor = self.attn(self.norm1(tokens), self.norm1(patches))
-        if self.gamma_1 is not None:
-            update = update * self.gamma_1
-        tokens = tokens + update
-        update = self.mlp(self.norm2(tokens))
-        if self.gamma_2 is not None:
-            update = update * self.gamma_2
-        return tokens + update
 
 
 class PerClassHead(nn.Module):
@@ -255,10 +174,10 @@ class PatchConvNet(nn.Module):
         Returns:
             Logits, `(N, num_classes)`.
         """
-        patches = self.blocks(self.patch_embed(images)).flatten(2).transpose(1, 2)
+        features = self.blocks(self.patch_embed(images))
         tokens = self.cls_token.expand(images.shape[0], -1, -1)
         for block in self.blocks_token_only:
-            tokens = block(tokens, patches)
+            tokens, _ = block(tokens, features)
         tokens = self.norm(tokens)
         logits: Tensor = self.head(tokens if self.multi_class_token else tokens[:, 0])
         return logits

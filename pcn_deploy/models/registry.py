@@ -6,90 +6,22 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcn_deploy.errors import DependencyError, ModelError, OptionError
+from pcn_deploy.models.catalogue import MODELS, ModelInfo
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from pcn_deploy.models.checkpoint import StateDict
-
-_PATCHCONVNET = "pcn_deploy.models.patchconvnet:PatchConvNet"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelInfo:
-    """A named architecture.
-
-    Attributes:
-        name: Name on the command line.
-        factory: `module:callable` that makes it.
-        arguments: Keyword arguments of the factory.
-        parameters: Number of parameters at 1,000 classes; 0 where the checkpoint decides.
-        gmacs: Multiply-accumulates of one image at `resolution`, in 10^9; 0 where the checkpoint decides.
-        checkpoints: Official files that load unchanged.
-        resolution: Height and width it was published for, in pixels.
-    """
-
-    name: str
-    factory: str
-    arguments: dict[str, Any] = field(default_factory=dict)
-    parameters: int = 0
-    gmacs: float = 0.0
-    checkpoints: str = ""
-    resolution: tuple[int, int] = (224, 224)
-
-
-def _patchconvnet(name: str, parameters: int, gmacs: float, checkpoints: str, **arguments: Any) -> ModelInfo:
-    return ModelInfo(
-        name=name,
-        factory=_PATCHCONVNET,
-        arguments=arguments,
-        parameters=parameters,
-        gmacs=gmacs,
-        checkpoints=checkpoints,
-    )
-
-
-# Shapes and LayerScale initial values: facebookresearch/deit, patchconvnet_models.py. Counts: `tests/models`.
-_MODELS = {
-    info.name: info
-    for info in (
-        _patchconvnet(
-            "patchconvnet_s60",
-            25_231_096,
-            3.98,
-            "s60_224_1k, s60_{224,384,512}_21k",
-            width=384,
-            depth=60,
-            layer_scale=1e-4,
-        ),
-        _patchconvnet("patchconvnet_s120", 47_723_896, 7.49, "s120_224_1k", width=384, depth=120),
-        _patchconvnet("patchconvnet_b60", 99_388_936, 15.80, "b60_224_1k, b60_{224,384}_21k", width=768, depth=60),
-        _patchconvnet("patchconvnet_b120", 188_611_336, 29.77, "b120_224_1k, b120_{224,384}_21k", width=768, depth=120),
-        _patchconvnet("patchconvnet_l60", 176_009_576, 28.04, "none published", width=1024, depth=60),
-        _patchconvnet("patchconvnet_l120", 334_294_376, 52.85, "none published", width=1024, depth=120),
-        _patchconvnet(
-            "patchconvnet_s60_multi",
-            25_614_712,
-            5.31,
-            "s60_multi_{scratch,finetune}_1k",
-            width=384,
-            depth=60,
-            layer_scale=1e-4,
-            multi_class_token=True,
-        ),
-        _patchconvnet("patchconvnet", 0, 0.0, "any of the above and your own: the shape is read from the file"),
-    )
-}
+_DECIDED_BY_FILE = {"num_classes", "in_channels", "image_size"}
+"""What a checkpoint may decide about an architecture whose name fixes the rest."""
 
 
 def list_models() -> list[ModelInfo]:
     """Every registered architecture, in the order people should see them."""
-    return list(_MODELS.values())
+    return list(MODELS.values())
 
 
 def find_model(name: str) -> ModelInfo | None:
@@ -104,12 +36,12 @@ def find_model(name: str) -> ModelInfo | None:
     Raises:
         ModelError: If it is neither; the closest names are in the message.
     """
-    if name in _MODELS:
-        return _MODELS[name]
+    if name in MODELS:
+        return MODELS[name]
     if ":" in name:
         return None
-    close = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.4)
-    hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(_MODELS)}."
+    close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.4)
+    hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(MODELS)}."
     msg = f"Unknown model {name!r}. {hint} Your own network is given as package.module:factory or file.py:factory."
     raise ModelError(msg)
 
@@ -159,10 +91,10 @@ def create_model(
         if info is None:
             model = _call_user_factory(name, architecture)
         else:
-            if state is not None and checkpoint.has_class_heads(state):
-                state = checkpoint.stack_class_heads(state)
-                architecture |= {} if info.arguments else {"multi_class_token": True}
-            arguments = _arguments(info, state, architecture)
+            read: dict[str, Any] = {}
+            if state is not None:
+                state, read = _load(info.reader)(state)
+            arguments = _arguments(info, read, architecture)
             with torch.device("meta" if state is not None else "cpu"):
                 model = _make(info, arguments)
     if state is not None:
@@ -181,16 +113,11 @@ def check_weights_choice(info: ModelInfo | None, weights: object, *, random_weig
         raise OptionError(msg)
 
 
-def _arguments(info: ModelInfo, state: StateDict | None, given: dict[str, Any]) -> dict[str, Any]:
+def _arguments(info: ModelInfo, read: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a registered network: what the user says, then its name, then the checkpoint."""
-    from pcn_deploy.models.checkpoint import infer_patchconvnet
-
-    inferred: dict[str, Any] = {}
-    if state is not None:
-        read = infer_patchconvnet(state)
-        decided_by_file = set(read) if not info.arguments else {"num_classes", "in_channels"}
-        inferred = {key: value for key, value in read.items() if key in decided_by_file}
-    return {**inferred, **info.arguments, **given}
+    if info.arguments:
+        read = {key: value for key, value in read.items() if key in _DECIDED_BY_FILE}
+    return {**read, **info.arguments, **given}
 
 
 def _make(info: ModelInfo, arguments: dict[str, Any]) -> nn.Module:

@@ -268,8 +268,8 @@ def test_a_failed_parity_writes_nothing(weights: Path, out: Path, monkeypatch: p
     from pcn_deploy import verification
 
     def spoiled(engine: Any, *rest: Any) -> Any:
-        real = engine.predict
-        engine.predict = lambda images: real(images)[:, ::-1]
+        real = engine.outputs
+        engine.outputs = lambda images: {"logits": real(images)["logits"][:, ::-1]}
         return verification.verify_golden(engine, *rest)
 
     monkeypatch.setattr("pcn_deploy.compiler.verify_golden", spoiled)

@@ -77,8 +77,8 @@ def test_outputs_that_cannot_be_written(path: Path, original: Path, tmp_path: Pa
 
 def test_failed_parity_leaves_the_bundle(path: Path, original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def spoiled(engine: Any, *rest: Any) -> Any:
-        real = engine.predict
-        engine.predict = lambda images: real(images)[:, ::-1]
+        real = engine.outputs
+        engine.outputs = lambda images: {"logits": real(images)["logits"][:, ::-1]}
         return pcn_deploy.verification.verify_golden(engine, *rest)
 
     monkeypatch.setattr("pcn_deploy.extension.verify_golden", spoiled)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pcn_deploy.models.aggregation import Aggregation, TokenBlock
 from pcn_deploy.models.deploy import (
     AbsorbedAggregation,
     absorb_key_value,
@@ -19,7 +20,7 @@ from pcn_deploy.models.deploy import (
     fold_layer_scale,
     to_deploy,
 )
-from pcn_deploy.models.patchconvnet import Aggregation, PatchConvNet, TokenBlock, TrunkBlock
+from pcn_deploy.models.patchconvnet import PatchConvNet, TrunkBlock
 
 MakeNet = Callable[..., PatchConvNet]
 FORMS: list[dict[str, Any]] = [{}, {"multi_class_token": True, "num_classes": 20}]

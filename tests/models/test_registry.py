@@ -2,56 +2,82 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pcn_deploy.errors import CheckpointError, ModelError, OptionError
-from pcn_deploy.models.patchconvnet import Aggregation, PatchConvNet, PerClassHead
-from pcn_deploy.models.registry import ModelInfo, create_model, find_model, list_models
+from pcn_deploy.models.catalogue import ModelInfo
+from pcn_deploy.models.patchconvnet import PatchConvNet
+from pcn_deploy.models.registry import create_model, find_model, list_models
 
-OFFICIAL = [info for info in list_models() if info.arguments]
-
-
-def multiply_accumulates(net: PatchConvNet, resolution: tuple[int, int]) -> int:
-    """Products of weights, and of the attention, for one image on the meta device."""
-    total = 0
-
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        if isinstance(module, nn.Conv2d):
-            total += output.numel() * module.weight[0].numel()
-        elif isinstance(module, nn.Linear):
-            total += output.numel() * module.in_features
-        elif isinstance(module, PerClassHead):
-            total += module.weight.numel()
-        elif isinstance(module, Aggregation):
-            tokens, patches = inputs
-            keys = patches.shape[1] + (tokens.shape[1] if module.attend_token else 0)
-            total += 2 * tokens.shape[1] * keys * tokens.shape[2]
-
-    for module in net.modules():
-        module.register_forward_hook(count)
-    net(torch.empty(1, 3, *resolution, device="meta"))
-    return total
+NAMED = [info for info in list_models() if info.arguments]
 
 
-def test_all_seven_official_forms_are_registered() -> None:
-    assert [info.name for info in OFFICIAL] == [
-        f"patchconvnet_{form}" for form in ("s60", "s120", "b60", "b120", "l60", "l120", "s60_multi")
+def multiply_accumulates(net: nn.Module, resolution: tuple[int, int]) -> float:
+    """Products of weights and of attention for one image, in 10^9, as PyTorch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        net(torch.empty(1, 3, *resolution, device="meta"))
+    return float(counter.get_total_flops()) / 2e9
+
+
+def test_the_networks_of_both_papers_are_registered() -> None:
+    resnets, mnasnets = ("34", "50", "101", "152"), ("075", "100", "125", "140")
+    assert [info.name for info in NAMED] == [
+        *(f"patchconvnet_{form}" for form in ("s60", "s120", "b60", "b120", "l60", "l120", "s60_multi")),
+        *(f"resnet{depth}" for depth in resnets),
+        *(f"aa_resnet{depth}" for depth in resnets),
+        "aa_resnet50_legacy",
+        *(f"resnet{depth}_attnpool" for depth in resnets),
+        "wide_resnet28_10",
+        "aa_wide_resnet28_10",
+        *(f"mnasnet_{width}" for width in mnasnets),
+        *(f"aa_mnasnet_{width}" for width in mnasnets),
     ]
 
 
-@pytest.mark.parametrize("info", OFFICIAL, ids=lambda info: info.name)
+@pytest.mark.parametrize("info", NAMED, ids=lambda info: info.name)
 def test_registered_counts_are_those_of_the_network(info: ModelInfo) -> None:
+    module, _, name = info.factory.partition(":")
     with torch.device("meta"):
-        net = PatchConvNet(**info.arguments)
+        net = getattr(importlib.import_module(module), name)(**info.arguments).eval()
     assert sum(parameter.numel() for parameter in net.parameters()) == info.parameters
-    assert round(multiply_accumulates(net, info.resolution) / 1e9, 2) == info.gmacs
+    assert round(multiply_accumulates(net, info.resolution), 2) == info.gmacs
+
+
+# Millions of parameters. PatchConvNet: facebookresearch/deit, README_patchconvnet.md. AA-ResNets and wide ResNets:
+# Bello et al., tables 1 and 2. ResNets: the same tables, and torchvision for 152. MnasNet: mingxingtan/mnasnet.
+PUBLISHED = {
+    "patchconvnet_s60": 25.2,
+    "patchconvnet_s120": 47.7,
+    "patchconvnet_b60": 99.4,
+    "patchconvnet_b120": 188.6,
+    "patchconvnet_s60_multi": 25.6,
+    "resnet34": 21.8,
+    "aa_resnet34": 20.7,
+    "resnet50": 25.6,
+    "aa_resnet50": 25.8,
+    "resnet101": 44.5,
+    "aa_resnet101": 45.4,
+    "wide_resnet28_10": 36.3,
+    "aa_wide_resnet28_10": 36.2,
+    "mnasnet_075": 2.9,
+    "mnasnet_100": 3.9,
+    "mnasnet_140": 6.1,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_the_published_ones_within_half_a_percent(name: str) -> None:
+    info = find_model(name)
+    assert info is not None
+    assert info.parameters / 1e6 == pytest.approx(PUBLISHED[name], rel=0.005)
 
 
 def test_random_weights_depend_on_the_seed_alone() -> None:

@@ -1,0 +1,178 @@
+"""The attention-augmented convolution: a convolution beside two-dimensional relative self-attention.
+
+Source: Bello et al., "Attention Augmented Convolutional Networks", arXiv 1904.09925, sections 3.1 and 3.2. Tensors are
+`(N, C, H, W)`; every height and width works. Tests compare with a loop over pairs of pixels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcn_deploy.errors import OptionError
+from pcn_deploy.models.augmentation import ORDERS, POOLINGS, Augmentation
+
+
+def fit_table(table: Tensor, size: int) -> Tensor:
+    """Make a table of relative positions fit a side of another length.
+
+    A shorter side needs the offsets near zero only: the centre rows, which is exact. For a longer side the table is
+    stretched by linear interpolation, its ends and its centre staying where they are; no rule for this is published.
+
+    Args:
+        table: One row per offset from `1 - built` to `built - 1`, `(2 * built - 1, D)`.
+        size: The side wanted.
+
+    Returns:
+        The table, `(2 * size - 1, D)`.
+    """
+    built = (table.shape[0] + 1) // 2
+    if size > built:
+        stretched = F.interpolate(table.t().unsqueeze(0), size=2 * size - 1, mode="linear", align_corners=True)
+        return stretched.squeeze(0).t()
+    return table[built - size : built + size - 1]
+
+
+def relative_keys(table: Tensor, size: int) -> Tensor:
+    """Row `[i, j]` of the result belongs to the offset `j - i` between query i and key j: `(size, size, D)`."""
+    position = torch.arange(size, device=table.device)
+    return fit_table(table, size)[position.unsqueeze(0) - position.unsqueeze(1) + size - 1]
+
+
+class RelativeSelfAttention2d(nn.Module):
+    """Multi-head self-attention over all positions of a map, with relative positions by height and by width.
+
+    The logits of query i and key j are `q_i . (k_j + h[y_j - y_i] + w[x_j - x_i])`, q scaled by `(dk / heads)**-0.5`.
+    The terms of position are two small products, one per axis, and are added by broadcasting: no tensor of
+    (H * W)^2 elements is gathered or tiled.
+
+    Args:
+        in_channels: Channels of the input.
+        dk: Channels of keys and of queries, all heads together.
+        dv: Channels of values, all heads together: the channels of the output.
+        heads: Number of heads; divides both.
+        size: Height and width of the attended map that the tables of positions are made for.
+        stride: Stride of the projections.
+        order: Order of the projections in `conv_qkv`.
+        transposed_heads: See `Augmentation`.
+
+    Raises:
+        OptionError: If the heads do not divide the channels, or the order is unknown.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        dk: int,
+        dv: int,
+        heads: int,
+        size: tuple[int, int],
+        stride: int = 1,
+        order: str = "qkv",
+        transposed_heads: bool = False,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or dk < 1 or dv < 1 or dk % heads or dv % heads or order not in ORDERS or min(size) < 1:
+            msg = (
+                f"Attention with dk={dk}, dv={dv}, heads={heads}, size={size}, order={order!r}: both widths must be "
+                f"multiples of the heads, the size positive, the order one of {ORDERS}."
+            )
+            raise OptionError(msg)
+        self.dk, self.dv, self.heads = dk, dv, heads
+        self.keys_first = order == "kqv"
+        self.transposed_heads = transposed_heads
+        self.scale = (dk // heads) ** -0.5
+        self.conv_qkv = nn.Conv2d(in_channels, 2 * dk + dv, 1, stride)
+        self.attn_out = nn.Conv2d(dv, dv, 1)
+        self.key_rel_h = nn.Parameter(torch.randn(2 * size[0] - 1, dk // heads) * self.scale)
+        self.key_rel_w = nn.Parameter(torch.randn(2 * size[1] - 1, dk // heads) * self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over `(N, C, H, W)`; returns `(N, dv, ceil(H / stride), ceil(W / stride))`."""
+        projected = self.conv_qkv(x)
+        batch, _, height, width = projected.shape
+        q, k, v = projected.split([self.dk, self.dk, self.dv], dim=1)
+        if self.keys_first:
+            q, k = k, q
+        q = q.reshape(batch, self.heads, -1, height * width).transpose(2, 3)
+        if self.scale != 1.0:
+            q = q * self.scale
+        logits = q @ k.reshape(batch, self.heads, -1, height * width) + self.position_logits(q, height, width)
+        v = v.reshape(batch, self.heads, -1, height * width)
+        attended = logits.softmax(-1) @ v.transpose(2, 3)
+        if not self.transposed_heads:
+            attended = attended.transpose(2, 3)
+        mixed: Tensor = self.attn_out(attended.reshape(batch, self.dv, height, width))
+        return mixed
+
+    def position_logits(self, q: Tensor, height: int, width: int) -> Tensor:
+        """The terms of position: scaled queries `(N, heads, H * W, D)` to `(N, heads, H * W, H * W)`."""
+        batch = q.shape[0]
+        q = q.reshape(batch, self.heads, height, width, q.shape[3])
+        by_row = q @ relative_keys(self.key_rel_h, height).transpose(1, 2)
+        by_column = (q.transpose(2, 3) @ relative_keys(self.key_rel_w, width).transpose(1, 2)).transpose(2, 3)
+        logits = by_row.unsqueeze(5) + by_column.unsqueeze(4)
+        return logits.reshape(batch, self.heads, height * width, height * width)
+
+
+class AttentionAugmentedConv2d(nn.Module):
+    """Convolution and self-attention side by side; their channels are concatenated, the convolution's first.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output; `out_channels - dv` of them come from the convolution.
+        kernel_size: Side of the convolution's kernel; its padding keeps the size at stride 1.
+        augmentation: Heads, widths and variants.
+        size: Height and width of the *output* map that the tables of positions are made for.
+        stride: Stride of both branches.
+        pooling: `none`; `attention`: the input of the attention is averaged over 3x3 with stride 2 and its output
+            returned to full size bilinearly; `layer`: the same around both branches.
+
+    Raises:
+        OptionError: If the widths do not fit, or the pooling is unknown.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        augmentation: Augmentation,
+        *,
+        size: tuple[int, int],
+        stride: int = 1,
+        pooling: str = "none",
+    ) -> None:
+        super().__init__()
+        if pooling not in POOLINGS:
+            msg = f"Pooling {pooling!r} is unknown; known are {POOLINGS}."
+            raise OptionError(msg)
+        dk, dv = augmentation.channels(out_channels)
+        self.pools_layer, self.pools_attention = pooling == "layer", pooling == "attention"
+        self.stride = stride
+        self.conv_out = nn.Conv2d(
+            in_channels, out_channels - dv, kernel_size, stride, kernel_size // 2, bias=augmentation.conv_bias
+        )
+        self.attention = RelativeSelfAttention2d(
+            in_channels,
+            dk=dk,
+            dv=dv,
+            heads=augmentation.heads,
+            size=size if pooling == "none" else ((size[0] + 1) // 2, (size[1] + 1) // 2),
+            stride=stride,
+            order=augmentation.order,
+            transposed_heads=augmentation.transposed_heads,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(N, in_channels, H, W)` to `(N, out_channels, ceil(H / stride), ceil(W / stride))`."""
+        size = [(x.shape[2] + self.stride - 1) // self.stride, (x.shape[3] + self.stride - 1) // self.stride]
+        if self.pools_layer:
+            x = F.avg_pool2d(x, 3, 2, 1)
+            both = torch.cat((self.conv_out(x), self.attention(x)), 1)
+            return F.interpolate(both, size=size, mode="bilinear", align_corners=False)
+        pooled = F.avg_pool2d(x, 3, 2, 1, count_include_pad=False) if self.pools_attention else x
+        attended: Tensor = self.attention(pooled)
+        if self.pools_attention:
+            attended = F.interpolate(attended, size=size, mode="bilinear", align_corners=False)
+        return torch.cat((self.conv_out(x), attended), 1)

@@ -1,0 +1,117 @@
+"""The attention map as a second output of a network with attention-based aggregation.
+
+The network may be ours or the user's own, with an `AttentionPool2d` in it. Only the modules around the aggregation are
+traced; whatever else the network does stays as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+from torch import Tensor, fx, nn
+
+from pcn_deploy.errors import ModelError
+from pcn_deploy.models.aggregation import TokenBlock
+
+
+def find_token_block(model: nn.Module) -> str:
+    """Name of the block that makes the map.
+
+    Raises:
+        ModelError: If there is none, or more than one.
+    """
+    found = [str(path) for path, module in model.named_modules() if isinstance(module, TokenBlock)]
+    if len(found) != 1:
+        msg = (
+            f"The network holds {len(found)} attention-based aggregations; an attention map needs exactly one. "
+            "Leave --with-attention-map out, or replace its average pooling by "
+            "pcn_deploy.models.aggregation.AttentionPool2d and train it."
+        )
+        raise ModelError(msg)
+    return found[0]
+
+
+class _AroundTheBlock(fx.Tracer):
+    """Looks only into the modules that hold the block."""
+
+    def __init__(self, block: str) -> None:
+        super().__init__()
+        self.block = block
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        """Whether a module is one node of the graph."""
+        around: bool = self.block.startswith(f"{qualified_name}.")
+        return not around
+
+
+def output_attention_map(model: nn.Module) -> nn.Module:
+    """Make the attention map a second output.
+
+    Args:
+        model: A network that returns logits `(N, K)` and holds one attention-based aggregation; left as it is.
+
+    Returns:
+        A network with the same modules under the same names that returns the logits and the map `(N, T, H, W)`: the
+        weight of each position of the last feature map, for each of T class tokens.
+
+    Raises:
+        ModelError: If there is no such aggregation, or the code around it cannot be traced.
+    """
+    path = find_token_block(model)
+    try:
+        graph = _AroundTheBlock(path).trace(model)
+    except Exception as error:  # the network's own code may fail in any way
+        msg = (
+            f"The attention map of {path} cannot be made an output, because the code of the modules around it "
+            f"depends on values that are known only when it runs ({type(error).__name__}: {error}). Leave "
+            "--with-attention-map out, or take the condition out of their forward."
+        )
+        raise ModelError(msg) from error
+    calls = [node for node in graph.nodes if node.op == "call_module" and node.target == path]
+    (result,) = (node for node in graph.nodes if node.op == "output")
+    if len(calls) != 1:
+        msg = f"{path} is executed {len(calls)} times for one image; an attention map needs exactly one."
+        raise ModelError(msg)
+    with graph.inserting_before(result):
+        attention_map = graph.call_function(operator.getitem, (calls[0], 1))
+    result.args = ((result.args[0], attention_map),)
+    for node in graph.nodes:
+        node.type = None  # annotations of the original no longer hold, and scripting takes their absence for tensors
+    return _plain_module(fx.GraphModule(model, graph)).eval()
+
+
+def _plain_module(traced: fx.GraphModule) -> nn.Module:
+    """A module with the children and the generated code of a traced one.
+
+    The exporter takes the place of an operation in a traced module from the trace, which ends at its leaves; in a plain
+    module it sees every child.
+    """
+    plain: nn.Module = type("WithAttentionMap", (nn.Module,), {"forward": type(traced).forward})()
+    for name, child in traced.named_children():
+        plain.add_module(name, child)
+    for name, parameter in traced.named_parameters(recurse=False):
+        plain.register_parameter(name, parameter)
+    for name, buffer in traced.named_buffers(recurse=False):
+        plain.register_buffer(name, buffer)
+    return plain
+
+
+def with_attention_map(model: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The network as a function to logits and map, by observing it as it runs: the reference for engines.
+
+    Raises:
+        ModelError: If there is no such aggregation.
+    """
+    block = model.get_submodule(find_token_block(model))
+
+    def forward(images: Tensor) -> tuple[Tensor, Tensor]:
+        maps: list[Tensor] = []
+        handle = block.register_forward_hook(lambda _module, _inputs, output: maps.append(output[1]))
+        try:
+            logits: Tensor = model(images)
+        finally:
+            handle.remove()
+        return logits, maps[-1]
+
+    return forward
