@@ -1,9 +1,10 @@
 # Each target makes its own .venv if there is none. Needed beforehand: Python 3.10 or newer, make, a package index.
 #
-#   make demo     train nothing, compile a trained network to INT8 and prove it
-#   make test     everything a change must pass, linters apart
-#   make lint     formatting, style, types
-#   make bench    the figures of the README
+#   make demo       train nothing, compile a trained network to INT8 and prove it
+#   make test       everything a change must pass, linters apart
+#   make test-all   the same with every registered network, in every precision (about an hour)
+#   make lint       formatting, style, types
+#   make bench      the figures of the README
 #
 # A CPU-only PyTorch saves gigabytes: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -13,13 +14,16 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-all lint bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits/demo.py
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --quiet
+
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest --quiet -m "all_networks or not all_networks"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

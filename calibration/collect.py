@@ -11,6 +11,7 @@ from torch import nn
 from pcn_deploy.calibration.calibrators import get_calibrator
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.observers import AmaxObserver, HistogramObserver
+from pcn_deploy.models.layers import ResidualAdd
 from pcn_deploy.progress import Progress, silent
 
 BATCH = 8
@@ -51,7 +52,7 @@ def calibrate(
 
     Args:
         model: The deploy form, in evaluation mode.
-        layers: Names of the modules whose inputs will be quantised.
+        layers: Names of the modules whose inputs will be quantised; of a residual addition, the identity.
         source: Calibration images.
         calibrator: One of `calibrators.CALIBRATORS`.
         progress: Told the number of images done.
@@ -81,7 +82,13 @@ def calibrate(
 
 def _observe(model: nn.Module, observers: dict[str, AmaxObserver], source: ImageSource, progress: Progress) -> int:
     def hook(observer: AmaxObserver) -> Any:
-        return lambda _module, inputs, named: observer.observe(inputs[0] if inputs else named["input"])
+        def observe(module: nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
+            if isinstance(module, ResidualAdd):
+                observer.observe(inputs[1])
+            else:
+                observer.observe(inputs[0] if inputs else named["input"])
+
+        return observe
 
     handles = [
         model.get_submodule(path).register_forward_pre_hook(hook(observer), with_kwargs=True)

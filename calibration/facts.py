@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from pcn_deploy.calibration.plan import LayerFacts
 from pcn_deploy.errors import ModelError
+from pcn_deploy.models.layers import ResidualAdd
 
 
 def inspect_layers(model: nn.Module, example: Tensor) -> list[LayerFacts]:
@@ -22,23 +24,31 @@ def inspect_layers(model: nn.Module, example: Tensor) -> list[LayerFacts]:
         example: One image, `(1, C, H, W)`.
 
     Returns:
-        One entry per executed leaf module, in the order of their first execution.
+        One entry per executed leaf module that computes something, in the order of their first execution.
 
     Raises:
         ModelError: If the network cannot run on the example, with its own words.
     """
     facts: dict[str, LayerFacts] = {}
     uses: Counter[int] = Counter()
+    makers = _Makers()
 
     def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             weight = getattr(module, "weight", None)
             uses[id(weight)] += weight is not None
             facts[path] = _facts(path, module, output, bool(inputs) and inputs[0] is example)
+            if isinstance(module, ResidualAdd):
+                facts[path] = replace(facts[path], branch=makers.of(inputs[0]))
+            makers.note(path, inputs, output)
 
         return record
 
-    leaves = [(path, module) for path, module in model.named_modules() if not any(module.children()) and path]
+    leaves = [
+        (path, module)
+        for path, module in model.named_modules()
+        if path and not any(module.children()) and not isinstance(module, nn.Identity)
+    ]
     handles = [module.register_forward_hook(hook(path)) for path, module in leaves]
     try:
         with torch.inference_mode():
@@ -55,6 +65,23 @@ def inspect_layers(model: nn.Module, example: Tensor) -> list[LayerFacts]:
             handle.remove()
     weights = {path: id(getattr(model.get_submodule(path), "weight", None)) for path in facts}
     return [replace(layer, uses=max(1, uses[weights[path]])) for path, layer in facts.items()]
+
+
+class _Makers:
+    """Which layer made a tensor."""
+
+    def __init__(self) -> None:
+        self._paths: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+
+    def note(self, path: str, inputs: tuple[Any, ...], output: Any) -> None:
+        """Remember a layer's output, unless the layer only passes its input on."""
+        if isinstance(output, Tensor) and not any(output is tensor for tensor in inputs):
+            self._paths[id(output)] = (weakref.ref(output), path)
+
+    def of(self, tensor: Any) -> str:
+        """Name of the layer that made it, or an empty string."""
+        known, path = self._paths.get(id(tensor), (None, ""))
+        return path if known is not None and known() is tensor else ""
 
 
 def _facts(path: str, module: nn.Module, output: Any, reads_image: bool) -> LayerFacts:

@@ -14,6 +14,7 @@ from pcn_deploy.errors import ModelError, OptionError
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 REMAINDERS = ("fp16", "fp32")
+RESIDUAL_ADD = "ResidualAdd"
 MIN_CHANNELS = 16
 """INT8 kernels of TensorRT work on tiles of 16 channels; narrower layers gain nothing. Source: NVIDIA ModelOpt."""
 
@@ -32,6 +33,7 @@ class LayerFacts:
         kernel: Kernel height and width; (1, 1) for a linear layer.
         reads_image: Whether its input is the input of the network.
         uses: How often its weight is used in one run; more than once if it is called again or shared.
+        branch: For a residual addition, the layer whose output is added to the identity; empty if it is no layer.
     """
 
     path: str
@@ -43,6 +45,7 @@ class LayerFacts:
     kernel: tuple[int, int] = (1, 1)
     reads_image: bool = False
     uses: int = 1
+    branch: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,8 @@ class PlanEntry:
         kind: Class name of the module.
         precision: One of `PRECISIONS`.
         reason: Why, in words.
-        input_amax: Magnitude that the largest INT8 code of the input stands for; None unless `precision` is int8.
+        input_amax: Magnitude that the largest INT8 code of the input stands for (of the identity, for a residual
+            addition); None unless `precision` is int8.
     """
 
     op: str
@@ -164,12 +168,29 @@ def make_plan(layers: list[LayerFacts], precision: str, remainder: str = "fp16")
     if precision != "int8":
         entries = [PlanEntry(op=x.path, kind=x.kind, precision=precision, reason="as asked for") for x in layers]
         return PrecisionPlan(precision=precision, remainder=precision, entries=tuple(entries))
-    entries = [_decide(layer, remainder) for layer in layers]
+    entries = [_decide(layer, remainder) for layer in layers if layer.kind != RESIDUAL_ADD]
     if not any(entry.precision == "int8" for entry in entries):
         reasons = "; ".join(sorted({f"{entry.kind}: {entry.reason}" for entry in entries}))
         msg = f"No layer of this network gains from INT8 ({reasons}). Build it with --precision fp16."
         raise ModelError(msg)
-    return PrecisionPlan(precision=precision, remainder=remainder, entries=tuple(entries))
+    int8 = {entry.op for entry in entries if entry.precision == "int8"}
+    decided = {entry.op: entry for entry in entries}
+    decided |= {x.path: _decide_addition(x, int8, remainder) for x in layers if x.kind == RESIDUAL_ADD}
+    ordered = tuple(decided[layer.path] for layer in layers)
+    return PrecisionPlan(precision=precision, remainder=remainder, entries=ordered)
+
+
+def _decide_addition(layer: LayerFacts, int8: set[str], remainder: str) -> PlanEntry:
+    """A residual addition takes its identity in INT8 where the branch ends in an INT8 layer: then both are one kernel."""
+    fuses = layer.branch in int8
+    return PlanEntry(
+        op=layer.path,
+        kind=layer.kind,
+        precision="int8" if fuses else remainder,
+        reason="identity only: the addition joins the INT8 layer of its branch"
+        if fuses
+        else "its branch does not end in an INT8 layer",
+    )
 
 
 def _decide(layer: LayerFacts, remainder: str) -> PlanEntry:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from pcn_deploy.calibration.plan import PrecisionPlan
 from pcn_deploy.errors import DataError
 from pcn_deploy.models.deploy import share_weights
+from pcn_deploy.models.layers import ResidualAdd
 
 QMAX = 127
+QUANTIZABLE = (nn.Conv2d, nn.Linear, ResidualAdd)
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class Quantization:
     """Scales of one layer: value = code * scale.
 
     Attributes:
-        input: Scale of its input.
-        weight: Scale per output channel, float32 `(C_out,)`.
+        input: Scale of its input; of a residual addition, of the identity.
+        weight: Scale per output channel, float32 `(C_out,)`; empty for a residual addition.
     """
 
     input: float
@@ -47,18 +49,19 @@ def plan_scales(model: nn.Module, plan: PrecisionPlan) -> dict[str, Quantization
         Scales by the name of the layer.
 
     Raises:
-        DataError: If a range or a weight is not finite, or a planned layer is neither a Conv2d nor a Linear.
+        DataError: If a range or a weight is not finite, or a planned layer is of a kind that cannot be quantised.
     """
     found = {}
     for path, entry in plan.int8_entries.items():
         layer = model.get_submodule(path)
-        if not isinstance(layer, nn.Conv2d | nn.Linear):
+        if not isinstance(layer, QUANTIZABLE):
             msg = f"The plan quantises {path}, which is a {type(layer).__name__}; only Conv2d and Linear can be."
             raise DataError(msg)
-        if entry.input_amax is None or not layer.weight.isfinite().all():
+        weight = torch.empty(0, 1) if isinstance(layer, ResidualAdd) else layer.weight.detach()
+        if entry.input_amax is None or not weight.isfinite().all():
             msg = f"{path} has no calibrated range or has weights that are NaN or infinite."
             raise DataError(msg)
-        amax = layer.weight.detach().abs().flatten(1).amax(1).numpy()
+        amax = weight.abs().flatten(1).amax(1).numpy()
         scales = np.append(np.where(amax > 0, amax, QMAX), entry.input_amax).astype(np.float32) / np.float32(QMAX)
         if plan.remainder == "fp16":
             scales = round_up_to_fp16(scales)
@@ -120,6 +123,18 @@ class QuantLinear(nn.Linear):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
+class QuantResidualAdd(ResidualAdd):
+    """Residual addition whose identity is fake-quantised; the branch comes out of an INT8 layer as it is."""
+
+    def __init__(self, scales: Quantization) -> None:
+        super().__init__()
+        self.input_scale = scales.input
+
+    def forward(self, branch: Tensor, identity: Tensor) -> Tensor:
+        """Add two tensors of one shape."""
+        return branch + torch.fake_quantize_per_tensor_affine(identity, self.input_scale, 0, -128, 127)
+
+
 def _take_over(quantized: nn.Conv2d | nn.Linear, source: nn.Conv2d | nn.Linear, scales: Quantization) -> None:
     weight = quantize_weight(source.weight.detach(), torch.from_numpy(scales.weight))
     quantized.weight = nn.Parameter(weight, requires_grad=False)
@@ -145,6 +160,8 @@ def apply_scales(model: nn.Module, scales: dict[str, Quantization]) -> nn.Module
             replacement = QuantConv2d(layer, layer_scales)
         elif isinstance(layer, nn.Linear):
             replacement = QuantLinear(layer, layer_scales)
+        elif isinstance(layer, ResidualAdd):
+            replacement = QuantResidualAdd(layer_scales)
         else:
             msg = f"{path} is a {type(layer).__name__}; only Conv2d and Linear can be quantised."
             raise DataError(msg)

@@ -10,12 +10,13 @@ import onnx_ir as ir
 
 from pcn_deploy.calibration.quantized import Quantization
 from pcn_deploy.errors import ModelError
+from pcn_deploy.graph.repeat import SCOPES
 
 
 def insert_qdq(graph: ir.Graph, quantized: dict[str, Quantization]) -> None:
     """Quantise the layers of a float32 graph, in place.
 
-    Each layer is found by the name of its weight. One tensor read by several layers at one scale gets one
+    Each layer is found by the name of its weight, a residual addition by its module. One tensor read by several layers at one scale gets one
     QuantizeLinear; a second would cost a second conversion.
 
     Args:
@@ -27,17 +28,46 @@ def insert_qdq(graph: ir.Graph, quantized: dict[str, Quantization]) -> None:
     """
     done: dict[tuple[ir.Value, float], ir.Value] = {}
     for path, scales in quantized.items():
+        if not scales.weight.size:
+            addition = _addition(graph, path)
+            _quantize_shared(graph, addition, 1, path, scales.input, done)
+            continue
         weight = graph.initializers.get(f"{path}.weight")
         readers = [use.node for use in weight.uses()] if weight is not None else []
         if weight is None or weight.const_value is None or len(readers) != 1:
             msg = f"The exported graph does not use {path}.weight exactly once; the layer cannot be made INT8."
             raise ModelError(msg)
         layer, dequantized = _store_int8(graph, weight, readers[0], scales.weight)
-        activation = next(value for value in layer.inputs if value is not None and value is not dequantized)
-        key = (activation, scales.input)
-        if key not in done:
-            done[key] = _quantize_input(graph, activation, layer, path, scales.input)
-        layer.replace_input_with(layer.inputs.index(activation), done[key])
+        inputs = list(layer.inputs)
+        index = next(i for i, value in enumerate(inputs) if value is not None and value is not dequantized)
+        _quantize_shared(graph, layer, index, path, scales.input, done)
+
+
+def _addition(graph: ir.Graph, path: str) -> ir.Node:
+    """The node of a residual addition; it has no weight to be found by."""
+    found = [node for node in graph if node.op_type == "Add" and f"'{path}'" in node.metadata_props.get(SCOPES, "")]
+    if len(found) != 1:
+        msg = f"The exported graph holds {len(found)} additions of {path} instead of one; it cannot be made INT8."
+        raise ModelError(msg)
+    return found[0]
+
+
+def _quantize_shared(
+    graph: ir.Graph,
+    reader: ir.Node,
+    index: int,
+    path: str,
+    scale: float,
+    done: dict[tuple[ir.Value, float], ir.Value],
+) -> None:
+    """Quantise one input of a node, by the Q/DQ pair that the tensor has at this scale already if there is one."""
+    value = reader.inputs[index]
+    if value is None:
+        msg = f"{path} reads nothing."
+        raise ModelError(msg)
+    if (value, scale) not in done:
+        done[value, scale] = _quantize_input(graph, value, reader, path, scale)
+    reader.replace_input_with(index, done[value, scale])
 
 
 def _quantize_input(graph: ir.Graph, value: ir.Value, reader: ir.Node, path: str, scale: float) -> ir.Value:

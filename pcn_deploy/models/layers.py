@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+BRANCH_SHARE = 0.2
+"""Weight of the last BatchNorm of a fresh residual branch."""
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -26,6 +31,25 @@ class ResidualAdd(nn.Module):
     def forward(self, branch: Tensor, identity: Tensor) -> Tensor:
         """Add two tensors of one shape."""
         return branch + identity
+
+
+def initialise(network: nn.Module, last_norms: Iterable[nn.BatchNorm2d]) -> None:
+    """Give convolutions their usual random weights, and keep deep networks with fresh weights within FP16.
+
+    In evaluation a fresh BatchNorm does not normalise, so the sum over many residual blocks would leave the range of
+    FP16; hence the branches start small.
+
+    Args:
+        network: The network.
+        last_norms: The last BatchNorm of each residual branch.
+
+    Source: He et al., "Delving Deep into Rectifiers", arXiv 1502.01852, for the convolutions.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    for norm in last_norms:
+        nn.init.constant_(norm.weight, BRANCH_SHARE)
 
 
 class SqueezeExcite(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pcn_deploy.errors import OptionError
 from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d
 from pcn_deploy.models.augmentation import Augmentation
-from pcn_deploy.models.layers import ResidualAdd, SqueezeExcite
+from pcn_deploy.models.layers import ResidualAdd, SqueezeExcite, initialise
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,7 @@ class MnasNet(nn.Module):
         self.bn2 = nn.BatchNorm2d(1280)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(1280, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        initialise(self, [module.bn3 for module in self.modules() if isinstance(module, InvertedResidual)])
 
     def stage_features(self, images: Tensor) -> list[Tensor]:
         """Feature maps after each of the seven stages, for images `(N, C, H, W)`."""

@@ -19,7 +19,7 @@ from pcn_deploy.errors import OptionError
 from pcn_deploy.models.aggregation import AttentionPool2d
 from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d
 from pcn_deploy.models.augmentation import Augmentation
-from pcn_deploy.models.layers import ResidualAdd
+from pcn_deploy.models.layers import ResidualAdd, initialise
 
 WIDTHS = (64, 128, 256, 512)
 
@@ -138,9 +138,8 @@ class ResNet(nn.Module):
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.avgpool: nn.Module = AttentionPool2d(channels) if attention_pool else nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        last = "bn2" if block == "basic" else "bn3"
+        initialise(self, [getattr(module, last) for stage in stages for module in stage])
 
     def stage_features(self, images: Tensor) -> list[Tensor]:
         """Feature maps after each of the four stages, at 1/4, 1/8, 1/16 and 1/32 of the size of `(N, C, H, W)`."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pcn_deploy.errors import OptionError
 from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d
 from pcn_deploy.models.augmentation import Augmentation
-from pcn_deploy.models.layers import ResidualAdd
+from pcn_deploy.models.layers import initialise
 from pcn_deploy.models.resnet import plain_conv3x3
 
 
@@ -45,14 +45,13 @@ class WideBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.conv2 = plain_conv3x3(out_channels, out_channels, 1)
         self.shortcut = ZeroPadShortcut(in_channels, out_channels, stride)
-        self.add = ResidualAdd()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(N, in_channels, H, W)` to `(N, out_channels, ceil(H / stride), ceil(W / stride))`."""
         active = F.relu(self.bn1(x))
         y: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
-        sum_: Tensor = self.add(y, self.shortcut(active if self.changes_shape else x))
-        return sum_
+        # a plain sum: the stream is read by a BatchNorm, in float, so quantising it would only cost accuracy
+        return y + self.shortcut(active if self.changes_shape else x)
 
 
 class WideResNet(nn.Module):
@@ -115,9 +114,7 @@ class WideResNet(nn.Module):
         self.bn = nn.BatchNorm2d(channels)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise(self, [])
 
     def stage_features(self, images: Tensor) -> list[Tensor]:
         """Feature maps after each stage, at 1, 1/2 and 1/4 of the size of `(N, C, H, W)`, before activation."""
