@@ -105,7 +105,9 @@ def torchvision_forward(state: StateDict, x: Tensor, kernels: tuple[int, ...]) -
     def conv_norm(x: Tensor, conv: str, bn: str, stride: int = 1) -> Tensor:
         weight = state[f"{conv}.weight"]
         x = F.conv2d(x, weight, stride=stride, padding=weight.shape[2] // 2)
-        mean, variance, gain, bias = (state[f"{bn}.{leaf}"] for leaf in ("running_mean", "running_var", "weight", "bias"))
+        mean, variance, gain, bias = (
+            state[f"{bn}.{leaf}"] for leaf in ("running_mean", "running_var", "weight", "bias")
+        )
         return F.batch_norm(x, mean, variance, gain, bias, eps=1e-5)
 
     x = F.max_pool2d(conv_norm(x, "conv1", "bn1", 2).relu(), 3, 2, 1)
