@@ -255,11 +255,11 @@ def test_a_node_without_a_note_belongs_to_the_block_only_if_it_stands_between_it
     before = node("Relu", [images], None)
     first = node("Conv", [before.outputs[0]], "b.0")
     size = node("Shape", [first.outputs[0]], None, ir.DataType.INT64)
-    last = node("Resize", [first.outputs[0], size.outputs[0]], "b.0")
     leaving = node("Shape", [first.outputs[0]], None, ir.DataType.INT64)
+    last = node("Resize", [first.outputs[0], size.outputs[0], leaving.outputs[0]], "b.0")
     after = node("Relu", [last.outputs[0], leaving.outputs[0]], "head")
     other = node("Conv", [after.outputs[0]], "b.01")
-    nodes = [before, first, size, last, leaving, after, other]
+    nodes = [before, first, size, leaving, last, after, other]
     graph = graph_of(nodes, [images], list(other.outputs))
     assert _body(graph, "b.0") == [first, size, last]
 

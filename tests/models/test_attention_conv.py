@@ -258,7 +258,7 @@ def test_no_table_of_all_pairs_is_made(size: tuple[int, int], pooling: str) -> N
 
 @pytest.mark.parametrize(
     "choices",
-    [{"heads": 3}, {"heads": 0}, {"dv": 5}, {"dk": 0}, {"order": "vkq"}, {"size": (0, 3)}],
+    [{"dk": 9}, {"heads": 0}, {"dv": 5}, {"dk": 0}, {"order": "vkq"}, {"size": (0, 3)}],
 )
 def test_widths_that_do_not_fit_are_refused(choices: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="multiples of the heads"):

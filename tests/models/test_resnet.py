@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from pcn_deploy.errors import OptionError
 from pcn_deploy.graph import export
 from pcn_deploy.graph.repeat import Run, find_runs
+from pcn_deploy.models.aggregation import AttentionPool2d
 from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d
 from pcn_deploy.models.augmentation import Augmentation
+from pcn_deploy.models.catalogue import MODELS
 from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.mnasnet import STAGES, MnasNet, scaled
 from pcn_deploy.models.registry import create_model
@@ -43,6 +45,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "augmented wide": lambda: WideResNet(**WIDE, augmentation=UNPOOLED),
     "mnasnet": lambda: MnasNet(**MNAS),
     "augmented mnasnet": lambda: MnasNet(**MNAS, augmentation=PAPER),
+    "pool alone": lambda: nn.Sequential(nn.Conv2d(3, 5, 3, 4), AttentionPool2d(5), nn.Flatten()),
 }
 
 
@@ -91,9 +94,9 @@ def test_feature_maps_of_the_stages(fill: ModuleType, name: str, shapes: list[tu
 @pytest.mark.parametrize(
     ("name", "run"),
     [
-        ("attention pool", torchscript),
+        ("pool alone", torchscript),
         ("augmented mnasnet", torchscript),
-        ("attention pool", onnxruntime),
+        ("pool alone", onnxruntime),
         ("augmented wide", onnxruntime),
     ],
 )
@@ -118,9 +121,9 @@ def augmented_layers(net: nn.Module) -> dict[str, tuple[int, str, tuple[int, int
     }
 
 
-def meta(name: str) -> nn.Module:
+def meta(network: Callable[..., nn.Module], name: str) -> nn.Module:
     with torch.device("meta"):
-        return create_model(name, random_weights=True)
+        return network(**MODELS[name].arguments).eval()
 
 
 def test_places_of_attention_in_resnets() -> None:
@@ -136,7 +139,7 @@ def test_places_of_attention_in_resnets() -> None:
             for stage, depth in ((2, 4), (3, 6), (4, 3))
             for position in range(depth)
         }
-        assert augmented_layers(meta(name)) == expected
+        assert augmented_layers(meta(ResNet, name)) == expected
 
 
 def test_places_of_attention_in_wide_resnets() -> None:
@@ -145,7 +148,7 @@ def test_places_of_attention_in_wide_resnets() -> None:
         for stage, side in ((1, 32), (2, 16), (3, 8))
         for position in range(4)
     }
-    assert augmented_layers(meta("aa_wide_resnet28_10")) == expected
+    assert augmented_layers(meta(WideResNet, "aa_wide_resnet28_10")) == expected
 
 
 def test_places_of_attention_in_mnasnets() -> None:
@@ -153,7 +156,7 @@ def test_places_of_attention_in_mnasnets() -> None:
     expected = {"2.0": 28, "2.1": 14, "2.2": 14, "3.0": 14}
     expected |= {f"3.{position}": 14 for position in (1, 2, 3)} | {"4.0": 14, "4.1": 14, "5.0": 14}
     expected |= {"5.1": 7, "5.2": 7, "6.0": 7}
-    assert augmented_layers(meta("aa_mnasnet_100")) == {
+    assert augmented_layers(meta(MnasNet, "aa_mnasnet_100")) == {
         f"blocks.{block}.conv_pw": (1, "attention" if block in {"2.0", "2.1", "2.2", "3.0"} else "none", (side, side))
         for block, side in expected.items()
     }
@@ -162,7 +165,13 @@ def test_places_of_attention_in_mnasnets() -> None:
 def test_tables_are_made_for_the_image_size() -> None:
     with torch.device("meta"):
         net = ResNet(**SHALLOW | {"image_size": 200}, augmentation=PAPER)
+        wide = WideResNet(**WIDE | {"image_size": 27}, augmentation=PAPER)
     assert [entry[2] for entry in augmented_layers(net).values()] == [(13, 13), (13, 13), (7, 7)]
+    assert [entry[1:] for entry in augmented_layers(wide).values()] == [
+        ("attention", (14, 14)),
+        ("none", (14, 14)),
+        ("none", (7, 7)),
+    ]
 
 
 def test_augmented_blocks_of_a_wide_resnet(fill: ModuleType) -> None:
@@ -216,8 +225,7 @@ def execute(graph: ir.Model, images: Tensor) -> Any:
 
 
 def test_equal_blocks_of_an_augmented_resnet_are_found() -> None:
-    network = create_model("aa_resnet50", random_weights=True)
-    assert find_runs(to_deploy(network)[0], torch.zeros(2, 3, 32, 64)) == [
+    assert find_runs(meta(ResNet, "aa_resnet50"), torch.zeros(2, 3, 32, 64, device="meta")) == [
         Run("layer1", ("1", "2")),
         Run("layer2", ("1", "2", "3")),
         Run("layer3", ("1", "2", "3", "4", "5")),
@@ -226,20 +234,20 @@ def test_equal_blocks_of_an_augmented_resnet_are_found() -> None:
 
 
 def test_augmented_blocks_are_unrolled(fill: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    net = ResNet(**SHALLOW | {"depths": (1, 3, 3, 1)}, augmentation=PAPER)
+    net = ResNet(**SHALLOW | {"depths": (1, 3, 1, 1)}, augmentation=PAPER)
     fill.fill_(net, 1)
     deployed, _ = to_deploy(net.eval())
     images = torch.from_numpy(fill.images_for((3, 3, 64, 96), 1))
-    exported: list[list[int]] = []
+    exported: list[int] = []
     original = export._export
 
     def recording(model: ResNet, *rest: Any) -> Any:
-        exported.append([len(model.layer2), len(model.layer3)])
+        exported.append(len(model.layer2))
         return original(model, *rest)
 
     monkeypatch.setattr(export, "_export", recording)
     unrolled = export.to_onnx(deployed, (3, 64, 96), BatchRange(), {})
-    assert exported == [[2, 2]], "once, with one block of each run"
+    assert exported == [2], "once, with one block of the run"
     monkeypatch.setattr(export, "find_runs", lambda _model, _example: [])
     full = export.to_onnx(deployed, (3, 64, 96), BatchRange(), {})
     assert sorted(node.op_type for node in unrolled.graph) == sorted(node.op_type for node in full.graph)
