@@ -43,7 +43,7 @@ def read_wide_resnet(state: StateDict) -> Read:
 
 def read_mnasnet(state: StateDict) -> Read:
     """Timm's layout of MnasNet-A1, and ours, which extends it."""
-    return state, {**_ends(state, "conv_stem.weight", "classifier.weight"), **_image_size(state, r"blocks\.5\.1\.", 32)}
+    return state, {**_ends(state, "conv_stem.weight", "classifier.weight"), **_image_size(state, r"blocks\.2\.0\.", 8)}
 
 
 def _ends(state: StateDict, first: str, last: str) -> dict[str, Any]:
@@ -54,7 +54,11 @@ def _ends(state: StateDict, first: str, last: str) -> dict[str, Any]:
 
 
 def _image_size(state: StateDict, block: str, reduction: int) -> dict[str, Any]:
-    """Side of the images that the tables of relative positions were made for, if there are any."""
+    """Side of the images that the tables of relative positions were made for, if there are any.
+
+    `block` is one with the largest tables, `reduction` the side of an image over the side of its attended map: the
+    sides of smaller maps then follow also for images that are no multiple of 32 pixels.
+    """
     for key, table in state.items():
         if re.match(block, key) and key.endswith("attention.key_rel_h") and table.ndim:
             return {"image_size": reduction * (table.shape[0] + 1) // 2}

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pcn_deploy.errors import ModelError
 from pcn_deploy.graph import export
-from pcn_deploy.graph.repeat import Run, find_runs, keep_first
+from pcn_deploy.graph.repeat import SCOPES, Run, _body, _boundary, find_runs, keep_first
 from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.patchconvnet import PatchConvNet
 from pcn_deploy.specs import BatchRange
@@ -211,3 +212,68 @@ def test_blocks_that_share_a_part_are_exported() -> None:
     for block in blocks[1:]:
         block[0].weight = blocks[0][0].weight
     check_export(nn.Sequential(*blocks), (4, 8, 8), [Run("", ("0", "1", "2"))])
+
+
+class Halved(nn.Module):
+    """Reads the size of the batch for the target of its interpolation, as attention on a pooled map does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        small = nn.functional.avg_pool2d(self.conv(x), 3, 2, 1)
+        return nn.functional.interpolate(small, size=[x.shape[2], x.shape[3]], mode="bilinear") + x
+
+
+def test_blocks_that_read_the_size_of_the_batch_are_unrolled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exporter makes the nodes of that size without a note of their block, or once for all blocks."""
+    exports: list[int] = []
+    original = export._export
+
+    def counting(model: nn.Module, *rest: object) -> object:
+        exports.append(len(list(model.children())))
+        return original(model, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(export, "_export", counting)
+    check_export(nn.Sequential(*(Halved() for _ in range(4))), (4, 7, 9), [Run("", ("0", "1", "2", "3"))])
+    assert exports == [1], "no second export of the whole network"
+
+
+def graph_of(nodes: list[ir.Node], inputs: list[ir.Value], outputs: list[ir.Value]) -> ir.Graph:
+    return ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": 20})
+
+
+def node(op: str, inputs: list[ir.Value], scope: str | None, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Node:
+    made = ir.Node("", op, inputs, metadata_props={} if scope is None else {SCOPES: f"['', '{scope}', '{scope}.conv']"})
+    made.outputs[0].type = ir.TensorType(dtype)
+    return made
+
+
+def test_a_node_without_a_note_belongs_to_the_block_only_if_it_stands_between_its_nodes() -> None:
+    images = ir.Value(name="images", type=ir.TensorType(ir.DataType.FLOAT))
+    before = node("Relu", [images], None)
+    first = node("Conv", [before.outputs[0]], "b.0")
+    size = node("Shape", [first.outputs[0]], None, ir.DataType.INT64)
+    leaving = node("Shape", [first.outputs[0]], None, ir.DataType.INT64)
+    last = node("Resize", [first.outputs[0], size.outputs[0], leaving.outputs[0]], "b.0")
+    after = node("Relu", [last.outputs[0], leaving.outputs[0]], "head")
+    other = node("Conv", [after.outputs[0]], "b.01")
+    nodes = [before, first, size, leaving, last, after, other]
+    graph = graph_of(nodes, [images], list(other.outputs))
+    assert _body(graph, "b.0") == [first, size, last]
+
+
+@pytest.mark.parametrize(("dtype", "fits"), [(ir.DataType.INT64, True), (ir.DataType.FLOAT, False)])
+def test_a_block_may_read_sizes_but_no_second_tensor(dtype: ir.DataType, fits: bool) -> None:
+    images = ir.Value(name="images", type=ir.TensorType(ir.DataType.FLOAT))
+    second = ir.Value(name="second", type=ir.TensorType(dtype))
+    resize = node("Resize", [images, second], "b.0")
+    after = node("Relu", [resize.outputs[0]], None)
+    graph = graph_of([resize, after], [images, second], list(after.outputs))
+    body = _body(graph, "b.0")
+    if fits:
+        assert _boundary(body) == (images, resize.outputs[0])
+    else:
+        with pytest.raises(ModelError, match="reads 2 tensors and returns 1"):
+            _boundary(body)

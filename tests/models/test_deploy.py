@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pcn_deploy.models.aggregation import Aggregation, TokenBlock
+from pcn_deploy.models.aggregation import Aggregation, AttentionPool2d, TokenBlock
+from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d, RelativeSelfAttention2d
+from pcn_deploy.models.augmentation import Augmentation
 from pcn_deploy.models.deploy import (
     AbsorbedAggregation,
     absorb_key_value,
@@ -20,7 +22,10 @@ from pcn_deploy.models.deploy import (
     fold_layer_scale,
     to_deploy,
 )
+from pcn_deploy.models.mnasnet import MnasNet
 from pcn_deploy.models.patchconvnet import PatchConvNet, TrunkBlock
+from pcn_deploy.models.resnet import ResNet
+from pcn_deploy.models.wide_resnet import WideResNet
 
 MakeNet = Callable[..., PatchConvNet]
 FORMS: list[dict[str, Any]] = [{}, {"multi_class_token": True, "num_classes": 20}]
@@ -236,3 +241,94 @@ def test_a_convolution_with_another_reader_is_not_folded(fill: ModuleType) -> No
         rewritten, count = apply(fold_batch_norm, plain.eval())
         assert count == 0
         check_equal(plain, rewritten, fill)
+
+
+def augmented(fill: ModuleType, *, pooling: str = "none", order: str = "qkv", conv_bias: bool = False) -> nn.Sequential:
+    """An augmented convolution, 3 to 7 + 4 channels, with a BatchNorm after it."""
+    choices = Augmentation(heads=2, kappa=6 / 11, upsilon=4 / 11, min_head_channels=1, order=order, conv_bias=conv_bias)
+    conv = AttentionAugmentedConv2d(3, 11, 3, choices, size=(48, 80), stride=4, pooling=pooling)
+    assert (conv.attention.dk, conv.attention.dv) == (6, 4)
+    net = nn.Sequential(conv, nn.BatchNorm2d(11))
+    fill.fill_(net, 6)
+    return net.eval()
+
+
+@pytest.mark.parametrize("conv_bias", [False, True])
+@pytest.mark.parametrize("pooling", ["none", "attention", "layer"])
+def test_batch_norm_is_folded_into_both_branches(fill: ModuleType, pooling: str, conv_bias: bool) -> None:
+    plain = augmented(fill, pooling=pooling, conv_bias=conv_bias)
+    rewritten, count = apply(fold_batch_norm, plain)
+    assert count == 1
+    assert [type(layer) for layer in rewritten] == [AttentionAugmentedConv2d, nn.Identity]
+    images = torch.from_numpy(fill.images_for((2, 3, 48, 80), 4))
+    with torch.inference_mode():
+        expected, found = plain(images), rewritten(images)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert all(part.abs().max() > 0.1 for part in expected.split([7, 4], 1)), "both branches matter"
+
+
+def test_batch_norm_without_weights_is_folded_into_both_branches(fill: ModuleType) -> None:
+    plain = augmented(fill)
+    plain[1] = nn.BatchNorm2d(11, affine=False, eps=0.1)
+    fill.fill_(plain, 8)
+    rewritten, count = apply(fold_batch_norm, plain.eval())
+    assert count == 1
+    check_equal(plain, rewritten, fill)
+
+
+@pytest.mark.parametrize("order", ["qkv", "kqv"])
+def test_scale_of_relative_attention_is_folded(fill: ModuleType, order: str) -> None:
+    """Into the queries alone, which the terms of position read too."""
+    plain = augmented(fill, order=order)
+    rewritten, count = apply(fold_attention_scale, plain)
+    before, after = (net.get_submodule("0.attention.conv_qkv").state_dict() for net in (plain, rewritten))
+    assert count == 1
+    assert rewritten[0].attention.scale == 1.0
+    changed = [row for row in range(16) if not torch.equal(before["weight"][row], after["weight"][row])]
+    assert changed == [row for row in range(16) if not torch.equal(before["bias"][row], after["bias"][row])]
+    assert changed == list(range(6) if order == "qkv" else range(6, 12))
+    images = torch.from_numpy(fill.images_for((2, 3, 48, 80), 4))
+    with torch.inference_mode():
+        torch.testing.assert_close(rewritten(images), plain(images), atol=1e-5, rtol=0)
+    assert apply(fold_attention_scale, rewritten)[1] == 0
+
+
+def test_attention_pooling_is_absorbed(fill: ModuleType) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 16, 3, 4), AttentionPool2d(16))
+    fill.fill_(plain, 3)
+    plain.eval()
+    rewritten, count = apply(absorb_key_value, plain)
+    attn = rewritten[1].block.attn
+    assert count == 1
+    assert isinstance(attn, AbsorbedAggregation)
+    assert (attn.query.shape, attn.attend_token, attn.project_first) == ((1, 16), True, False)
+    check_equal(plain, rewritten, fill)
+    folded, applied = to_deploy(plain)
+    assert applied == {"fold_batch_norm": 0, "fold_layer_scale": 2, "fold_attention_scale": 1, "absorb_key_value": 1}
+    check_equal(plain, folded, fill)
+
+
+PAPER = Augmentation(heads=2, min_head_channels=4)
+CONVOLUTIONAL: dict[str, tuple[Callable[[], nn.Module], list[int], int]] = {
+    "resnet": (lambda: ResNet(block="basic", depths=(1, 1, 1, 1), num_classes=9), [12, 0, 0, 0], 0),
+    "augmented resnet": (lambda: ResNet(depths=(1, 1, 1, 1), augmentation=PAPER, num_classes=9), [17, 0, 3, 0], 0),
+    "attention pool": (
+        lambda: ResNet(block="basic", depths=(1, 1, 1, 1), attention_pool=True, num_classes=9),
+        [12, 2, 1, 1],
+        0,
+    ),
+    "augmented wide": (lambda: WideResNet(depth=10, widen=1, augmentation=PAPER, num_classes=9), [3, 0, 3, 0], 4),
+    "augmented mnasnet": (lambda: MnasNet(multiplier=0.25, augmentation=PAPER, num_classes=9), [49, 0, 13, 0], 0),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_to_deploy_of_the_convolutional_networks(fill: ModuleType, name: str) -> None:
+    make, counts, norms_left = CONVOLUTIONAL[name]
+    plain = make()
+    fill.fill_(plain, 2)
+    deployed, applied = to_deploy(plain.eval())
+    assert list(applied.values()) == counts
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in deployed.modules()) == norms_left
+    assert all(module.scale == 1.0 for module in deployed.modules() if isinstance(module, RelativeSelfAttention2d))
+    check_equal(plain, deployed, fill)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,15 +9,14 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
+from executors import EXECUTORS, Execute, eager
 from torch import Tensor, nn
 
 from pcn_deploy.errors import OptionError
-from pcn_deploy.graph.export import serialise, to_onnx
-from pcn_deploy.graph.torchscript import to_torchscript
+from pcn_deploy.graph.export import to_onnx
 from pcn_deploy.models.patchconvnet import PatchConvNet, TrunkBlock
 from pcn_deploy.specs import BatchRange
 
@@ -31,25 +29,6 @@ CASES: dict[str, tuple[dict[str, Any], int, tuple[int, int, int, int]]] = {
 }
 
 
-def eager(model: nn.Module, images: Tensor) -> Tensor:
-    with torch.inference_mode():
-        logits: Tensor = model(images)
-    return logits
-
-
-def torchscript(model: nn.Module, images: Tensor) -> Tensor:
-    frozen = torch.jit.load(io.BytesIO(to_torchscript(model)))  # type: ignore[no-untyped-call]
-    assert not list(frozen.named_parameters()), "freezing turns weights into constants"
-    return eager(frozen, images)
-
-
-def onnxruntime(model: nn.Module, images: Tensor) -> Tensor:
-    channels, height, width = images.shape[1:]
-    data = serialise(to_onnx(model, (channels, height, width), BatchRange(), {}))
-    session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest, make_net: MakeNet, fill: ModuleType) -> Iterator[tuple[nn.Module, Any, Any]]:
     arguments, seed, shape = CASES[request.param]
@@ -57,8 +36,8 @@ def case(request: pytest.FixtureRequest, make_net: MakeNet, fill: ModuleType) ->
     yield make_net(seed, **arguments), torch.from_numpy(fill.images_for(shape, seed)), expected
 
 
-@pytest.mark.parametrize("run", [eager, torchscript, onnxruntime])
-def test_equals_the_official_network(case: tuple[nn.Module, Tensor, Any], run: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("run", EXECUTORS)
+def test_equals_the_official_network(case: tuple[nn.Module, Tensor, Any], run: Execute) -> None:
     model, images, expected = case
     assert np.abs(expected).max() > 0.1, "the reference itself must not be trivial"
     np.testing.assert_allclose(run(model, images).numpy(), expected, atol=1e-4, rtol=0)
@@ -188,3 +167,15 @@ def test_final_norm_sees_class_tokens_only(make_net: MakeNet, multi: bool, token
     net.norm.register_forward_hook(lambda _module, inputs, _output: shapes.append(inputs[0].shape))
     eager(net, torch.zeros(2, 3, 64, 64))
     assert shapes == [(2, tokens, 32)]
+
+
+def test_the_per_class_head_is_one_product(make_net: MakeNet) -> None:
+    """A product per class would make 1,000 nodes of the head."""
+    kinds: list[list[str]] = []
+    for classes in (2, 1000):
+        net = make_net(depth=1, num_classes=classes, multi_class_token=True)
+        graph = to_onnx(net, (3, 32, 32), BatchRange(), {}).graph
+        kinds.append([node.op_type for node in graph])
+    assert kinds[0] == kinds[1]
+    (readers,) = [value.uses() for value in graph.initializers.values() if value.name == "head.weight"]
+    assert [use.node.op_type for use in readers] == ["Mul"]
