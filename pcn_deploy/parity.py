@@ -144,14 +144,15 @@ class ParityMeter:
         """Compare one batch.
 
         Args:
-            reference: Logits of the eager model, `(N, K)`; another output, `(N, ...)`, counts as one row per image.
+            reference: Logits of the eager model, `(N, K)`; another output, `(N, ...)`, is one row per image.
             engine: The same of the engine.
             labels: Classes, `(N,)`, if known.
 
         Raises:
             DataError: If the shapes differ, the reference is not finite, or a label is not one of the K classes.
         """
-        if reference.shape != engine.shape or reference.ndim < 2:
+        rank_fits = reference.ndim == 2 if self._output == LOGITS else reference.ndim > 1
+        if reference.shape != engine.shape or not rank_fits:
             shape = "(N, K)" if self._output == LOGITS else "shape (N, ...)"
             msg = (
                 f"Reference {self._output} {reference.shape} and engine {self._output} {engine.shape}: "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pcn_deploy.calibration.facts import inspect_layers
 from pcn_deploy.calibration.plan import make_plan
+from pcn_deploy.calibration.quantized import Quantization
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph import export
 from pcn_deploy.graph.repeat import Run, find_runs
@@ -181,9 +182,27 @@ def test_modules_and_plan_are_those_without_the_map(networks: dict[str, nn.Modul
         assert isinstance(plain(images()), Tensor), "the network given is left as it is"
 
 
-def test_the_blocks_are_still_unrolled(networks: dict[str, nn.Module]) -> None:
+def test_the_blocks_are_still_unrolled(networks: dict[str, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     both = deployed(networks["one token"])
     assert find_runs(both, images(1)) == [Run("blocks", ("0", "1", "2"))]
+    exported: list[int] = []
+    real = export._export
+
+    def counted(model: nn.Module, *rest: Any) -> Any:
+        exported.append(sum(1 for name, _ in model.named_modules() if name.endswith(".qkv_pos")))
+        return real(model, *rest)
+
+    monkeypatch.setattr(export, "_export", counted)
+    quantized = {
+        name: Quantization(0.1, np.full(module.out_channels, 0.1, np.float32))
+        for name, module in both.named_modules()
+        if isinstance(module, nn.Conv2d)
+    }
+    graph = export.to_onnx(both, SHAPE, BatchRange(), quantized, outputs=OUTPUTS).graph
+    assert exported == [1], "one block of three, and no second attempt with all of them"
+    kinds = [node.op_type for node in graph]
+    assert kinds.count("Conv") == 2 + 3 * 5
+    assert kinds.count("QuantizeLinear") >= 2 + 3 * 5 - 4
 
 
 def test_pooling_is_replaced_in_one_line() -> None:
