@@ -16,6 +16,7 @@ from rich.text import Text
 
 from pcn_deploy.progress import Progress as ProgressCallable
 from pcn_deploy.progress import silent
+from pcn_deploy.specs import ATTENTION_MAP
 
 
 class _RateColumn(ProgressColumn):
@@ -98,24 +99,33 @@ def size(count: int) -> str:
 
 
 def parity_rows(reports: list[dict[str, Any]]) -> list[list[str]]:
-    """One row per parity report; see `PARITY_COLUMNS`."""
+    """One row per parity report, and one for its attention map if it has one; see `PARITY_COLUMNS`."""
     rows = []
     for report in reports:
         metrics, target = report["metrics"], report["target"]
         executed = "" if report["executed_by"] == target else f" (run by {report['executed_by']})"
-        rows.append(
-            [
-                target + executed,
-                "passed" if report["passed"] else "FAILED",
-                str(report["images"]),
-                f"{metrics['cosine_min']:.6f}",
-                f"{metrics['sqnr_db']:.1f}",
-                f"{metrics['max_abs_error']:.2g}",
-                f"{metrics['top1_agreement']:.2f}",
-                f"{metrics['top1_drop']:+.2f}" if "top1_drop" in metrics else "-",
-            ]
-        )
+        top1 = [
+            f"{metrics['top1_agreement']:.2f}",
+            f"{metrics['top1_drop']:+.2f}" if "top1_drop" in metrics else "-",
+        ]
+        rows.append(_parity_row(target + executed, report, "", passed=report["passed"]) + top1)
+        if f"{ATTENTION_MAP}_sqnr_db" in metrics:
+            passed = not any(failure.startswith("attention map") for failure in report["failures"])
+            rows.append([*_parity_row("  attention map", report, f"{ATTENTION_MAP}_", passed=passed), "-", "-"])
     return rows
+
+
+def _parity_row(name: str, report: dict[str, Any], prefix: str, *, passed: bool) -> list[str]:
+    """The columns that logits and attention map share."""
+    metrics = report["metrics"]
+    return [
+        name,
+        "passed" if passed else "FAILED",
+        str(report["images"]),
+        f"{metrics[f'{prefix}cosine_min']:.6f}",
+        f"{metrics[f'{prefix}sqnr_db']:.1f}",
+        f"{metrics[f'{prefix}max_abs_error']:.2g}",
+    ]
 
 
 PARITY_COLUMNS = [

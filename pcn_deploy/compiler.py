@@ -300,7 +300,7 @@ def _check_agreement(bundle: Bundle, spec: EngineSpec, options: CompileOptions) 
         except RuntimeError as error:  # what a scripted module raises when it runs
             msg = f"{backend.member} cannot be executed: {str(error).strip().splitlines()[-1]}"
             raise ModelError(msg) from error
-    found = min(_agreement(outputs[0][tensor.name], outputs[-1][tensor.name]) for tensor in spec.outputs)
+    found = min(_agreement(tensor.name, outputs[0][tensor.name], outputs[-1][tensor.name]) for tensor in spec.outputs)
     if found < AGREEMENT_DB:
         msg = (
             f"TorchScript and ONNX were made from one module but differ ({found:.1f} dB): the network does something "
@@ -309,9 +309,9 @@ def _check_agreement(bundle: Bundle, spec: EngineSpec, options: CompileOptions) 
         raise ModelError(msg)
 
 
-def _agreement(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> float:
+def _agreement(output: str, first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> float:
     """SQNR between two arrays of one shape, `(N, ...)`, in dB."""
-    meter = ParityMeter()
+    meter = ParityMeter(output)
     meter.update(first, second)
     return meter.metrics()["sqnr_db"]
 

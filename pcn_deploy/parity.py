@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.errors import DataError, OptionError
-from pcn_deploy.specs import ATTENTION_MAP
+from pcn_deploy.specs import ATTENTION_MAP, LOGITS
 
 Logits = npt.NDArray[np.floating[Any]]
 
@@ -126,9 +126,14 @@ def report_from_json(data: dict[str, Any]) -> ParityReport:
 
 
 class ParityMeter:
-    """Accumulates the comparison batch by batch, in constant memory."""
+    """Accumulates the comparison batch by batch, in constant memory.
 
-    def __init__(self) -> None:
+    Args:
+        output: Name of the output that is compared, for messages.
+    """
+
+    def __init__(self, output: str = LOGITS) -> None:
+        self._output = output
         self._images = 0
         self._labelled = 0
         self._cosine_min = 1.0
@@ -139,19 +144,24 @@ class ParityMeter:
         """Compare one batch.
 
         Args:
-            reference: Logits of the eager model, `(N, K)`; another output, `(N, ...)`, counts as one row per image.
+            reference: Logits of the eager model, `(N, K)`; another output, `(N, ...)`, is one row per image.
             engine: The same of the engine.
             labels: Classes, `(N,)`, if known.
 
         Raises:
             DataError: If the shapes differ, the reference is not finite, or a label is not one of the K classes.
         """
-        if reference.shape != engine.shape or reference.ndim < 2:
-            msg = f"Reference logits {reference.shape} and engine logits {engine.shape}: expected the same (N, K)."
+        rank_fits = reference.ndim == 2 if self._output == LOGITS else reference.ndim > 1
+        if reference.shape != engine.shape or not rank_fits:
+            shape = "(N, K)" if self._output == LOGITS else "shape (N, ...)"
+            msg = (
+                f"Reference {self._output} {reference.shape} and engine {self._output} {engine.shape}: "
+                f"expected the same {shape}."
+            )
             raise DataError(msg)
         ref, out = (values.reshape(len(values), -1).astype(np.float64) for values in (reference, engine))
         if not np.isfinite(ref).all():
-            msg = "The reference logits hold NaN or infinite values; there is nothing to be equal to."
+            msg = f"The reference {self._output} hold NaN or infinite values; there is nothing to be equal to."
             raise DataError(msg)
         self._images += len(ref)
         self._signal += float((ref**2).sum())

@@ -83,7 +83,7 @@ def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = sil
         raise BundleError(msg)
     images = golden["images"]
     size, step = engine.spec.batch.max, f"Proving {engine.target}"
-    meters = {tensor.name: ParityMeter() for tensor in engine.spec.outputs}
+    meters = {tensor.name: ParityMeter(tensor.name) for tensor in engine.spec.outputs}
     progress(step, 0, len(images), "images")
     for start in range(0, len(images), size):
         part = slice(start, start + size)

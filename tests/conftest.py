@@ -63,3 +63,39 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def path(original: Path, tmp_path: Path) -> Path:
     """A copy of the small bundle that a test may spoil."""
     return Path(shutil.copy(original, tmp_path / "tiny.pcn"))
+
+
+@pytest.fixture(scope="session")
+def original_with_map(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `original`, but 32x48 in batches of 2 to 4, with the attention map of each class, `(N, 3, 8, 12)`."""
+    torch = pytest.importorskip("torch")
+    import pcn_deploy
+
+    network = pcn_deploy.create_model(
+        "patchconvnet",
+        random_weights=True,
+        width=32,
+        depth=1,
+        patch=4,
+        num_classes=3,
+        layer_scale=0.5,
+        multi_class_token=True,
+    )
+    torch.nn.init.normal_(network.cls_token, generator=torch.Generator().manual_seed(0))  # so that they look elsewhere
+    for layer in ("q", "k"):
+        torch.nn.init.eye_(network.get_parameter(f"blocks_token_only.0.attn.{layer}.weight"))
+    options = pcn_deploy.CompileOptions(
+        precision="fp32",
+        targets=("cpu", "torchscript"),
+        transform=pcn_deploy.Transform(resolution=(32, 48)),
+        batch=pcn_deploy.BatchRange(min=2, opt=2, max=4),
+        with_attention_map=True,
+    )
+    bundle = pcn_deploy.compile(network, options).bundle
+    return bundle.save(tmp_path_factory.mktemp("bundle") / "mapped.pcn")
+
+
+@pytest.fixture
+def path_with_map(original_with_map: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle with the attention map that a test may spoil."""
+    return Path(shutil.copy(original_with_map, tmp_path / "mapped.pcn"))

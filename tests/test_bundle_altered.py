@@ -225,6 +225,22 @@ def test_a_manifest_with_a_garbled_entry(good: Path, key: str, value: Any) -> No
     refused(write(good, manifest, list(members.items())), "manifest of .*altered")
 
 
+OUTPUTS = [{"name": name, **TENSOR} for name in ("logits", "attention_map")]
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [[], OUTPUTS[1:], OUTPUTS[::-1], [OUTPUTS[0]] * 2, [*OUTPUTS, OUTPUTS[0]], [{"name": "Logits", **TENSOR}]],
+    ids=lambda outputs: "-".join(output["name"] for output in outputs),
+)
+def test_a_manifest_with_other_outputs(good: Path, outputs: list[dict[str, Any]]) -> None:
+    manifest, members = contents(good)
+    manifest["interface"]["outputs"] = OUTPUTS
+    assert Bundle.open(write(good, manifest, list(members.items()))).manifest["interface"]["outputs"] == OUTPUTS
+    manifest["interface"]["outputs"] = outputs
+    refused(write(good, manifest, list(members.items())), "images to logits, perhaps an attention map.*altered")
+
+
 def test_an_engine_whose_hash_the_manifest_contradicts(good: Path) -> None:
     manifest, members = contents(good)
     manifest["engines"][0]["sha256"] = "0" * 64

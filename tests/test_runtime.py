@@ -60,6 +60,40 @@ def test_any_number_of_images(path: Path, expected: Any, target: str, count: int
     np.testing.assert_allclose(logits, expected[:count], atol=1e-5)
 
 
+@pytest.mark.parametrize("target", ["cpu", "torchscript"])
+@pytest.mark.parametrize("count", [1, 5, 9])
+def test_everything_the_engine_gives(original_with_map: Path, target: str, count: int) -> None:
+    given = np.random.default_rng(2).standard_normal((9, 3, 32, 48), dtype=np.float32)
+    with pcn_deploy.load(original_with_map, target) as engine:
+        outputs = engine.outputs(given[:count])
+        alone = [engine.outputs(image[None]) for image in given[:count]]
+        logits = engine.predict(given[:count])
+    assert list(outputs) == ["logits", "attention_map"]
+    assert outputs["attention_map"].shape == (count, 3, 8, 12)
+    assert outputs["attention_map"].dtype == outputs["logits"].dtype == np.float32
+    np.testing.assert_array_equal(logits, outputs["logits"])
+    for name, values in outputs.items():
+        np.testing.assert_allclose(values, np.concatenate([each[name] for each in alone]), atol=1e-5)
+    np.testing.assert_allclose(outputs["attention_map"].sum((2, 3)), 1, atol=1e-5)
+
+
+def test_both_engines_give_the_same_map(original_with_map: Path) -> None:
+    given = np.random.default_rng(2).standard_normal((3, 3, 32, 48), dtype=np.float32)
+    maps = []
+    for target in ("cpu", "torchscript"):
+        with pcn_deploy.load(original_with_map, target) as engine:
+            maps.append(engine.outputs(given)["attention_map"])
+    assert np.ptp(maps[0]) > 0.01
+    np.testing.assert_allclose(maps[0], maps[1], atol=1e-5)
+
+
+def test_an_engine_without_map_gives_logits_only(path: Path, expected: Any) -> None:
+    with pcn_deploy.load(path) as engine:
+        outputs = engine.outputs(images(11))
+    assert list(outputs) == ["logits"]
+    np.testing.assert_allclose(outputs["logits"], expected, atol=1e-5)
+
+
 def test_batches_are_as_few_and_as_full_as_the_engine_allows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     with pcn_deploy.load(path, "cpu") as engine:

@@ -168,3 +168,73 @@ def test_a_golden_set_without_logits(path: Path) -> None:
     bundle.save(path, overwrite=True)
     with pcn_deploy.load(path, "cpu") as engine, pytest.raises(BundleError, match=r"holds \['images'\] instead of"):
         pcn_deploy.verify(engine)
+
+
+def with_golden(path: Path, **changed: Any) -> Path:
+    """The bundle with other arrays in its golden set; None takes one out."""
+    bundle, buffer = Bundle.open(path), io.BytesIO()
+    golden = {**bundle.read_arrays("golden.npz"), **changed}
+    np.savez(buffer, **{name: values for name, values in golden.items() if values is not None})
+    bundle.add("golden.npz", buffer.getvalue())
+    return bundle.save(path, overwrite=True)
+
+
+@pytest.mark.parametrize("target", ["cpu", "torchscript"])
+def test_the_attention_map_is_compared(path_with_map: Path, target: str) -> None:
+    with pcn_deploy.load(path_with_map, target) as engine:
+        report = pcn_deploy.verify(engine)
+    assert report
+    assert report.metrics["attention_map_sqnr_db"] > 100
+    assert report.metrics["attention_map_cosine_min"] > 0.99999
+    assert report.metrics["attention_map_max_abs_error"] < 1e-5
+
+
+def test_a_map_of_another_network_is_no_parity(path_with_map: Path) -> None:
+    golden = Bundle.open(path_with_map).read_arrays("golden.npz")["attention_map"]
+    turned = with_golden(path_with_map, attention_map=golden[:, :, ::-1])
+    with pcn_deploy.load(turned, "cpu") as engine:
+        report = pcn_deploy.verify(engine)
+    assert not report
+    assert report.failures
+    assert all(failure.startswith("attention map: ") for failure in report.failures), "the logits are right"
+    assert report.metrics["sqnr_db"] > 100 > report.metrics["attention_map_sqnr_db"]
+
+
+def test_the_map_of_a_later_image_counts(path_with_map: Path) -> None:
+    """The last of eight images, which comes in the second batch."""
+    golden = Bundle.open(path_with_map).read_arrays("golden.npz")["attention_map"]
+    golden[7] = golden[7, :, ::-1]
+    with pcn_deploy.load(with_golden(path_with_map, attention_map=golden), "cpu") as engine:
+        assert not pcn_deploy.verify(engine)
+
+
+def test_right_maps_do_not_make_up_for_wrong_logits(path_with_map: Path) -> None:
+    golden = Bundle.open(path_with_map).read_arrays("golden.npz")["logits"]
+    with pcn_deploy.load(with_golden(path_with_map, logits=golden[:, ::-1]), "cpu") as engine:
+        report = pcn_deploy.verify(engine)
+    assert report.failures
+    assert not any("attention map" in failure for failure in report.failures)
+
+
+def test_golden_maps_that_are_none(path_with_map: Path) -> None:
+    golden = Bundle.open(path_with_map).read_arrays("golden.npz")["attention_map"]
+    words = r"holds \['images', 'logits'\] instead of \['attention_map', 'images', 'logits'\]"
+    with (
+        pcn_deploy.load(with_golden(path_with_map, attention_map=None), "cpu") as engine,
+        pytest.raises(BundleError, match=words),
+    ):
+        pcn_deploy.verify(engine)
+    with (
+        pcn_deploy.load(with_golden(path_with_map, attention_map=golden[:, :1]), "cpu") as engine,
+        pytest.raises(DataError, match=r"attention_map \(4, 1, 8, 12\).*\(4, 3, 8, 12\)"),
+    ):
+        pcn_deploy.verify(engine)
+
+
+def test_images_are_compared_by_their_logits(path_with_map: Path) -> None:
+    """A reference has no map."""
+    given = np.random.default_rng(3).standard_normal((5, 3, 32, 48), dtype=np.float32)
+    with pcn_deploy.load(path_with_map, "torchscript") as other, pcn_deploy.load(path_with_map, "cpu") as engine:
+        report = pcn_deploy.verify(engine, [given], reference=other.predict)
+    assert report
+    assert set(report.metrics) == {"cosine_min", "sqnr_db", "max_abs_error", "top1_agreement"}

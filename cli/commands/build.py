@@ -75,7 +75,8 @@ from pcn_deploy.specs import BatchRange
 @click.option(
     "--with-attention-map",
     is_flag=True,
-    help="Add a second output: the weight of each patch in the class attention, per class where tokens are.",
+    help="Add a second output: where the network looks, as the attention weight of each patch; one map for each class "
+    "if each class has its own token. `run --heatmap` draws it.",
 )
 @click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of random weights and images."

@@ -29,8 +29,8 @@ from pcn_deploy.runtime import load
     "--heatmap",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="Write where the network looked, over the image: a .png for one image, a folder for several. "
-    "The bundle must have been built with --with-attention-map.",
+    help="Write a picture of where the network looked, laid over the image: PATH is a .png, .jpg or .webp for one "
+    "image, or a folder for any number. The bundle must have been built with --with-attention-map.",
 )
 @options.overwrite_option
 @options.json_option

@@ -22,11 +22,17 @@ def find_token_block(model: nn.Module) -> str:
         ModelError: If there is none, or more than one.
     """
     found = [str(path) for path, module in model.named_modules() if isinstance(module, TokenBlock)]
-    if len(found) != 1:
+    if not found:
         msg = (
-            f"The network holds {len(found)} attention-based aggregations; an attention map needs exactly one. "
-            "Leave --with-attention-map out, or replace its average pooling by "
+            "The network holds no attention-based aggregation, so there is no attention map. Leave "
+            "--with-attention-map out, or replace its average pooling by "
             "pcn_deploy.models.aggregation.AttentionPool2d and train it."
+        )
+        raise ModelError(msg)
+    if len(found) > 1:
+        msg = (
+            f"The network holds {len(found)} attention-based aggregations ({', '.join(found)}); an attention map "
+            "needs exactly one. Leave --with-attention-map out."
         )
         raise ModelError(msg)
     return found[0]

@@ -100,6 +100,22 @@ def test_a_checkpoint_becomes_a_bundle(weights: Path, out: Path) -> None:
     assert (kept["model"], kept["weights"], len(kept["weights_sha256"])) == ("patchconvnet", str(weights), 64)
 
 
+def test_the_attention_map_is_asked_for(weights: Path, out: Path) -> None:
+    result = invoke("patchconvnet", "--weights", weights, *SMALL, "--with-attention-map", "-o", out)
+    assert result.exit_code == 0, result.output
+    rows = [line.split("│") for line in result.stdout.splitlines() if "attention map" in line]
+    assert [[cell.strip() for cell in row[1:4]] for row in rows] == [["attention map", "passed", "8"]]
+    bundle = Bundle.open(out)
+    assert [each["name"] for each in bundle.manifest["interface"]["outputs"]] == ["logits", "attention_map"]
+    assert "attention_map_sqnr_db" in bundle.read_json("parity/cpu.json")["metrics"]
+
+
+def test_an_attention_map_of_a_network_that_has_none(factory: str, out: Path) -> None:
+    words = ["Leave --with-attention-map out", "pcn_deploy.models.aggregation.AttentionPool2d"]
+    result = invoke(factory, "--random-weights", *SMALL, "--with-attention-map", "-q", "-o", out)
+    refused(result, 1, "holds no attention-based aggregation", *words, out=out)
+
+
 def test_json_is_all_there_is_on_stdout(weights: Path, out: Path) -> None:
     result = invoke("patchconvnet", "--weights", weights, *SMALL, "-o", out, "--json", "--explain")
     assert result.exit_code == 0, result.output

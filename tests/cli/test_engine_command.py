@@ -50,6 +50,19 @@ def test_an_engine_is_added(path: Path) -> None:
     assert targets(path) == ["cpu", "torchscript"]
 
 
+def test_an_engine_is_added_to_a_bundle_with_the_attention_map(path_with_map: Path) -> None:
+    bundle = Bundle.open(path_with_map)
+    bundle.manifest["engines"] = [bundle.engine("cpu")]
+    bundle.save(path_with_map, overwrite=True)
+    result = invoke("engine", path_with_map, "--target", "torchscript")
+    assert result.exit_code == 0, result.output
+    assert "attention map" in result.stdout
+    assert targets(path_with_map) == ["cpu", "torchscript"]
+    result = invoke("verify", path_with_map, "--target", "torchscript", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["metrics"]["attention_map_sqnr_db"] > 100
+
+
 def test_json_and_another_output(path: Path, original: Path, tmp_path: Path) -> None:
     out = tmp_path / "more.pcn"
     result = invoke("engine", path, "--target", "torchscript", "-o", out, "--json")

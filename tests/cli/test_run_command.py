@@ -11,6 +11,7 @@ from helpers import invoke, refused
 from PIL import Image
 
 import pcn_deploy
+from pcn_deploy.heatmap import overlay
 
 pytest.importorskip("torch")
 
@@ -77,3 +78,71 @@ def test_images_that_cannot_be_read(path: Path, tmp_path: Path) -> None:
 
 def test_a_target_the_bundle_lacks(path: Path, image: Path) -> None:
     refused(invoke("run", path, image, "--target", "tensorrt"), 5, "no engine for 'tensorrt'")
+
+
+@pytest.fixture
+def dark(tmp_path: Path) -> Path:
+    """Dark, so that what glows is the map."""
+    place = tmp_path / "dark.png"
+    pixels = np.random.default_rng(1).integers(0, 40, (64, 96, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(place)
+    return place
+
+
+def test_a_heatmap_of_the_most_likely_class(path_with_map: Path, dark: Path, tmp_path: Path) -> None:
+    out = tmp_path / "map.png"
+    result = invoke("run", path_with_map, dark, "--heatmap", out, "--json")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    (found,) = json.loads(result.stdout)["predictions"]
+    assert found["heatmap"] == str(out)
+    with pcn_deploy.load(path_with_map) as engine, Image.open(dark) as opened:
+        image = engine.transform(opened)
+        maps = engine.outputs(image[None])["attention_map"][0]
+        pictures = [np.asarray(overlay(image, each, engine.transform)) for each in maps]
+    with Image.open(out) as written:
+        same = [np.array_equal(np.asarray(written), picture) for picture in pictures]
+    assert [index for index, equal in enumerate(same) if equal] == found["classes"][:1]
+    row, column = np.unravel_index(maps[found["classes"][0]].argmax(), maps[0].shape)
+    side = pictures[0].shape[0] // maps.shape[1]
+    bright = pictures[found["classes"][0]].astype(float).sum(-1)
+    blocks = bright.reshape(maps.shape[1], side, maps.shape[2], side).mean((1, 3))
+    assert np.unravel_index(blocks.argmax(), blocks.shape) == (row, column)
+
+
+def test_heatmaps_of_several_images(path_with_map: Path, dark: Path, image: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "maps"
+    result = invoke("run", path_with_map, dark, image, "--heatmap", folder, "--top", 1)
+    assert result.exit_code == 0, result.output
+    assert f"Wrote {folder / 'dark.png'}." in result.stdout
+    assert sorted(place.name for place in folder.iterdir()) == ["dark.png", "picture.png"]
+    first = (folder / "dark.png").read_bytes()
+    assert first != (folder / "picture.png").read_bytes()
+
+    (folder / "dark.png").write_bytes(b"precious")
+    words = ["run", path_with_map, dark, image, "--heatmap", folder]
+    refused(invoke(*words), 1, "dark.png exists. Give --overwrite")
+    assert (folder / "dark.png").read_bytes() == b"precious"
+    assert invoke(*words, "--overwrite").exit_code == 0
+    assert (folder / "dark.png").read_bytes() == first
+
+
+def test_no_heatmap_where_none_was_asked_for(path_with_map: Path, dark: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    found = json.loads(invoke("run", path_with_map, dark, "--json").stdout)
+    assert found["predictions"][0]["heatmap"] is None
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_heatmaps_that_cannot_be(path: Path, path_with_map: Path, dark: Path, image: Path, tmp_path: Path) -> None:
+    before = {place: place.read_bytes() for place in tmp_path.iterdir()}
+    folder = tmp_path / "maps"
+    words = "The bundle holds no attention map. Build it with --with-attention-map"
+    refused(invoke("run", path, dark, "--heatmap", folder), 2, words)
+    given = ["run", path_with_map]
+    refused(invoke(*given, dark, image, "--heatmap", tmp_path / "a.png"), 2, "a.png is one file for 2 images")
+    refused(invoke(*given, dark, "--heatmap", tmp_path / "a.gif"), 2, "a.gif: a picture is written as .png")
+    refused(invoke(*given, dark, "--heatmap", dark / "sub"), 1, "The folder", "cannot be made: Not a directory")
+    refused(invoke(*given, tmp_path / "no.png", "--heatmap", folder), 1, "cannot be read as an image")
+    refused(invoke(*given, dark, "--heatmap", tmp_path, "--overwrite"), 2, "would take the place of the image itself")
+    assert {place: place.read_bytes() for place in tmp_path.iterdir()} == before, "nothing is left behind"

@@ -116,6 +116,20 @@ def test_failed_parity(path: Path) -> None:
     assert found["failures"]
 
 
+def test_a_failure_of_the_attention_map_alone(path_with_map: Path) -> None:
+    bundle = Bundle.open(path_with_map)
+    golden, arrays = bundle.read_arrays("golden.npz"), path_with_map.parent / "golden.npz"
+    wrong = golden["attention_map"][:, ::-1]
+    np.savez(arrays, images=golden["images"], logits=golden["logits"], attention_map=wrong)
+    bundle.add("golden.npz", arrays.read_bytes())
+    bundle.save(path_with_map, overwrite=True)
+    result = invoke("verify", path_with_map)
+    assert result.exit_code == 3
+    assert "Error: Parity failed: attention map: cosine" in result.stderr
+    rows = [line.split("│") for line in result.stdout.splitlines() if "FAILED" in line]
+    assert [row[1].strip() for row in rows] == ["cpu", "attention map"]
+
+
 @pytest.mark.parametrize("option", [["--weights", "w.pth"], ["--images", "4"]])
 def test_options_of_data_without_data(path: Path, option: list[str]) -> None:
     result = CliRunner().invoke(main, ["verify", str(path), *option])
