@@ -20,6 +20,8 @@ from pcn_deploy.specs import EngineSpec, TensorSpec
 
 Array = npt.NDArray[Any]
 
+CLOSED = "The session is closed. Open the engine again."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Availability:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from pcn_deploy.engines.base import Array, Availability, Backend, EngineArtifact, GraphSource, Session
-from pcn_deploy.errors import BuildError, IncompatibleError
+from pcn_deploy.engines.base import CLOSED, Array, Availability, Backend, EngineArtifact, GraphSource, Session
+from pcn_deploy.errors import BuildError, IncompatibleError, PcnDeployError
+from pcn_deploy.memory import large_blocks_returned
 from pcn_deploy.progress import Progress
 from pcn_deploy.specs import EngineSpec
 
@@ -66,7 +67,10 @@ def _session(data: bytes, *, optimise: bool = True) -> Any:
     # Convolutions have no kernel that takes INT8 in and gives float out: left to itself, the runtime dequantises
     # their weights on every run. Told not to look for such kernels, it does so once.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    # Weights out of the arena, which grows by powers of two. Some are copied twice on the way to their final form.
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    with large_blocks_returned():
+        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
 class _OnnxRuntimeSession(Session):
@@ -75,5 +79,11 @@ class _OnnxRuntimeSession(Session):
         self._session = session
 
     def _run_impl(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        if self._session is None:
+            raise PcnDeployError(CLOSED)
         names = [tensor.name for tensor in self.spec.outputs]
         return dict(zip(names, self._session.run(names, inputs), strict=True))
+
+    def close(self) -> None:
+        """Free the session. May be called more than once."""
+        self._session = None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import warnings
 from typing import Any
 
-from pcn_deploy.engines.base import Array, Availability, Backend, EngineArtifact, GraphSource, Session
-from pcn_deploy.errors import BuildError, IncompatibleError
+from pcn_deploy.engines.base import CLOSED, Array, Availability, Backend, EngineArtifact, GraphSource, Session
+from pcn_deploy.errors import BuildError, IncompatibleError, PcnDeployError
+from pcn_deploy.memory import temporary_path
 from pcn_deploy.progress import Progress
 from pcn_deploy.specs import EngineSpec
 
@@ -42,9 +42,10 @@ class TorchScriptBackend(Backend):
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), temporary_path("model.ts") as path:
                 warnings.simplefilter("ignore", DeprecationWarning)
-                module = torch.jit.load(io.BytesIO(data), map_location=device)  # type: ignore[no-untyped-call]
+                path.write_bytes(data)  # from a buffer, torch would copy it three times
+                module = torch.jit.load(path, map_location=device)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             msg = f"PyTorch {torch.__version__} cannot load this TorchScript module: {error}"
             raise IncompatibleError(msg) from error
@@ -60,9 +61,15 @@ class _TorchScriptSession(Session):
     def _run_impl(self, inputs: dict[str, Array]) -> dict[str, Array]:
         import torch
 
+        if self._module is None:
+            raise PcnDeployError(CLOSED)
         tensors = [torch.from_numpy(inputs[tensor.name]).to(self._device) for tensor in self.spec.inputs]
         with torch.inference_mode():
             result = self._module(*tensors)
         results = result if isinstance(result, tuple | list) else (result,)
         names = [tensor.name for tensor in self.spec.outputs]
         return {name: value.cpu().numpy() for name, value in zip(names, results, strict=True)}
+
+    def close(self) -> None:
+        """Free the module. May be called more than once."""
+        self._module = None

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from pcn_deploy.errors import BundleError, OutputError
 from pcn_deploy.manifest import check_contents
+from pcn_deploy.memory import output_error
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -175,8 +176,7 @@ class Bundle:
             self._spool.write(data)
             self._spool.flush()
         except OSError as error:
-            msg = f"The folder for temporary files, {tempfile.gettempdir()}, cannot hold {name}: {error}. Set TMPDIR."
-            raise OutputError(msg) from error
+            raise output_error(name, error) from error
         self.manifest["members"][name] = {"sha256": _sha256(data), "bytes": len(data)}
 
     def add_json(self, name: str, data: Any) -> None:

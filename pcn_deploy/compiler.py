@@ -60,9 +60,9 @@ class CompileResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _Network:
-    """The plain network, the deploy form whose graph is built, and how it is quantised."""
+    """The deploy form whose graph is built, the name of the network, and how it is quantised."""
 
-    plain: nn.Module
+    name: str
     deployed: nn.Module
     plan: PrecisionPlan
     scales: dict[str, Quantization]
@@ -106,12 +106,14 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     network = _prepare(model, options, source, progress)
     bundle = _new_bundle(network, options, source, provenance or {})
     bundle.add("golden.npz", _npz(_golden_set(model, options, source, progress)))
-    plan, graphs = network.plan, _add_graphs(bundle, network, options, progress)
+    del model  # no longer needed; the caller may keep it
+    plan, spec = network.plan, _add_graphs(bundle, network, options, progress)
     del network  # its folded weights are in the graphs now
     release_unused()
-    for backend in backends:
-        artifact = backend.build(graphs, progress)
-        bundle.add_engine(backend.target, backend.member, artifact.data, artifact.built_with)
+    _check_agreement(bundle, spec, options)
+    release_unused()
+    _build_engines(bundle, backends, spec, options, progress)
+    release_unused()
     reports = _prove(bundle, backends, budget_for(options.precision, options.max_drop), progress)
     return CompileResult(bundle=bundle, plan=plan, reports=reports)
 
@@ -168,6 +170,7 @@ def _prepare(model: nn.Module, options: CompileOptions, source: ImageSource | No
     from pcn_deploy.models.deploy import to_deploy
     from pcn_deploy.models.patchconvnet import PatchConvNet
 
+    name = type(model).__name__
     check_finite(model.state_dict(), "The network")
     if isinstance(model, PatchConvNet):
         model.check_resolution(*options.transform.resolution)
@@ -180,11 +183,11 @@ def _prepare(model: nn.Module, options: CompileOptions, source: ImageSource | No
     plan = make_plan(layers, options.precision, options.remainder)
     progress("Rewriting and planning", 2, 2)
     if source is None or options.precision != "int8":
-        return _Network(plain=model, deployed=deployed, plan=plan, scales={}, calibration=None, rewrites=rewrites)
+        return _Network(name=name, deployed=deployed, plan=plan, scales={}, calibration=None, rewrites=rewrites)
     seen = calibrate(deployed, list(plan.int8_entries), source, options.calibrator, progress)
     plan = plan.with_ranges(seen.ranges)
     return _Network(
-        plain=model,
+        name=name,
         deployed=deployed,
         plan=plan,
         scales=plan_scales(deployed, plan),
@@ -234,7 +237,7 @@ def _new_bundle(
     calibration = asdict(network.calibration) if network.calibration else None
     summary = {key: value for key, value in (calibration or {}).items() if key not in ("ranges", "amax")}
     manifest = {
-        "model": provenance.get("model", type(network.plain).__name__),
+        "model": provenance.get("model", network.name),
         "precision": options.precision,
         "remainder": options.graph_type,
         "transform": options.transform.to_json(),
@@ -251,8 +254,8 @@ def _new_bundle(
     return bundle
 
 
-def _add_graphs(bundle: Bundle, network: _Network, options: CompileOptions, progress: Progress) -> GraphSource:
-    """Add the TorchScript module and the typed ONNX graph; returns what engines are built from."""
+def _add_graphs(bundle: Bundle, network: _Network, options: CompileOptions, progress: Progress) -> EngineSpec:
+    """Add the TorchScript module and the typed ONNX graph; returns their interface."""
     from pcn_deploy.calibration.quantized import apply_scales
     from pcn_deploy.graph.export import engine_spec, serialise, to_onnx
     from pcn_deploy.graph.torchscript import to_torchscript
@@ -274,13 +277,7 @@ def _add_graphs(bundle: Bundle, network: _Network, options: CompileOptions, prog
     spec = engine_spec(graph, options.batch)
     bundle.manifest["interface"] = spec.to_json()
     bundle.add("model.onnx", serialise(graph))
-    del graph
-    _check_agreement(bundle, spec, options)
-    return GraphSource(
-        onnx=bundle.read("model.onnx"),
-        torchscript=bundle.read("model.ts") if "torchscript" in options.targets else b"",
-        spec=spec,
-    )
+    return spec
 
 
 def _check_agreement(bundle: Bundle, spec: EngineSpec, options: CompileOptions) -> None:
@@ -314,6 +311,19 @@ def _agreement(output: str, first: npt.NDArray[np.float32], second: npt.NDArray[
     meter = ParityMeter(output)
     meter.update(first, second)
     return meter.metrics()["sqnr_db"]
+
+
+def _build_engines(
+    bundle: Bundle, backends: list[Backend], spec: EngineSpec, options: CompileOptions, progress: Progress
+) -> None:
+    graphs = GraphSource(
+        onnx=bundle.read("model.onnx"),
+        torchscript=bundle.read("model.ts") if "torchscript" in options.targets else b"",
+        spec=spec,
+    )
+    for backend in backends:
+        artifact = backend.build(graphs, progress)
+        bundle.add_engine(backend.target, backend.member, artifact.data, artifact.built_with)
 
 
 def _prove(

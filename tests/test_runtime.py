@@ -11,7 +11,7 @@ import pytest
 import pcn_deploy
 from pcn_deploy import BatchRange, Bundle, CompileOptions, Engine, Transform
 from pcn_deploy.engines.base import Availability, Session
-from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend
+from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend, _OnnxRuntimeSession
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.engines.torchscript import TorchScriptBackend
 from pcn_deploy.errors import BundleError, DataError, DependencyError, OptionError
@@ -186,7 +186,7 @@ def test_altered_engines_are_never_opened(
 
 def test_an_engine_closes_once_and_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[str] = []
-    monkeypatch.setattr(Session, "close", lambda self: closed.append(type(self).__name__))
+    monkeypatch.setattr(_OnnxRuntimeSession, "close", lambda self: closed.append(type(self).__name__))
     with Engine.open(Bundle.open(path), "cpu") as engine:
         pass
     assert len(closed) == 1

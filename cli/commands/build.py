@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +21,11 @@ from pcn_deploy.models.registry import check_weights_choice, find_model
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.provenance import ModelSource
 from pcn_deploy.specs import BatchRange
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pcn_deploy.progress import Progress
 
 
 @click.command("build")
@@ -108,11 +113,12 @@ def command(**given: Any) -> None:
         display.note("the weights are random, so synthetic images calibrate them.", quiet=quiet)
         calibration = [synthetic_images(compile_options.calibration_images, compile_options)]
     with display.progress_bars(quiet=quiet) as progress:
-        progress("Making the network", 0, 1)
-        network = source.create()
-        progress("Making the network", 1, 1)
         result = compile(
-            network, compile_options, calibration=calibration, provenance=source.describe(), progress=progress
+            _create(source, progress),  # without a name here, so that it is freed before the engines are built
+            compile_options,
+            calibration=calibration,
+            provenance=source.describe(),
+            progress=progress,
         )
     if result:
         result.bundle.save(given["output"], overwrite=given["overwrite"])
@@ -121,6 +127,13 @@ def command(**given: Any) -> None:
         reasons = "; ".join(f"{r.target}: {', '.join(r.failures)}" for r in result.reports if not r)
         message = f"Parity failed, so {given['output']} was not written: {reasons}."
         raise ParityError(message)
+
+
+def _create(source: ModelSource, progress: Progress) -> nn.Module:
+    progress("Making the network", 0, 1)
+    network = source.create()
+    progress("Making the network", 1, 1)
+    return network
 
 
 def _options(given: dict[str, Any]) -> CompileOptions:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.engines.base import Array, Session
+from pcn_deploy.engines.base import CLOSED, Array, Session
 from pcn_deploy.engines.tensorrt.compatibility import check_validity, refused
 from pcn_deploy.engines.tensorrt.cuda import Cuda, Device
 from pcn_deploy.engines.tensorrt.flavour import Flavour
@@ -157,8 +157,7 @@ class TensorRTSession(Session):
     def _run_impl(self, inputs: dict[str, Array]) -> dict[str, Array]:
         with self._lock:
             if self._engine is None:
-                msg = "The session is closed. Open the engine again."
-                raise PcnDeployError(msg)
+                raise PcnDeployError(CLOSED)
             self._cuda.use_device(self._device)
             for tensor in self._inputs:
                 array = inputs[tensor.name]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import warnings
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from pcn_deploy.errors import ModelError
+from pcn_deploy.memory import output_error, temporary_path
 
 
 def to_torchscript(model: nn.Module) -> bytes:
@@ -22,11 +23,14 @@ def to_torchscript(model: nn.Module) -> bytes:
 
     Raises:
         ModelError: If it cannot be scripted; the compiler's words name the place.
+        OutputError: If there is no room for temporary files.
     """
-    with warnings.catch_warnings():  # upstream deprecates TorchScript; our range of torch is bounded for that
+    with warnings.catch_warnings(), temporary_path("model.ts") as path:
+        # upstream deprecates TorchScript; our range of torch is bounded for that
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
-            frozen = torch.jit.freeze(torch.jit.script(model))
+            _save(torch.jit.script(model), path)
+            frozen = torch.jit.freeze(torch.jit.load(path))  # type: ignore[no-untyped-call]
         except (
             RuntimeError,
             ValueError,
@@ -36,6 +40,17 @@ def to_torchscript(model: nn.Module) -> bytes:
         ) as error:
             msg = f"The network cannot be scripted:\n{error}\nRewrite the part shown, or annotate its types."
             raise ModelError(msg) from error
-        buffer = io.BytesIO()
-        torch.jit.save(frozen, buffer)
-    return buffer.getvalue()
+        _save(frozen, path)
+        return path.read_bytes()
+
+
+def _save(module: torch.jit.ScriptModule, path: Path) -> None:
+    """Save by way of a file: on the way to a buffer, torch copies the weights three times.
+
+    The scripted module is saved and loaded before it is frozen, because torch keeps what it freezes for ever, weights
+    included, unless it comes from a file.
+    """
+    try:
+        torch.jit.save(module, path)
+    except RuntimeError as error:
+        raise output_error(path.name, error) from error

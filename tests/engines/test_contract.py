@@ -15,7 +15,14 @@ import pytest
 
 from pcn_deploy.engines.base import Array, Backend, GraphSource, Session
 from pcn_deploy.engines.registry import TARGETS, get_backend
-from pcn_deploy.errors import BuildError, DataError, DependencyError, IncompatibleError, OptionError
+from pcn_deploy.errors import (
+    BuildError,
+    DataError,
+    DependencyError,
+    IncompatibleError,
+    OptionError,
+    PcnDeployError,
+)
 from pcn_deploy.specs import BatchRange, EngineSpec, TensorSpec
 
 torch = pytest.importorskip("torch")
@@ -125,6 +132,8 @@ class ContractTemplate(ABC):
             session.run({"images": images()})
         session.close()
         session.close()
+        with pytest.raises(PcnDeployError, match="session is closed"):
+            session.run({"images": images()})
         another = self.backend.open(self.backend.build(self.source()).data, SPEC)
         assert another.run({"images": images()})["logits"].shape == (3, 3)
 

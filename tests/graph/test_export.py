@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -94,3 +96,13 @@ def test_torchscript_takes_any_size(make_net: MakeNet) -> None:
         images = torch.rand(shape)
         with torch.inference_mode():
             torch.testing.assert_close(frozen(images), net(images), atol=1e-4, rtol=0)
+
+
+def test_scripting_keeps_no_weights() -> None:
+    """Torch keeps whatever it freezes, unless it was loaded from a file."""
+    layer = nn.Conv2d(3, 4, 1).requires_grad_(False)
+    weight = weakref.ref(layer.weight)
+    to_torchscript(nn.Sequential(layer).eval())
+    del layer
+    gc.collect()
+    assert weight() is None
