@@ -32,6 +32,7 @@ class LayerFacts:
         kernel: Kernel height and width; (1, 1) for a linear layer.
         reads_image: Whether its input is the input of the network.
         uses: How often its weight is used in one run; more than once if it is called again or shared.
+        own_forward: Whether it is a subclass of Conv2d or Linear that does something else.
     """
 
     path: str
@@ -43,6 +44,7 @@ class LayerFacts:
     kernel: tuple[int, int] = (1, 1)
     reads_image: bool = False
     uses: int = 1
+    own_forward: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,8 @@ Rule = Callable[[LayerFacts], str]
 
 
 def _has_weights(layer: LayerFacts) -> str:
+    if layer.own_forward:
+        return "a subclass with a forward of its own: what it does to its input is not known"
     return "" if layer.in_channels else "not a Conv2d or Linear: Q/DQ would only add conversions"
 
 

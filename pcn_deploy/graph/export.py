@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pcn_deploy.calibration.quantized import Quantization
 from pcn_deploy.errors import ModelError
+from pcn_deploy.graph.diagnosis import export_error
 from pcn_deploy.graph.qdq import insert_qdq
 from pcn_deploy.graph.repeat import Run, find_runs, keep_first, unroll
 from pcn_deploy.progress import Progress, silent
@@ -93,12 +94,14 @@ def _fold_constants(model: ir.Model) -> None:
 
 def _export(model: nn.Module, example: Tensor, batch: BatchRange) -> Any:
     axes = {0: torch.export.Dim(BATCH_AXIS, min=1, max=max(batch.max, 2))}
+
+    def trace() -> Any:
+        shapes = (axes,) if batch.is_dynamic else None
+        return torch.export.export(model, (example,), strict=False, dynamic_shapes=shapes)
+
     try:
-        exported = torch.export.export(
-            model, (example,), strict=False, dynamic_shapes=(axes,) if batch.is_dynamic else None
-        )
         return torch.onnx.export(
-            exported,
+            trace(),
             dynamo=True,
             opset_version=OPSET,
             input_names=[INPUT_NAME],
@@ -107,8 +110,7 @@ def _export(model: nn.Module, example: Tensor, batch: BatchRange) -> Any:
             verbose=False,
         )
     except Exception as error:  # the exporter wraps whatever the network's code raises
-        msg = f"The network cannot be exported to ONNX:\n{_first_lines(error)}"
-        raise ModelError(msg) from error
+        raise export_error(model, error, trace) from error
 
 
 def serialise(model: ir.Model) -> bytes:
@@ -140,13 +142,6 @@ def _spec(value: ir.Value, batch: BatchRange) -> TensorSpec:
         raise ModelError(msg)
     dims = [BATCH_AXIS if not isinstance(dim, int) else dim for dim in value.shape]
     return TensorSpec(name=value.name, dtype=value.dtype.numpy().name, shape=tuple(dims))
-
-
-def _first_lines(error: BaseException, count: int = 12) -> str:
-    """The root cause, shortened."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return "\n".join(f"{type(error).__name__}: {error}".splitlines()[:count])
 
 
 @contextmanager
