@@ -1,4 +1,4 @@
-"""Why a network cannot be compiled, in our words, and the way round it: one table, first match wins. Standard library only."""
+"""Why a network cannot be compiled, in our words, and the way round it: one table, the first match counts."""
 
 from __future__ import annotations
 
@@ -26,27 +26,40 @@ class Cause:
 
 CAUSES: tuple[Cause, ...] = (
     Cause(
-        r"SHOULD BE THE SAME DEVICE|Expected all tensors to be on the same device|found at least two devices",
+        rf"{re.escape(HELPER)}|Python builtin|is not supported in Torchscript|Expected a single top-level function",
+        "TorchScript cannot compile the function that is called there.",
+        "call torch's own operators: reshape, permute and flatten for einops, a def with annotated "
+        "arguments or an nn.Module "
+        "for a lambda or for a function of another library.",
+    ),
+    Cause(
+        r"not on the expected device|SHOULD BE THE SAME DEVICE|Expected all tensors to be on the same device|"
+        r"found at least two devices",
         "tensors of two devices meet.",
-        "build on the CPU: make the factory return a network whose parameters and buffers are all there, register constant "
+        "build on the CPU: make the factory return a network whose parameters and buffers are all there, "
+        "register constant "
         "tensors with register_buffer, and make new tensors with device=x.device.",
     ),
     Cause(
         r"specialized it to be a constant|Constraints violated \(batch\)",
         "the code works for one batch size only.",
-        "build with a fixed batch (--batch N), or keep the batch free: x.flatten(1) or x.reshape(x.shape[0], -1), with no "
+        "build with a fixed batch (--batch N), or keep the batch free: x.flatten(1) or "
+        "x.reshape(x.shape[0], -1), with no "
         "int(...), no number of images, and no tensor whose first axis is not 1.",
     ),
     Cause(
         r"data-dependent|symbolically traced variables cannot be used as inputs to control flow",
-        "the values of a tensor, or a shape that is not known yet, decide which code runs; a graph has one way through.",
-        "compute both sides and select with torch.where(condition, a, b), move the decision out of the network, and leave "
+        "the values of a tensor, or a shape that is not known yet, decide which code runs; a graph has one "
+        "way through.",
+        "compute both sides and select with torch.where(condition, a, b), move the decision out of the "
+        "network, and leave "
         "out checks of shapes.",
     ),
     Cause(
         r"No ONNX function found|UnsupportedOperator|No decompositions? registered",
         "ONNX has no counterpart of the operator{operator}.",
-        "express it with other operators, such as matmul, where, softmax or a convolution, or leave this part out of the "
+        "express it with other operators, such as matmul, where, softmax or a convolution, or leave this "
+        "part out of the "
         "network and run it after the engine.",
     ),
     Cause(
@@ -54,12 +67,6 @@ CAUSES: tuple[Cause, ...] = (
         "a tensor becomes a number, a list or a NumPy array, which leaves the graph.",
         "stay with tensors: torch functions instead of NumPy's, x.mean() instead of x.mean().item(), and "
         "register_buffer for constants.",
-    ),
-    Cause(
-        rf"{re.escape(HELPER)}|Python builtin|is not supported in Torchscript|Expected a single top-level function",
-        "TorchScript cannot compile the function that is called there.",
-        "call torch's own operators: reshape, permute and flatten for einops, a def with annotated arguments or an nn.Module "
-        "for a lambda or for a function of another library.",
     ),
     Cause(
         r"variable number of arguments",
@@ -93,7 +100,8 @@ CAUSES: tuple[Cause, ...] = (
     ),
     Cause(
         r"has no attribute or method|has no attribute|failed to convert Python type|cannot be used as a value",
-        "TorchScript cannot read that attribute: its type is a Python object, it is a class or module variable, or it is set on "
+        "TorchScript cannot read that attribute: its type is a Python object, it is a class or module "
+        "variable, or it is set on "
         "some paths of __init__ only.",
         "set it in __init__, always, as a plain int, float, bool, str, list of these, tensor or nn.Module.",
     ),
@@ -101,7 +109,8 @@ CAUSES: tuple[Cause, ...] = (
         r"blocks aren't supported|isn't supported|aren't supported|Unsupported value kind|Could not match type|"
         r"Unknown type|not supported|Unsupported",
         "a construct of Python that TorchScript does not know.",
-        "write that line with plain tensor operations, if, for and annotated functions; leave out try, yield, classes made "
+        "write that line with plain tensor operations, if, for and annotated functions; leave out try, "
+        "yield, classes made "
         "in forward, lists of mixed types and results of varying type.",
     ),
     Cause(
@@ -113,6 +122,11 @@ CAUSES: tuple[Cause, ...] = (
         r"[Cc]an't get source|could not get source",
         "the source of the class cannot be read; TorchScript compiles from source.",
         "define the class in a .py file, not by exec, in a console or in a stripped package.",
+    ),
+    Cause(
+        r"forward\(\) (missing|takes)|got an unexpected keyword",
+        "forward is not called with what it expects: the network is given one batch of images, nothing else.",
+        "wrap it in an nn.Module whose forward takes the images alone, and let the factory return that.",
     ),
     Cause(
         r"shapes cannot be multiplied|must match the size|expected input.* to have|Output size is too small|"

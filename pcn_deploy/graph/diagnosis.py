@@ -91,7 +91,7 @@ def output_error(output: Any) -> ModelError:
 
 def report(headline: str, error: BaseException, place: Place | None) -> str:
     """The message: the place, the cause, the framework's first line, the way round."""
-    words = [f"{type(link).__name__}: {str(link).strip()}" for link in _chain(error)]
+    words = [f"{type(link).__name__}: {_without_source(str(link))}" for link in _chain(error)]
     text = "\n".join(([HELPER] if place and place.helper else []) + words)
     cause = find_cause(text)
     root = words[-1] if "See the stack trace" in words[0] or "Failed to convert" in words[0] else words[0]
@@ -100,6 +100,11 @@ def report(headline: str, error: BaseException, place: Place | None) -> str:
         lines.append(f"Cause: {cause.reason.format(operator=operator_in(text))}")
     lines += [f"Torch says: {_first_line(root)}", f"Way round: {cause.advice if cause else _GENERAL}"]
     return "\n".join(lines)
+
+
+def _without_source(message: str) -> str:
+    """A message up to the source it quotes, where any word may stand."""
+    return message.strip().partition('  File "')[0].strip()
 
 
 def _first_line(words: str) -> str:
@@ -209,11 +214,18 @@ def _place_in_source(model: nn.Module, error: Exception) -> Place | None:
     """The module whose code holds one of the lines in a message of TorchScript, the innermost first."""
     words = str(error)
     locations = [(file, int(line)) for file, line in _LOCATION.findall(words)]
+    code = list(_own_code(model))
     for index, (file, line) in enumerate(locations):
-        owners = {path: module for path, module, where, lines in _own_code(model) if where == file and line in lines}
+        owners = {path: module for path, module, where, lines in code if where == file and line in lines}
         if owners:
             path = _first_that_fails(owners, words)
             return Place(_name(path, owners[path]), file, line, helper=index > 0)
+    for file, line in locations:  # of a function that TorchScript refuses to read, only its own line is told
+        called = re.search(r"def (\w+)", linecache.getline(file, line))
+        for path, module, where, lines in code if called else []:
+            for number in lines:
+                if called and f"{called[1]}(" in linecache.getline(where, number):
+                    return Place(_name(path, module), where, number, helper=True)
     return _deepest_that_fails("", model, words)
 
 
@@ -228,7 +240,7 @@ def _first_that_fails(modules: dict[str, nn.Module], words: str) -> str:
 
 def _deepest_that_fails(path: str, module: nn.Module, words: str) -> Place:
     for name, child in module.named_children():
-        if _refusal(child) == words:
+        if _refusal(child) in (words, _COMPILED_BEFORE):
             return _deepest_that_fails(f"{path}.{name}".lstrip("."), child, words)
     forward = getattr(type(module).forward, "__code__", None)
     if forward is None or not _is_own(forward.co_filename):

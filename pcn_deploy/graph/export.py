@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from typing import Any
 
 import onnx_ir as ir
@@ -97,7 +98,8 @@ def _export(model: nn.Module, example: Tensor, batch: BatchRange) -> Any:
 
     def trace() -> Any:
         shapes = (axes,) if batch.is_dynamic else None
-        return torch.export.export(model, (example,), strict=False, dynamic_shapes=shapes)
+        with redirect_stderr(StringIO()):  # where it dumps the graph of a network that fails
+            return torch.export.export(model, (example,), strict=False, dynamic_shapes=shapes)
 
     try:
         return torch.onnx.export(
@@ -147,7 +149,7 @@ def _spec(value: ir.Value, batch: BatchRange) -> TensorSpec:
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
     """Silence the exporter's own notes."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

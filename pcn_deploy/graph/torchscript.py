@@ -32,10 +32,13 @@ def to_torchscript(model: nn.Module) -> bytes:
     with warnings.catch_warnings():  # upstream deprecates TorchScript; our range of torch is bounded for that
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", UserWarning)  # remarks on annotations that it passes over
+        refusal: Exception | None = None
         try:
             frozen = torch.jit.freeze(torch.jit.script(model))
         except Exception as error:  # torch raises many kinds here, OSError and its own among them
-            frozen = _script_traced(model, error)
+            refusal = error
+        if refusal is not None:
+            frozen = _script_traced(model, refusal)
         buffer = io.BytesIO()
         torch.jit.save(frozen, buffer)
     return buffer.getvalue()
@@ -60,7 +63,7 @@ def _script_traced(model: nn.Module, refusal: Exception) -> torch.jit.ScriptModu
         for node in traced.graph.nodes:
             node.type = None  # annotations kept as text, which would not compile
         traced.recompile()
-        frozen = torch.jit.freeze(torch.jit.script(traced))
+        frozen: torch.jit.ScriptModule = torch.jit.freeze(torch.jit.script(traced))
     except Exception as error:  # whatever the network's code does with a symbol instead of a tensor
         raise scripting_error(model, refusal, error) from refusal
     log.info("The definition of the network does not script, its symbolic trace does.")
