@@ -1,4 +1,4 @@
-"""Factories for networks of other packages: what `file.py:factory` looks like. Each needs its package only when called."""
+"""Factories for networks of other packages: what `file.py:factory` looks like."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ class Cause:
 
 CAUSES: tuple[Cause, ...] = (
     Cause(
-        rf"{re.escape(HELPER)}|Python builtin|is not supported in Torchscript|Expected a single top-level function",
+        rf"{re.escape(HELPER)}|unknown to einops|Python builtin|is not supported in Torchscript|"
+        r"Expected a single top-level function",
         "TorchScript cannot compile the function that is called there.",
         "call torch's own operators: reshape, permute and flatten for einops, a def with annotated "
         "arguments or an nn.Module "

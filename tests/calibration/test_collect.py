@@ -141,6 +141,18 @@ def test_a_layer_with_its_own_arithmetic_is_not_taken_for_a_convolution() -> Non
     """Quantising it as a convolution would drop what it does beside convolving."""
     (fact,) = inspect_layers(nn.Sequential(StandardisedConv(3, 16, 1)), torch.zeros(1, 3, 4, 4))
     assert (fact.kind, fact.in_channels) == ("StandardisedConv", 0)
+    with pytest.raises(ModelError, match="StandardisedConv: a subclass with a forward of its own"):
+        make_plan([fact], "int8")
+
+
+def test_a_layer_that_holds_a_padding_is_still_named() -> None:
+    class Padded(StandardisedConv):
+        def __init__(self) -> None:
+            super().__init__(3, 16, 1)
+            self.pad = nn.ZeroPad2d(1)
+
+    facts = inspect_layers(nn.Sequential(Padded()), torch.zeros(1, 3, 4, 4))
+    assert [(fact.path, fact.own_forward) for fact in facts] == [("0", True)]
 
 
 def test_a_layer_called_by_keyword_is_observed() -> None:

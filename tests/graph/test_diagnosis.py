@@ -219,7 +219,7 @@ def test_a_definition_that_does_not_script_is_traced() -> None:
             return x * self.config.factor if double else x
 
     net = Whole(Settled()).eval()
-    module = torch.jit.load(io.BytesIO(to_torchscript(net)))  # type: ignore[no-untyped-call]
+    module = torch.jit.load(io.BytesIO(to_torchscript(net)))
     for shape in ((1, 3, 4, 4), (3, 3, 5, 7)):
         images = torch.randn(shape)
         torch.testing.assert_close(module(images), net(images))
@@ -331,3 +331,11 @@ def test_a_place_that_is_not_found_hides_nothing() -> None:
         "It fails.\nTorch says: RuntimeError: no message\n"
         "Way round: rewrite that line with plain tensor operations, or leave the part out of the network."
     )
+
+
+def test_an_error_without_words_is_still_reported() -> None:
+    class WordlessError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    assert report("It fails", WordlessError(), None) == "It fails.\nTorch says: WordlessError"
