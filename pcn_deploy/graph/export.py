@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pcn_deploy.calibration.quantized import Quantization
 from pcn_deploy.errors import ModelError
-from pcn_deploy.graph.diagnosis import export_error
+from pcn_deploy.graph.diagnosis import export_error, running_error
 from pcn_deploy.graph.qdq import insert_qdq
 from pcn_deploy.graph.repeat import Run, find_runs, keep_first, unroll
 from pcn_deploy.progress import Progress, silent
@@ -58,7 +58,7 @@ def to_onnx(
     example = torch.zeros((2 if batch.is_dynamic else batch.min, *image_shape))
     progress(step, 0, 3)
     with _quiet_exporter(), torch.no_grad():
-        program = _export_unrolled(model, example, batch, find_runs(model, example))
+        program = _export_unrolled(model, example, batch, _runs(model, example))
         progress(step, 1, 3)
         insert_qdq(program.model.graph, quantized)
         progress(step, 2, 3)
@@ -67,6 +67,15 @@ def to_onnx(
     progress(step, 3, 3)
     finished: ir.Model = program.model
     return finished
+
+
+def _runs(model: nn.Module, example: Tensor) -> list[Run]:
+    """The runs of equal blocks; looking for them may be the first time that the network sees several images."""
+    try:
+        return find_runs(model, example)
+    except Exception as error:  # the network's own code may fail in any way
+        headline = f"The network cannot run on a batch of {len(example)}, shape {tuple(example.shape)}"
+        raise running_error(model, error, headline) from error
 
 
 def _export_unrolled(model: nn.Module, example: Tensor, batch: BatchRange, runs: list[Run]) -> Any:

@@ -295,6 +295,21 @@ def find_runs_without_a_run(part: nn.Module) -> Callable[..., list[Any]]:
     return (lambda *_: []) if isinstance(part, Elsewhere) else find_runs
 
 
+class OneImage(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(1, 48)  # HERE
+
+
+def test_a_network_for_one_image_only() -> None:
+    part = OneImage()
+    with pytest.raises(
+        ModelError, match=r"cannot run on a batch of 2, shape \(2, 3, 4, 4\)[\s\S]*--batch 1\.$"
+    ) as caught:
+        to_onnx(Whole(part).eval(), (3, 4, 4), ANY_BATCH, {})
+    assert_place(str(caught.value), part)
+    assert to_onnx(Whole(part).eval(), (3, 4, 4), BatchRange(min=1, opt=1, max=1), {})
+
+
 def test_what_cannot_be_executed() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     with pytest.raises(ModelError, match=r"shape \(1, 3, 4, 4\): 1 \(class Linear\)\nCause: .*\n.*\n.*--resolution"):
