@@ -1,6 +1,6 @@
 """Networks of other packages through `pcn-compile build`, FP16 and INT8: the table of docs/bring-your-own.md.
 
-Install them first, without their dependencies, all but the last of which are torch and torchvision:
+Install them first; `--no-deps` keeps torchvision and a second torch away:
     pip install --no-deps pytorchcv==0.0.74 geffnet==1.0.2 efficientnet-pytorch==0.7.1
     pip install transformers==5.23.0
 

@@ -170,7 +170,10 @@ def make_plan(layers: list[LayerFacts], precision: str, remainder: str = "fp16")
         return PrecisionPlan(precision=precision, remainder=precision, entries=tuple(entries))
     entries = [_decide(layer, remainder) for layer in layers]
     if not any(entry.precision == "int8" for entry in entries):
-        reasons = "; ".join(sorted({f"{entry.kind}: {entry.reason}" for entry in entries}))
+        kinds: dict[str, set[str]] = {}
+        for entry in sorted(entries, key=lambda entry: entry.reason.startswith("not a")):  # the telling ones first
+            kinds.setdefault(entry.reason, set()).add(entry.kind)
+        reasons = "; ".join(f"{', '.join(sorted(names))}: {reason}" for reason, names in kinds.items())
         msg = f"No layer of this network gains from INT8 ({reasons}). Build it with --precision fp16."
         raise ModelError(msg)
     return PrecisionPlan(precision=precision, remainder=remainder, entries=tuple(entries))

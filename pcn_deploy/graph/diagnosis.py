@@ -52,7 +52,7 @@ def running_error(model: nn.Module, error: Exception, headline: str) -> ModelErr
 
 def output_error(output: Any) -> ModelError:
     """Explain that a network returns something else than one tensor of logits."""
-    found = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    found = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
     names = list(output) if isinstance(output, dict) else []
     if names:
         found += f" with {', '.join(map(str, names[:6]))}"

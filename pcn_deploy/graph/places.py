@@ -179,7 +179,10 @@ def _deepest_that_fails(path: str, module: nn.Module, words: str) -> Place:
     forward = getattr(type(module).forward, "__code__", None)
     if forward is None or not _is_own(forward.co_filename):
         return Place(_name(path, module))
-    return Place(_name(path, module), forward.co_filename, forward.co_firstlineno)
+    last = max((line for _, _, line in forward.co_lines() if line), default=forward.co_firstlineno)
+    lines = range(forward.co_firstlineno, last + 1)  # decorators included
+    line = next((at for at in lines if "def " in linecache.getline(forward.co_filename, at)), lines.start)
+    return Place(_name(path, module), forward.co_filename, line)
 
 
 def _refusal(module: nn.Module) -> str:

@@ -324,9 +324,9 @@ def test_what_cannot_be_executed() -> None:
 @pytest.mark.parametrize(
     ("output", "found", "advice"),
     [
-        ({"logits": 0, "features": 0}, "a dict with logits, features", "self.net(x)['logits']`"),
-        ((0, 1), "a tuple", "self.net(x)[0]`"),
-        (Config(), "a Config", "self.net(x).logits`"),
+        ({"logits": 0, "features": 0}, "dict with logits, features", "self.net(x)['logits']`"),
+        ((0, 1), "tuple", "self.net(x)[0]`"),
+        (Config(), "Config", "self.net(x).logits`"),
         (torch.zeros(1, 3, 4, 4), "a tensor (1, 3, 4, 4)", "a pooling over the positions"),
     ],
 )
