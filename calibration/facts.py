@@ -12,22 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from pcn_deploy.calibration.plan import LayerFacts
-from pcn_deploy.errors import ModelError
+from pcn_deploy.graph.diagnosis import output_error, running_error
 from pcn_deploy.models.layers import ResidualAdd
 
 
-def inspect_layers(model: nn.Module, example: Tensor) -> list[LayerFacts]:
+def inspect_layers(model: nn.Module, example: Tensor, *, expect_logits: bool = False) -> list[LayerFacts]:
     """Run the network once and collect the facts of every layer that was executed.
 
     Args:
         model: The deploy form, in evaluation mode.
         example: One image, `(1, C, H, W)`.
+        expect_logits: Refuse a network that returns anything but one tensor `(N, K)`.
 
     Returns:
         One entry per executed leaf module that computes something, in the order of their first execution.
 
     Raises:
-        ModelError: If the network cannot run on the example, with its own words.
+        ModelError: If the network cannot run on the example; the message names the module and the line; or if
+            it returns no logits where they are expected.
     """
     facts: dict[str, LayerFacts] = {}
     uses: Counter[int] = Counter()
@@ -44,25 +46,19 @@ def inspect_layers(model: nn.Module, example: Tensor) -> list[LayerFacts]:
 
         return record
 
-    leaves = [
-        (path, module)
-        for path, module in model.named_modules()
-        if path and not any(module.children()) and not isinstance(module, nn.Identity)
-    ]
+    leaves = [(path, module) for path, module in model.named_modules() if path and _is_layer(module)]
     handles = [module.register_forward_hook(hook(path)) for path, module in leaves]
     try:
         with torch.inference_mode():
-            model(example)
+            logits = model(example)
     except Exception as error:  # the network's own code may fail in any way
-        reason = f"{type(error).__name__}: {error}"
-        msg = (
-            f"The network cannot run on one input of shape {tuple(example.shape)}: {reason}. It must take one batch of "
-            "images; check --resolution, and --mean and --std for the number of channels."
-        )
-        raise ModelError(msg) from error
+        headline = f"The network cannot run on one input of shape {tuple(example.shape)}"
+        raise running_error(model, error, headline) from error
     finally:
         for handle in handles:
             handle.remove()
+    if expect_logits and not (isinstance(logits, Tensor) and logits.ndim == 2):
+        raise output_error(logits)
     weights = {path: id(getattr(model.get_submodule(path), "weight", None)) for path in facts}
     return [replace(layer, uses=max(1, uses[weights[path]])) for path, layer in facts.items()]
 
@@ -82,6 +78,13 @@ class _Makers:
         """Name of the layer that made it, or an empty string."""
         known, path = self._paths.get(id(tensor), (None, ""))
         return path if known is not None and known() is tensor else ""
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether the planner decides on it: a module without parts, or a layer that was given parts, such as a padding."""
+    if isinstance(module, nn.Identity):
+        return False
+    return isinstance(module, nn.Conv2d | nn.Linear) or not any(module.children())
 
 
 def _facts(path: str, module: nn.Module, output: Any, reads_image: bool) -> LayerFacts:
@@ -109,4 +112,4 @@ def _facts(path: str, module: nn.Module, output: Any, reads_image: bool) -> Laye
             out_channels=module.out_features,
             reads_image=reads_image,
         )
-    return LayerFacts(path=path, kind=kind)
+    return LayerFacts(path=path, kind=kind, own_forward=isinstance(module, nn.Conv2d | nn.Linear))

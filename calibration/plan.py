@@ -34,6 +34,7 @@ class LayerFacts:
         reads_image: Whether its input is the input of the network.
         uses: How often its weight is used in one run; more than once if it is called again or shared.
         branch: For a residual addition, the layer whose output is added to the identity; empty if it is no layer.
+        own_forward: Whether it is a subclass of Conv2d or Linear that does something else.
     """
 
     path: str
@@ -46,6 +47,7 @@ class LayerFacts:
     reads_image: bool = False
     uses: int = 1
     branch: str = ""
+    own_forward: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,8 @@ Rule = Callable[[LayerFacts], str]
 
 
 def _has_weights(layer: LayerFacts) -> str:
+    if layer.own_forward:
+        return "a subclass with a forward of its own: what it does to its input is not known"
     return "" if layer.in_channels else "not a Conv2d or Linear: Q/DQ would only add conversions"
 
 
@@ -170,7 +174,10 @@ def make_plan(layers: list[LayerFacts], precision: str, remainder: str = "fp16")
         return PrecisionPlan(precision=precision, remainder=precision, entries=tuple(entries))
     entries = [_decide(layer, remainder) for layer in layers if layer.kind != RESIDUAL_ADD]
     if not any(entry.precision == "int8" for entry in entries):
-        reasons = "; ".join(sorted({f"{entry.kind}: {entry.reason}" for entry in entries}))
+        kinds: dict[str, set[str]] = {}
+        for entry in sorted(entries, key=lambda entry: entry.reason.startswith("not a")):  # the telling ones first
+            kinds.setdefault(entry.reason, set()).add(entry.kind)
+        reasons = "; ".join(f"{', '.join(sorted(names))}: {reason}" for reason, names in kinds.items())
         msg = f"No layer of this network gains from INT8 ({reasons}). Build it with --precision fp16."
         raise ModelError(msg)
     int8 = {entry.op for entry in entries if entry.precision == "int8"}
@@ -181,7 +188,7 @@ def make_plan(layers: list[LayerFacts], precision: str, remainder: str = "fp16")
 
 
 def _decide_addition(layer: LayerFacts, int8: set[str], remainder: str) -> PlanEntry:
-    """A residual addition takes its identity in INT8 where the branch ends in an INT8 layer: then both are one kernel."""
+    """A residual addition takes its identity in INT8 where the branch ends in an INT8 layer: both become one kernel."""
     fuses = layer.branch in int8
     return PlanEntry(
         op=layer.path,

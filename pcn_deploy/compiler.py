@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from pcn_deploy.bundle import Bundle
 from pcn_deploy.calibration.images import ImageSource
-from pcn_deploy.engines.base import Backend, GraphSource
+from pcn_deploy.engines.base import Array, Backend, GraphSource
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DataError, DependencyError, ModelError
 from pcn_deploy.memory import release_unused
@@ -108,9 +109,12 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     bundle.add("golden.npz", _npz(_golden_set(model, options, source, progress)))
     del model  # no longer needed; the caller may keep it
     plan, spec = network.plan, _add_graphs(bundle, network, options, progress)
+    rounds_codes = options.precision == "int8" and options.graph_type == "fp16"
+    as_fp32 = partial(_fp32_graph, network, options) if rounds_codes else None
     del network  # its folded weights are in the graphs now
     release_unused()
-    _check_agreement(bundle, spec, options)
+    _check_agreement(bundle, spec, options, as_fp32)
+    del as_fp32
     release_unused()
     _build_engines(bundle, backends, spec, options, progress)
     release_unused()
@@ -176,11 +180,11 @@ def _prepare(model: nn.Module, options: CompileOptions, source: ImageSource | No
         model.check_resolution(*options.transform.resolution)
     progress("Rewriting and planning", 0, 2)
     deployed, rewrites = to_deploy(model)
+    progress("Rewriting and planning", 1, 2)
+    layers = inspect_layers(deployed, torch.zeros(1, *options.transform.shape), expect_logits=True)
+    plan = make_plan(layers, options.precision, options.remainder)
     if options.with_attention_map:
         deployed = output_attention_map(deployed)
-    progress("Rewriting and planning", 1, 2)
-    layers = inspect_layers(deployed, torch.zeros(1, *options.transform.shape))
-    plan = make_plan(layers, options.precision, options.remainder)
     progress("Rewriting and planning", 2, 2)
     if source is None or options.precision != "int8":
         return _Network(name=name, deployed=deployed, plan=plan, scales={}, calibration=None, rewrites=rewrites)
@@ -213,9 +217,6 @@ def _golden_set(
             progress("Eager reference", len(rows), len(images), "images")
             rows.append(forward(torch.from_numpy(image[None])))
     progress("Eager reference", len(images), len(images), "images")
-    if not all(isinstance(row[0], torch.Tensor) and row[0].ndim == 2 for row in rows):
-        msg = "The network must return one tensor of logits, (N, K)."
-        raise ModelError(msg)
     columns = zip(*rows, strict=True)
     expected = {name: torch.cat(values).numpy() for name, values in zip(options.outputs, columns, strict=True)}
     if not all(np.isfinite(values).all() for values in expected.values()):
@@ -280,24 +281,30 @@ def _add_graphs(bundle: Bundle, network: _Network, options: CompileOptions, prog
     return spec
 
 
-def _check_agreement(bundle: Bundle, spec: EngineSpec, options: CompileOptions) -> None:
+def _fp32_graph(network: _Network, options: CompileOptions) -> bytes:
+    """The ONNX graph before it was given FP16."""
+    from pcn_deploy.graph.export import serialise, to_onnx
+
+    shape = options.transform.shape
+    return serialise(to_onnx(network.deployed, shape, options.batch, network.scales, outputs=options.outputs))
+
+
+def _check_agreement(
+    bundle: Bundle, spec: EngineSpec, options: CompileOptions, as_fp32: Callable[[], bytes] | None
+) -> None:
     """Run both portable graphs once: made by different roads from one module, they must compute the same.
 
-    A rewrite or an unrolling gone wrong could hide below the budget of INT8; it cannot hide here.
+    A rewrite or an unrolling gone wrong could hide below the budget of INT8; it cannot hide here. Rounding to FP16
+    may move many INT8 codes by one, which looks like an error; so a typed graph that differs is judged in FP32.
     """
     golden = bundle.read_arrays("golden.npz")["images"]
     images = np.resize(golden, spec.inputs[0].with_batch(spec.batch.min))
-    targets = ("torchscript",) if options.graph_type == "bf16" else ("torchscript", "cpu")
-    outputs = []
-    for target in targets:
-        backend = get_backend(target)
-        try:
-            with backend.open(bundle.read(backend.member), spec) as session:
-                outputs.append(session.run({spec.inputs[0].name: images}))
-        except RuntimeError as error:  # what a scripted module raises when it runs
-            msg = f"{backend.member} cannot be executed: {str(error).strip().splitlines()[-1]}"
-            raise ModelError(msg) from error
-    found = min(_agreement(tensor.name, outputs[0][tensor.name], outputs[-1][tensor.name]) for tensor in spec.outputs)
+    expected = _outputs("torchscript", bundle.read("model.ts"), spec, images)
+    if options.graph_type == "bf16":  # ONNX Runtime has no BF16 on the CPU
+        return
+    found = _agreement(expected, _outputs("cpu", bundle.read("model.onnx"), spec, images))
+    if found < AGREEMENT_DB and as_fp32 is not None:
+        found = _agreement(expected, _outputs("cpu", as_fp32(), spec, images))
     if found < AGREEMENT_DB:
         msg = (
             f"TorchScript and ONNX were made from one module but differ ({found:.1f} dB): the network does something "
@@ -306,11 +313,25 @@ def _check_agreement(bundle: Bundle, spec: EngineSpec, options: CompileOptions) 
         raise ModelError(msg)
 
 
-def _agreement(output: str, first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> float:
-    """SQNR between two arrays of one shape, `(N, ...)`, in dB."""
-    meter = ParityMeter(output)
-    meter.update(first, second)
-    return meter.metrics()["sqnr_db"]
+def _outputs(target: str, graph: bytes, spec: EngineSpec, images: npt.NDArray[np.float32]) -> dict[str, Array]:
+    """What a portable graph returns."""
+    backend = get_backend(target)
+    try:
+        with backend.open(graph, spec) as session:
+            return session.run({spec.inputs[0].name: images})
+    except RuntimeError as error:  # what a scripted module raises when it runs
+        msg = f"{backend.member} cannot be executed: {str(error).strip().splitlines()[-1]}"
+        raise ModelError(msg) from error
+
+
+def _agreement(first: dict[str, Array], second: dict[str, Array]) -> float:
+    """Least SQNR between two sets of outputs, in dB."""
+    found = []
+    for name, values in first.items():
+        meter = ParityMeter(name)
+        meter.update(values, second[name])
+        found.append(meter.metrics()["sqnr_db"])
+    return min(found)
 
 
 def _build_engines(

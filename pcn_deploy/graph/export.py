@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from typing import Any
 
 import onnx_ir as ir
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from pcn_deploy.calibration.quantized import Quantization
 from pcn_deploy.errors import ModelError
+from pcn_deploy.graph.diagnosis import export_error, running_error
 from pcn_deploy.graph.qdq import insert_qdq
 from pcn_deploy.graph.repeat import Run, find_runs, keep_first, unroll
 from pcn_deploy.progress import Progress, silent
@@ -58,7 +60,7 @@ def to_onnx(
     example = torch.zeros((2 if batch.is_dynamic else batch.min, *image_shape))
     progress(step, 0, 3)
     with _quiet_exporter(), torch.no_grad():
-        program = _export_unrolled(model, example, batch, find_runs(model, example), outputs)
+        program = _export_unrolled(model, example, batch, _runs(model, example), outputs)
         progress(step, 1, 3)
         insert_qdq(program.model.graph, quantized)
         progress(step, 2, 3)
@@ -67,6 +69,15 @@ def to_onnx(
     progress(step, 3, 3)
     finished: ir.Model = program.model
     return finished
+
+
+def _runs(model: nn.Module, example: Tensor) -> list[Run]:
+    """The runs of equal blocks; looking for them may be the first time that the network sees several images."""
+    try:
+        return find_runs(model, example)
+    except Exception as error:  # the network's own code may fail in any way
+        headline = f"The network cannot run on a batch of {len(example)}, shape {tuple(example.shape)}"
+        raise running_error(model, error, headline) from error
 
 
 def _export_unrolled(
@@ -97,12 +108,15 @@ def _fold_constants(model: ir.Model) -> None:
 
 def _export(model: nn.Module, example: Tensor, batch: BatchRange, outputs: tuple[str, ...]) -> Any:
     axes = {0: torch.export.Dim(BATCH_AXIS, min=1, max=max(batch.max, 2))}
+
+    def trace() -> Any:
+        shapes = (axes,) if batch.is_dynamic else None
+        with redirect_stderr(StringIO()):  # where it dumps the graph of a network that fails
+            return torch.export.export(model, (example,), strict=False, dynamic_shapes=shapes)
+
     try:
-        exported = torch.export.export(
-            model, (example,), strict=False, dynamic_shapes=(axes,) if batch.is_dynamic else None
-        )
         return torch.onnx.export(
-            exported,
+            trace(),
             dynamo=True,
             opset_version=OPSET,
             input_names=[INPUT_NAME],
@@ -111,8 +125,7 @@ def _export(model: nn.Module, example: Tensor, batch: BatchRange, outputs: tuple
             verbose=False,
         )
     except Exception as error:  # the exporter wraps whatever the network's code raises
-        msg = f"The network cannot be exported to ONNX:\n{_first_lines(error)}"
-        raise ModelError(msg) from error
+        raise export_error(model, error, trace) from error
 
 
 def serialise(model: ir.Model) -> bytes:
@@ -146,17 +159,10 @@ def _spec(value: ir.Value, batch: BatchRange) -> TensorSpec:
     return TensorSpec(name=value.name, dtype=value.dtype.numpy().name, shape=tuple(dims))
 
 
-def _first_lines(error: BaseException, count: int = 12) -> str:
-    """The root cause, shortened."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return "\n".join(f"{type(error).__name__}: {error}".splitlines()[:count])
-
-
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
     """Silence the exporter's own notes."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -16,8 +16,8 @@ from pcn_deploy.graph.repeat import SCOPES
 def insert_qdq(graph: ir.Graph, quantized: dict[str, Quantization]) -> None:
     """Quantise the layers of a float32 graph, in place.
 
-    Each layer is found by the name of its weight, a residual addition by its module. One tensor read by several layers at one scale gets one
-    QuantizeLinear; a second would cost a second conversion.
+    Each layer is found by the name of its weight, a residual addition by its module. One tensor read by several
+    layers at one scale gets one QuantizeLinear; a second would cost a second conversion.
 
     Args:
         graph: Graph as exported, not optimised: names of weights are still those of the modules.

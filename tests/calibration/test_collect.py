@@ -127,7 +127,7 @@ def test_a_layer_used_twice_is_not_quantised() -> None:
 
 def test_a_network_that_cannot_take_the_resolution_is_refused() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    with pytest.raises(ModelError, match=r"shape \(1, 3, 4, 4\).*check --resolution"):
+    with pytest.raises(ModelError, match=r"shape \(1, 3, 4, 4\)[\s\S]*check --resolution"):
         inspect_layers(net, torch.zeros(1, 3, 4, 4))
 
 
@@ -141,6 +141,18 @@ def test_a_layer_with_its_own_arithmetic_is_not_taken_for_a_convolution() -> Non
     """Quantising it as a convolution would drop what it does beside convolving."""
     (fact,) = inspect_layers(nn.Sequential(StandardisedConv(3, 16, 1)), torch.zeros(1, 3, 4, 4))
     assert (fact.kind, fact.in_channels) == ("StandardisedConv", 0)
+    with pytest.raises(ModelError, match="StandardisedConv: a subclass with a forward of its own"):
+        make_plan([fact], "int8")
+
+
+def test_a_layer_that_holds_a_padding_is_still_named() -> None:
+    class Padded(StandardisedConv):
+        def __init__(self) -> None:
+            super().__init__(3, 16, 1)
+            self.pad = nn.ZeroPad2d(1)
+
+    facts = inspect_layers(nn.Sequential(Padded()), torch.zeros(1, 3, 4, 4))
+    assert [(fact.path, fact.own_forward) for fact in facts] == [("0", True)]
 
 
 def test_a_layer_called_by_keyword_is_observed() -> None:
@@ -158,5 +170,5 @@ def test_a_layer_called_by_keyword_is_observed() -> None:
 
 
 def test_a_network_of_two_inputs_is_refused_in_words() -> None:
-    with pytest.raises(ModelError, match="one batch of images"):
+    with pytest.raises(ModelError, match=r"Bilinear[\s\S]*one batch of images"):
         inspect_layers(nn.Bilinear(3, 3, 2), torch.zeros(1, 3, 4, 4))

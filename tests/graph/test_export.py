@@ -76,16 +76,16 @@ class DependsOnData(nn.Module):
 
 class Unscriptable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return eval("x * 2", {"x": x})  # type: ignore[no-any-return]
+        return torch.from_numpy(x.numpy() * 2)
 
 
 def test_a_network_that_cannot_be_exported_is_a_model_error() -> None:
-    with pytest.raises(ModelError, match=r"cannot be exported to ONNX:\n\w+"):
+    with pytest.raises(ModelError, match=r"cannot be exported to ONNX: the network itself \(class DependsOnData\)"):
         to_onnx(DependsOnData().eval(), (3, 4, 4), BatchRange(), {})
 
 
 def test_a_network_that_cannot_be_scripted_is_a_model_error() -> None:
-    with pytest.raises(ModelError, match=r"cannot be scripted:[\s\S]*Rewrite the part shown"):
+    with pytest.raises(ModelError, match=r"cannot be scripted: the network itself \(class Unscriptable\)"):
         to_torchscript(Unscriptable().eval())
 
 

@@ -1,0 +1,150 @@
+"""Why a network cannot be compiled, in our words, and the way round it: one table, the first match counts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+HELPER = "(called in other code)"
+"""Put before the framework's words where the failing code is a function that the module's own line calls."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A recognised obstacle.
+
+    Attributes:
+        pattern: Regular expression on the framework's words.
+        reason: What it means.
+        advice: What to do about it.
+    """
+
+    pattern: str
+    reason: str
+    advice: str
+
+
+CAUSES: tuple[Cause, ...] = (
+    Cause(
+        rf"{re.escape(HELPER)}|unknown to einops|Python builtin|is not supported in Torchscript|"
+        r"Expected a single top-level function",
+        "TorchScript cannot compile the function that is called there.",
+        "call torch's own operators: reshape, permute and flatten for einops, a def with annotated "
+        "arguments or an nn.Module "
+        "for a lambda or for a function of another library.",
+    ),
+    Cause(
+        r"not on the expected device|SHOULD BE THE SAME DEVICE|Expected all tensors to be on the same device|"
+        r"found at least two devices",
+        "tensors of two devices meet.",
+        "build on the CPU: make the factory return a network whose parameters and buffers are all there, "
+        "register constant "
+        "tensors with register_buffer, and make new tensors with device=x.device.",
+    ),
+    Cause(
+        r"specialized it to be a constant|Constraints violated \(batch\)",
+        "the code works for one batch size only.",
+        "build with a fixed batch (--batch N), or keep the batch free: x.flatten(1) or "
+        "x.reshape(x.shape[0], -1), with no "
+        "int(...), no number of images, and no tensor whose first axis is not 1.",
+    ),
+    Cause(
+        r"data-dependent|symbolically traced variables cannot be used as inputs to control flow",
+        "the values of a tensor, or a shape that is not known yet, decide which code runs; a graph has one "
+        "way through.",
+        "compute both sides and select with torch.where(condition, a, b), move the decision out of the "
+        "network, and leave "
+        "out checks of shapes.",
+    ),
+    Cause(
+        r"No ONNX function found|UnsupportedOperator|No decompositions? registered",
+        "ONNX has no counterpart of the operator{operator}.",
+        "express it with other operators, such as matmul, where, softmax or a convolution, or leave this "
+        "part out of the "
+        "network and run it after the engine.",
+    ),
+    Cause(
+        r"numpy|from_numpy|tolist\(\)|item\(\)|can't be converted to (an? )?Python",
+        "a tensor becomes a number, a list or a NumPy array, which leaves the graph.",
+        "stay with tensors: torch functions instead of NumPy's, x.mean() instead of x.mean().item(), and "
+        "register_buffer for constants.",
+    ),
+    Cause(
+        r"variable number of arguments",
+        "TorchScript knows neither *args nor **kwargs.",
+        "name every argument of forward, with its type: def forward(self, x: torch.Tensor) -> torch.Tensor.",
+    ),
+    Cause(
+        r"JoinedStr|f-string",
+        "TorchScript knows plain f-strings only.",
+        "take the formatting (the part after the colon) out, or make the message where the network is made.",
+    ),
+    Cause(
+        r"List indexing is only supported|index but got a variable|ModuleDict indexing|string literal index",
+        "a list or dict of modules is indexed by a variable.",
+        "iterate over it: for layer in self.layers: x = layer(x); or write the index as a literal.",
+    ),
+    Cause(
+        r"attribute assignment|Tried to set|mutat|has no field|to a non-existing attribute|assigned during export",
+        "forward changes an attribute of the module.",
+        "keep what forward computes in local variables and return it; a network that is deployed has no state.",
+    ),
+    Cause(
+        r"Inferred '.*' to be of type 'Tensor' because it was not annotated",
+        "an argument that is no tensor has no annotation, so TorchScript takes it for one.",
+        "annotate it: def inner(self, x: torch.Tensor, k: int) -> torch.Tensor.",
+    ),
+    Cause(
+        r"is not defined in the (true|false) branch",
+        "a variable is set in one branch of an if only.",
+        "set it before the if, or join the branches.",
+    ),
+    Cause(
+        r"has no attribute or method|has no attribute|failed to convert Python type|cannot be used as a value",
+        "TorchScript cannot read that attribute: its type is a Python object, it is a class or module "
+        "variable, or it is set on "
+        "some paths of __init__ only.",
+        "set it in __init__, always, as a plain int, float, bool, str, list of these, tensor or nn.Module.",
+    ),
+    Cause(
+        r"blocks aren't supported|isn't supported|aren't supported|Unsupported value kind|Could not match type|"
+        r"Unknown type|not supported|Unsupported",
+        "a construct of Python that TorchScript does not know.",
+        "write that line with plain tensor operations, if, for and annotated functions; leave out try, "
+        "yield, classes made "
+        "in forward, lists of mixed types and results of varying type.",
+    ),
+    Cause(
+        r"Failed to get source for <function \w+\.__init__",
+        "the module holds an object of a Python class, such as a configuration, that TorchScript cannot compile.",
+        "copy the plain values that forward needs from it to attributes of the module, in __init__.",
+    ),
+    Cause(
+        r"[Cc]an't get source|could not get source",
+        "the source of the class cannot be read; TorchScript compiles from source.",
+        "define the class in a .py file, not by exec, in a console or in a stripped package.",
+    ),
+    Cause(
+        r"forward\(\) (missing|takes)|got an unexpected keyword",
+        "forward is not called with what it expects: the network is given one batch of images, nothing else.",
+        "wrap it in an nn.Module whose forward takes the images alone, and let the factory return that.",
+    ),
+    Cause(
+        r"shapes cannot be multiplied|must match the size|expected input.* to have|Output size is too small|"
+        r"Kernel size can't be greater|invalid for input of size|size mismatch",
+        "the shapes do not fit together at this input.",
+        "check --resolution, and --mean and --std for the number of channels; if one image works and several do not, "
+        "build with --batch 1.",
+    ),
+)
+
+
+def find_cause(text: str) -> Cause | None:
+    """The first cause whose pattern is in the framework's words."""
+    return next((cause for cause in CAUSES if re.search(cause.pattern, text)), None)
+
+
+def operator_in(text: str) -> str:
+    """Name of the operator that an exporter's message is about, such as ` aten._linalg_svd`; else nothing."""
+    found = re.search(r"op='([\w.:]+)'|torch\.ops\.(\w+\.\w+)", text)
+    return f" {found[1] or found[2]}" if found else ""

@@ -1,0 +1,97 @@
+"""Say where and why a network cannot be compiled: the module's path, the line of its code, the cause, the way round.
+
+Nothing in here may hide the error it explains: what cannot be found out is left out of the report.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from pcn_deploy.errors import ModelError
+from pcn_deploy.graph.causes import HELPER, find_cause, operator_in
+from pcn_deploy.graph.places import (
+    Place,
+    chain_of,
+    place_in_source,
+    place_in_traceback,
+    place_of_node,
+    place_of_specialisation,
+    safely,
+)
+
+log = logging.getLogger(__name__)
+
+_GENERAL = "rewrite that line with plain tensor operations, or leave the part out of the network."
+
+
+def scripting_error(model: nn.Module, error: Exception, traced: Exception) -> ModelError:
+    """Explain why TorchScript refuses a module, and why its symbolic trace is no help either."""
+    first = report("The network cannot be scripted", error, safely(place_in_source, model, error))
+    place = safely(place_in_traceback, model, traced)
+    second = report("Nor can it be traced symbolically (torch.fx)", traced, place)
+    return ModelError(f"{first}\n{second}\nOne of the two ways is enough.")
+
+
+def export_error(model: nn.Module, error: Exception, replay: Callable[[], Any]) -> ModelError:
+    """Explain why a module cannot be exported; `replay` exports once more, for an error that does not say where."""
+    place = safely(place_of_node, error) or safely(place_in_traceback, model, error)
+    if place is None and "Constraints violated" in str(error):
+        place = safely(place_of_specialisation, model, replay)
+    return ModelError(report("The network cannot be exported to ONNX", error, place))
+
+
+def running_error(model: nn.Module, error: Exception, headline: str) -> ModelError:
+    """Explain why a module cannot be executed."""
+    return ModelError(report(headline, error, safely(place_in_traceback, model, error)))
+
+
+def output_error(output: Any) -> ModelError:
+    """Explain that a network returns something else than one tensor of logits."""
+    found = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    names = list(output) if isinstance(output, dict) else []
+    if names:
+        found += f" with {', '.join(map(str, names[:6]))}"
+    pick = f"[{names[0]!r}]" if names else "[0]" if isinstance(output, tuple | list) else ".logits"
+    advice = "end it with a pooling over the positions and a linear layer"
+    if not isinstance(output, Tensor):
+        advice = f"wrap it in an nn.Module whose forward is `return self.net(x){pick}`, and let the factory return that"
+    return ModelError(f"The network returns {found}; expected one tensor of logits, (N, K).\nWay round: {advice}.")
+
+
+def report(headline: str, error: BaseException, place: Place | None) -> str:
+    """The message: the place, the cause, the framework's first line, the way round."""
+    try:
+        return _report(headline, error, place)
+    except Exception as failure:  # an error that cannot even be put into words
+        log.debug("The report failed: %r", failure)
+        return f"{headline}.\nTorch says: {type(error).__name__}"
+
+
+def _report(headline: str, error: BaseException, place: Place | None) -> str:
+    words = [f"{type(link).__name__}: {_without_source(str(link))}" for link in chain_of(error)]
+    text = "\n".join(([HELPER] if place and place.helper else []) + words)
+    cause = find_cause(text)
+    root = words[-1] if "See the stack trace" in words[0] or "Failed to convert" in words[0] else words[0]
+    lines = [f"{headline}: {place}" if place else f"{headline}."]
+    if cause:
+        lines.append(f"Cause: {cause.reason.format(operator=operator_in(text))}")
+    lines += [f"Torch says: {_first_line(root)}", f"Way round: {cause.advice if cause else _GENERAL}"]
+    return "\n".join(lines)
+
+
+def _without_source(message: str) -> str:
+    """A message up to the source it quotes, where any word may stand."""
+    return message.strip().partition('  File "')[0].strip()
+
+
+def _first_line(words: str) -> str:
+    kind, _, rest = words.partition(": ")
+    lines = [line.strip() for line in rest.splitlines() if line.strip()]
+    if len(lines) > 1 and re.search(r"\) -> .*:$", lines[0]):  # the signature that a call did not fit
+        lines = lines[1:]
+    return f"{kind}: {lines[0].removesuffix(':').strip() if lines else 'no message'}"
