@@ -290,7 +290,7 @@ def _fp32_graph(network: _Network, options: CompileOptions) -> bytes:
 
 
 def _check_agreement(
-    bundle: Bundle, spec: EngineSpec, options: CompileOptions, as_fp32: Callable[[], bytes] | None
+    bundle: Bundle, spec: EngineSpec, options: CompileOptions, as_fp32: Callable[[], bytes] | None = None
 ) -> None:
     """Run both portable graphs once: made by different roads from one module, they must compute the same.
 

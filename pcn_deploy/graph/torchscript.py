@@ -37,7 +37,7 @@ def to_torchscript(model: nn.Module) -> bytes:
         warnings.simplefilter("ignore", UserWarning)  # remarks on annotations that it passes over
         refusal: Exception | None = None
         try:
-            scripted = torch.jit.script(model)
+            scripted: torch.jit.ScriptModule = torch.jit.script(model)
         except Exception as error:  # torch raises many kinds here, OSError and its own among them
             refusal = error
         if refusal is not None:

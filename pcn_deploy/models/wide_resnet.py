@@ -51,7 +51,8 @@ class WideBlock(nn.Module):
         active = F.relu(self.bn1(x))
         y: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
         # a plain sum: the stream is read by a BatchNorm, in float, so quantising it would only cost accuracy
-        return y + self.shortcut(active if self.changes_shape else x)
+        sum_: Tensor = y + self.shortcut(active if self.changes_shape else x)
+        return sum_
 
 
 class WideResNet(nn.Module):
