@@ -393,7 +393,7 @@ def test_a_typed_graph_that_differs_is_judged_in_fp32(
 ) -> None:
     """Rounding to FP16 moves INT8 codes: pytorchcv's mobilenetv2_w1 came to 22.5 dB. The measurements are fakes."""
     found = iter([20.0, in_fp32])
-    monkeypatch.setattr("pcn_deploy.compiler._sqnr", lambda *_: next(found))
+    monkeypatch.setattr("pcn_deploy.compiler._agreement", lambda *_: next(found))
     given = {"options": options(precision="int8"), "calibration": images()}
     if accepted:
         assert pcn_deploy.compile(network(), **given)

@@ -23,17 +23,7 @@ from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.registry import create_model, find_model, list_models
 from pcn_deploy.specs import BatchRange
 
-SMALLEST = {
-    "patchconvnet_s60",
-    "patchconvnet_s60_multi",
-    "resnet34",
-    "aa_resnet34",
-    "resnet34_attnpool",
-    "wide_resnet28_10",
-    "aa_wide_resnet28_10",
-    "mnasnet_075",
-    "aa_mnasnet_075",
-}
+SMALLEST = {"resnet34", "aa_resnet34", "wide_resnet28_10", "mnasnet_075", "aa_mnasnet_075"}
 NETWORKS = [
     pytest.param(info, id=info.name, marks=[] if info.name in SMALLEST else pytest.mark.all_networks)
     for info in list_models()

@@ -125,6 +125,6 @@ class WideResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify normalised images `(N, C, H, W)`; returns logits `(N, num_classes)`."""
-        features = F.relu(self.bn(self.stage_features(images)[2]))
+        features = F.relu(self.bn(self.layer3(self.layer2(self.layer1(self.conv1(images))))))
         logits: Tensor = self.fc(self.avgpool(features).flatten(1))
         return logits
