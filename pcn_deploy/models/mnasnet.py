@@ -158,7 +158,8 @@ class MnasNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify normalised images `(N, C, H, W)`; returns logits `(N, num_classes)`."""
-        x = F.relu(self.bn2(self.conv_head(self.stage_features(images)[-1])))
+        features = self.blocks(F.relu(self.bn1(self.conv_stem(images))))
+        x = F.relu(self.bn2(self.conv_head(features)))
         logits: Tensor = self.classifier(self.avgpool(x).flatten(1))
         return logits
 

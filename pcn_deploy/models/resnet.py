@@ -151,7 +151,8 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify normalised images `(N, C, H, W)`; returns logits `(N, num_classes)`."""
-        features = self.stage_features(images)[3]
+        x = self.maxpool(F.relu(self.bn1(self.conv1(images))))
+        features = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits: Tensor = self.fc(self.avgpool(features).flatten(1))
         return logits
 
