@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -70,15 +70,24 @@ def _name(path: str, module: nn.Module) -> str:
     return f"{path or 'the network itself'} (class {type(module).__name__})"
 
 
+def _is_own(file: str) -> bool:
+    return not file.startswith(_TORCH)
+
+
+def _lines_of(code: CodeType) -> range:
+    """The lines of a function, decorators included."""
+    last = max((line for _, _, line in code.co_lines() if line), default=code.co_firstlineno)
+    return range(code.co_firstlineno, last + 1)
+
+
 def _own_code(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, range]]:
     """Path, module, file and lines of every method of the network's modules, torch's own left out."""
     for path, module in model.named_modules():
         for kind in type(module).__mro__:
             for function in vars(kind).values():
                 code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
-                if code is not None and not code.co_filename.startswith(_TORCH):
-                    last = max((line for _, _, line in code.co_lines() if line), default=code.co_firstlineno)
-                    yield path, module, code.co_filename, range(code.co_firstlineno, last + 1)
+                if code is not None and _is_own(code.co_filename):
+                    yield path, module, code.co_filename, _lines_of(code)
 
 
 def _place_in_frames(model: nn.Module, frames: Iterable[tuple[FrameType, int]]) -> Place | None:
@@ -114,10 +123,6 @@ def place_of_node(error: Exception) -> Place | None:
                 module = f"{path or 'the network itself'} (class {name})"
                 return Place(module, places[-1][0], int(places[-1][1])) if places else Place(module)
     return None
-
-
-def _is_own(file: str) -> bool:
-    return not file.startswith(_TORCH)
 
 
 def place_of_specialisation(model: nn.Module, replay: Callable[[], Any]) -> Place | None:
@@ -179,8 +184,7 @@ def _deepest_that_fails(path: str, module: nn.Module, words: str) -> Place:
     forward = getattr(type(module).forward, "__code__", None)
     if forward is None or not _is_own(forward.co_filename):
         return Place(_name(path, module))
-    last = max((line for _, _, line in forward.co_lines() if line), default=forward.co_firstlineno)
-    lines = range(forward.co_firstlineno, last + 1)  # decorators included
+    lines = _lines_of(forward)
     line = next((at for at in lines if "def " in linecache.getline(forward.co_filename, at)), lines.start)
     return Place(_name(path, module), forward.co_filename, line)
 

@@ -147,9 +147,13 @@ class MnasNet(nn.Module):
         self.classifier = nn.Linear(1280, num_classes)
         initialise(self, [module.bn3 for module in self.modules() if isinstance(module, InvertedResidual)])
 
+    def stem(self, images: Tensor) -> Tensor:
+        """Map `(N, C, H, W)` to half its height and width, what the first stage reads."""
+        return F.relu(self.bn1(self.conv_stem(images)))
+
     def stage_features(self, images: Tensor) -> list[Tensor]:
         """Feature maps after each of the seven stages, for images `(N, C, H, W)`."""
-        x = F.relu(self.bn1(self.conv_stem(images)))
+        x = self.stem(images)
         features: list[Tensor] = []
         for stage in self.blocks:
             x = stage(x)
@@ -158,7 +162,7 @@ class MnasNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify normalised images `(N, C, H, W)`; returns logits `(N, num_classes)`."""
-        features = self.blocks(F.relu(self.bn1(self.conv_stem(images))))
+        features = self.blocks(self.stem(images))
         x = F.relu(self.bn2(self.conv_head(features)))
         logits: Tensor = self.classifier(self.avgpool(x).flatten(1))
         return logits

@@ -141,18 +141,21 @@ class ResNet(nn.Module):
         last = "bn2" if block == "basic" else "bn3"
         initialise(self, [getattr(module, last) for stage in stages for module in stage])
 
+    def stem(self, images: Tensor) -> Tensor:
+        """Map `(N, C, H, W)` to `(N, 64, H / 4, W / 4)`, what the first stage reads."""
+        reduced: Tensor = self.maxpool(F.relu(self.bn1(self.conv1(images))))
+        return reduced
+
     def stage_features(self, images: Tensor) -> list[Tensor]:
         """Feature maps after each of the four stages, at 1/4, 1/8, 1/16 and 1/32 of the size of `(N, C, H, W)`."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(images))))
-        first = self.layer1(x)
+        first = self.layer1(self.stem(images))
         second = self.layer2(first)
         third = self.layer3(second)
         return [first, second, third, self.layer4(third)]
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify normalised images `(N, C, H, W)`; returns logits `(N, num_classes)`."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(images))))
-        features = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        features = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(images)))))
         logits: Tensor = self.fc(self.avgpool(features).flatten(1))
         return logits
 
