@@ -16,12 +16,15 @@ from pcn_deploy.heatmap import overlay
 pytest.importorskip("torch")
 
 
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    place = tmp_path / "picture.png"
-    pixels = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
+def saved_noise(place: Path, size: tuple[int, int], brightest: int) -> Path:
+    pixels = np.random.default_rng(0).integers(0, brightest + 1, (*size, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(place)
     return place
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    return saved_noise(tmp_path / "picture.png", (50, 40), brightest=255)
 
 
 def test_json(path: Path, image: Path) -> None:
@@ -83,10 +86,7 @@ def test_a_target_the_bundle_lacks(path: Path, image: Path) -> None:
 @pytest.fixture
 def dark(tmp_path: Path) -> Path:
     """Dark, so that what glows is the map."""
-    place = tmp_path / "dark.png"
-    pixels = np.random.default_rng(1).integers(0, 40, (64, 96, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(place)
-    return place
+    return saved_noise(tmp_path / "dark.png", (64, 96), brightest=39)
 
 
 def test_a_heatmap_of_the_most_likely_class(path_with_map: Path, dark: Path, tmp_path: Path) -> None:

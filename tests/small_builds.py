@@ -1,0 +1,30 @@
+"""A network that builds in seconds, for the tests of builds."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pcn_deploy
+from pcn_deploy import BatchRange, CompileOptions, Transform
+
+RTX_IS_HERE = any(map(find_spec, ("tensorrt_rtx", "tensorrt_rtx_bindings")))
+needs_rtx = pytest.mark.skipif(not RTX_IS_HERE, reason="TensorRT-RTX is not installed")
+
+
+def network(seed: int = 0) -> Any:
+    return pcn_deploy.create_model(
+        "patchconvnet", random_weights=True, width=32, depth=2, patch=4, num_classes=5, layer_scale=0.5, seed=seed
+    )
+
+
+def options(**given: Any) -> CompileOptions:
+    shape = {"transform": Transform(resolution=(32, 32)), "batch": BatchRange(min=1, opt=2, max=4)}
+    return CompileOptions(**{**shape, **given})
+
+
+def images(count: int = 12) -> Any:
+    return np.random.default_rng(1).standard_normal((count, 3, 32, 32), dtype=np.float32)
