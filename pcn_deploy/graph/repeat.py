@@ -189,7 +189,8 @@ def _body(graph: ir.Graph, path: str) -> list[ir.Node]:
 def _boundary(body: list[ir.Node]) -> tuple[ir.Value, ir.Value]:
     """The one computed tensor a block reads, and the one it returns.
 
-    Sizes do not count: a block keeps the shape of its tensor, so a size from outside is the same for all of them.
+    Sizes do not count: a block keeps the shape of its tensor, so a size from outside, or one that the first block
+    passes on, is the same for all of them.
     """
     inside = set(body)
     made = {value for node in body for value in node.outputs}
@@ -200,7 +201,10 @@ def _boundary(body: list[ir.Node]) -> tuple[ir.Value, ir.Value]:
         if value is not None and value not in made and _is_computed(value) and value.dtype != ir.DataType.INT64
     }
     returned = {
-        value for value in made if value.is_graph_output() or any(use.node not in inside for use in value.uses())
+        value
+        for value in made
+        if value.is_graph_output()
+        or (value.dtype != ir.DataType.INT64 and any(use.node not in inside for use in value.uses()))
     }
     if len(read) != 1 or len(returned) != 1:
         msg = f"A repeated block reads {len(read)} tensors and returns {len(returned)}; expected one of each."

@@ -238,21 +238,32 @@ def test_augmented_blocks_are_unrolled(fill: ModuleType, monkeypatch: pytest.Mon
     fill.fill_(net, 1)
     deployed, _ = to_deploy(net.eval())
     images = torch.from_numpy(fill.images_for((3, 3, 64, 96), 1))
-    exported: list[int] = []
-    original = export._export
-
-    def recording(model: ResNet, *rest: Any) -> Any:
-        exported.append(len(model.layer2))
-        return original(model, *rest)
-
-    monkeypatch.setattr(export, "_export", recording)
+    exported = exports_of(monkeypatch)
     unrolled = export.to_onnx(deployed, (3, 64, 96), BatchRange(), {})
-    assert exported == [2], "once, with one block of the run"
+    assert [len(model.layer2) for model in exported] == [2], "once, with one block of the run"
     monkeypatch.setattr(export, "find_runs", lambda _model, _example: [])
     full = export.to_onnx(deployed, (3, 64, 96), BatchRange(), {})
     assert sorted(node.op_type for node in unrolled.graph) == sorted(node.op_type for node in full.graph)
     np.testing.assert_allclose(execute(unrolled, images), execute(full, images), atol=1e-5)
     np.testing.assert_allclose(execute(unrolled, images), eager(net, images).numpy(), atol=1e-4)
+
+
+def test_a_block_that_passes_a_size_on_is_unrolled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of an augmented MnasNet read the batch size that the first of them computed."""
+    deployed, _ = to_deploy(create_model("aa_mnasnet_075", random_weights=True).eval())
+    exported = exports_of(monkeypatch)
+    graph = export.to_onnx(deployed, (3, 64, 64), BatchRange(), {})
+    assert [len(model.blocks[3]) for model in exported] == [2], "once, with one block of the run"
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(execute(graph, images), eager(deployed, images).numpy(), atol=1e-4)
+
+
+def exports_of(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The networks that are handed to the exporter from now on."""
+    exported: list[Any] = []
+    original = export._export
+    monkeypatch.setattr(export, "_export", lambda model, *rest: (exported.append(model), original(model, *rest))[1])
+    return exported
 
 
 @pytest.mark.parametrize(
