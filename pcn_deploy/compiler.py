@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from pcn_deploy.errors import DataError, DependencyError, ModelError
 from pcn_deploy.memory import release_unused
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.parity import ParityBudget, ParityMeter, ParityReport, budget_for
+from pcn_deploy.preparation import CalibrationImages, Prepared, in_evaluation_mode, open_source, prepare
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine, executor
 from pcn_deploy.specs import EngineSpec
@@ -30,15 +30,11 @@ from pcn_deploy.verification import verify_golden
 if TYPE_CHECKING:
     from torch import nn
 
-    from pcn_deploy.calibration.collect import Calibration
     from pcn_deploy.calibration.plan import PrecisionPlan
-    from pcn_deploy.calibration.quantized import Quantization
 
 AGREEMENT_DB = 25.0
 """Least SQNR between the TorchScript module and the ONNX graph: FP16 rounding alone leaves 64 dB and more, a graph
 that was unrolled wrongly in a trial had 17 dB."""
-
-CalibrationImages = str | Path | Iterable[npt.NDArray[np.float32]] | ImageSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +53,6 @@ class CompileResult:
 
     def __bool__(self) -> bool:
         return all(self.reports)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Network:
-    """The deploy form whose graph is built, the name of the network, and how it is quantised."""
-
-    name: str
-    deployed: nn.Module
-    plan: PrecisionPlan
-    scales: dict[str, Quantization]
-    calibration: Calibration | None
-    rewrites: dict[str, int]
 
 
 def compile(  # noqa: A001 - the verb's public name, as in torch.compile
@@ -102,9 +86,9 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     options = options or CompileOptions()
     backends = [get_backend(target) for target in options.targets]
     _check_backends(backends, options.graph_type)
-    source = _image_source(calibration, options)
-    model = _in_evaluation_mode(model)
-    network = _prepare(model, options, source, progress)
+    source = open_source(calibration, options)
+    model = in_evaluation_mode(model)
+    network = prepare(model, options, source, progress)
     bundle = _new_bundle(network, options, source, provenance or {})
     bundle.add("golden.npz", _npz(_golden_set(model, options, source, progress)))
     del model  # no longer needed; the caller may keep it
@@ -122,13 +106,6 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     return CompileResult(bundle=bundle, plan=plan, reports=reports)
 
 
-def _in_evaluation_mode(model: nn.Module) -> nn.Module:
-    """A copy that shares the weights: the caller's network keeps its mode and its running statistics."""
-    from pcn_deploy.models.deploy import share_weights
-
-    return share_weights(model).eval()
-
-
 def _check_backends(backends: list[Backend], graph_type: str) -> None:
     """Find out before the long work what would stop it after."""
     try:
@@ -141,63 +118,6 @@ def _check_backends(backends: list[Backend], graph_type: str) -> None:
     for backend in backends:
         backend.check_can_build()
         executor(backend, graph_type)
-
-
-def _image_source(calibration: CalibrationImages | None, options: CompileOptions) -> ImageSource | None:
-    if isinstance(calibration, ImageSource):
-        return calibration
-    if calibration is not None:
-        return ImageSource(
-            calibration,
-            options.transform,
-            limit=options.calibration_images,
-            max_unreadable=options.max_unreadable,
-        )
-    if options.precision == "int8":
-        msg = (
-            "INT8 needs calibration images: without them the ranges would be guesses. "
-            "Give --calibration DIR or FILE.npz with a few hundred images like those the network will see."
-        )
-        raise DataError(msg)
-    return None
-
-
-def _prepare(model: nn.Module, options: CompileOptions, source: ImageSource | None, progress: Progress) -> _Network:
-    import torch
-
-    from pcn_deploy.calibration.collect import calibrate
-    from pcn_deploy.calibration.facts import inspect_layers
-    from pcn_deploy.calibration.plan import make_plan
-    from pcn_deploy.calibration.quantized import plan_scales
-    from pcn_deploy.models.attention_map import output_attention_map
-    from pcn_deploy.models.checkpoint import check_finite
-    from pcn_deploy.models.deploy import to_deploy
-    from pcn_deploy.models.patchconvnet import PatchConvNet
-
-    name = type(model).__name__
-    check_finite(model.state_dict(), "The network")
-    if isinstance(model, PatchConvNet):
-        model.check_resolution(*options.transform.resolution)
-    progress("Rewriting and planning", 0, 2)
-    deployed, rewrites = to_deploy(model)
-    progress("Rewriting and planning", 1, 2)
-    layers = inspect_layers(deployed, torch.zeros(1, *options.transform.shape), expect_logits=True)
-    plan = make_plan(layers, options.precision, options.remainder)
-    if options.with_attention_map:
-        deployed = output_attention_map(deployed)
-    progress("Rewriting and planning", 2, 2)
-    if source is None or options.precision != "int8":
-        return _Network(name=name, deployed=deployed, plan=plan, scales={}, calibration=None, rewrites=rewrites)
-    seen = calibrate(deployed, list(plan.int8_entries), source, options.calibrator, progress)
-    plan = plan.with_ranges(seen.ranges)
-    return _Network(
-        name=name,
-        deployed=deployed,
-        plan=plan,
-        scales=plan_scales(deployed, plan),
-        calibration=seen,
-        rewrites=rewrites,
-    )
 
 
 def _golden_set(
@@ -232,7 +152,7 @@ def synthetic_images(count: int, options: CompileOptions) -> npt.NDArray[np.floa
 
 
 def _new_bundle(
-    network: _Network, options: CompileOptions, source: ImageSource | None, provenance: dict[str, Any]
+    network: Prepared, options: CompileOptions, source: ImageSource | None, provenance: dict[str, Any]
 ) -> Bundle:
     """A bundle that holds the decisions: manifest, plan and calibration."""
     calibration = asdict(network.calibration) if network.calibration else None
@@ -255,7 +175,7 @@ def _new_bundle(
     return bundle
 
 
-def _add_graphs(bundle: Bundle, network: _Network, options: CompileOptions, progress: Progress) -> EngineSpec:
+def _add_graphs(bundle: Bundle, network: Prepared, options: CompileOptions, progress: Progress) -> EngineSpec:
     """Add the TorchScript module and the typed ONNX graph; returns their interface."""
     from pcn_deploy.calibration.quantized import apply_scales
     from pcn_deploy.graph.export import engine_spec, serialise, to_onnx
@@ -281,7 +201,7 @@ def _add_graphs(bundle: Bundle, network: _Network, options: CompileOptions, prog
     return spec
 
 
-def _fp32_graph(network: _Network, options: CompileOptions) -> bytes:
+def _fp32_graph(network: Prepared, options: CompileOptions) -> bytes:
     """The ONNX graph before it was given FP16."""
     from pcn_deploy.graph.export import serialise, to_onnx
 

@@ -1,0 +1,119 @@
+"""From a network to what is built: the deploy form, the precision of every layer, and the scales of INT8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.errors import DataError
+from pcn_deploy.options import CompileOptions
+from pcn_deploy.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pcn_deploy.calibration.collect import Calibration
+    from pcn_deploy.calibration.plan import PrecisionPlan
+    from pcn_deploy.calibration.quantized import Quantization
+
+CalibrationImages = str | Path | Iterable[npt.NDArray[np.float32]] | ImageSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """The deploy form whose graph is built, the name of the network, and how it is quantised."""
+
+    name: str
+    deployed: nn.Module
+    plan: PrecisionPlan
+    scales: dict[str, Quantization]
+    calibration: Calibration | None
+    rewrites: dict[str, int]
+
+
+def in_evaluation_mode(model: nn.Module) -> nn.Module:
+    """A copy that shares the weights: the caller's network keeps its mode and its running statistics."""
+    from pcn_deploy.models.deploy import share_weights
+
+    return share_weights(model).eval()
+
+
+def open_source(calibration: CalibrationImages | None, options: CompileOptions) -> ImageSource | None:
+    """The calibration images, if there are any.
+
+    Raises:
+        DataError: If INT8 is asked for without images, or images are unusable.
+    """
+    if isinstance(calibration, ImageSource):
+        return calibration
+    if calibration is not None:
+        return ImageSource(
+            calibration,
+            options.transform,
+            limit=options.calibration_images,
+            max_unreadable=options.max_unreadable,
+        )
+    if options.precision == "int8":
+        msg = (
+            "INT8 needs calibration images: without them the ranges would be guesses. "
+            "Give --calibration DIR or FILE.npz with a few hundred images like those the network will see."
+        )
+        raise DataError(msg)
+    return None
+
+
+def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | None, progress: Progress) -> Prepared:
+    """Rewrite a network, plan the precision of its layers and calibrate what becomes INT8.
+
+    Args:
+        model: Network in evaluation mode; left as it is.
+        options: What to build.
+        source: Calibration images; needed for INT8.
+        progress: Told how far each step is.
+
+    Raises:
+        CheckpointError: If weights are NaN or infinite.
+        DataError: If images are unusable.
+        ModelError: If the network cannot run at this resolution, or returns no logits.
+    """
+    import torch
+
+    from pcn_deploy.calibration.collect import calibrate
+    from pcn_deploy.calibration.facts import inspect_layers
+    from pcn_deploy.calibration.plan import make_plan
+    from pcn_deploy.calibration.quantized import plan_scales
+    from pcn_deploy.models.attention_map import output_attention_map
+    from pcn_deploy.models.checkpoint import check_finite
+    from pcn_deploy.models.deploy import to_deploy
+    from pcn_deploy.models.patchconvnet import PatchConvNet
+
+    name = type(model).__name__
+    check_finite(model.state_dict(), "The network")
+    if isinstance(model, PatchConvNet):
+        model.check_resolution(*options.transform.resolution)
+    progress("Rewriting and planning", 0, 2)
+    deployed, rewrites = to_deploy(model)
+    progress("Rewriting and planning", 1, 2)
+    layers = inspect_layers(deployed, torch.zeros(1, *options.transform.shape), expect_logits=True)
+    plan = make_plan(layers, options.precision, options.remainder)
+    if options.with_attention_map:
+        deployed = output_attention_map(deployed)
+    progress("Rewriting and planning", 2, 2)
+    if source is None or options.precision != "int8":
+        return Prepared(name=name, deployed=deployed, plan=plan, scales={}, calibration=None, rewrites=rewrites)
+    seen = calibrate(deployed, list(plan.int8_entries), source, options.calibrator, progress)
+    plan = plan.with_ranges(seen.ranges)
+    return Prepared(
+        name=name,
+        deployed=deployed,
+        plan=plan,
+        scales=plan_scales(deployed, plan),
+        calibration=seen,
+        rewrites=rewrites,
+    )
