@@ -262,7 +262,12 @@ def exports_of(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The networks that are handed to the exporter from now on."""
     exported: list[Any] = []
     original = export._export
-    monkeypatch.setattr(export, "_export", lambda model, *rest: (exported.append(model), original(model, *rest))[1])
+
+    def recording(model: nn.Module, *rest: Any) -> Any:
+        exported.append(model)
+        return original(model, *rest)
+
+    monkeypatch.setattr(export, "_export", recording)
     return exported
 
 
