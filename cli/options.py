@@ -83,6 +83,12 @@ max_drop_option = click.option(
     metavar="PCT",
     help="Largest loss of top-1, in percentage points, on labelled images. [default: by precision, kept in the bundle]",
 )
+data_option = click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    metavar="DIR|FILE.npz",
+    help="Images that judge the accuracy (sub-folders are classes).",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pcn_deploy.calibration.collect import Calibration
-    from pcn_deploy.calibration.plan import PrecisionPlan
+    from pcn_deploy.calibration.plan import LayerFacts, PrecisionPlan
     from pcn_deploy.calibration.quantized import Quantization
 
 CalibrationImages = str | Path | Iterable[npt.NDArray[np.float32]] | ImageSource
@@ -31,10 +31,20 @@ class Prepared:
 
     name: str
     deployed: nn.Module
+    layers: tuple[LayerFacts, ...]
     plan: PrecisionPlan
     scales: dict[str, Quantization]
     calibration: Calibration | None
     rewrites: dict[str, int]
+
+    def units(self) -> dict[str, tuple[str, ...]]:
+        """The INT8 layers, each with the residual additions that are INT8 because it is, by its name."""
+        branches = {layer.path: layer.branch for layer in self.layers if layer.branch and layer.path in self.scales}
+        return {
+            path: (path, *(addition for addition, branch in branches.items() if branch == path))
+            for path in self.scales
+            if path not in branches
+        }
 
 
 def in_evaluation_mode(model: nn.Module) -> nn.Module:
@@ -66,6 +76,21 @@ def open_source(calibration: CalibrationImages | None, options: CompileOptions) 
         )
         raise DataError(msg)
     return None
+
+
+def open_evaluation(
+    evaluation: CalibrationImages | None, calibration: CalibrationImages | None, options: CompileOptions
+) -> ImageSource | None:
+    """The images that judge the accuracy: those given for it, or with a budget for INT8 all calibration images.
+
+    Raises:
+        DataError: If images are unusable.
+    """
+    if evaluation is None and options.max_drop is not None and options.precision == "int8":
+        evaluation = calibration
+    if evaluation is None or isinstance(evaluation, ImageSource):
+        return evaluation
+    return ImageSource(evaluation, options.transform, max_unreadable=options.max_unreadable)
 
 
 def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | None, progress: Progress) -> Prepared:
@@ -106,12 +131,21 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
         deployed = output_attention_map(deployed)
     progress("Rewriting and planning", 2, 2)
     if source is None or options.precision != "int8":
-        return Prepared(name=name, deployed=deployed, plan=plan, scales={}, calibration=None, rewrites=rewrites)
+        return Prepared(
+            name=name,
+            deployed=deployed,
+            layers=tuple(layers),
+            plan=plan,
+            scales={},
+            calibration=None,
+            rewrites=rewrites,
+        )
     seen = calibrate(deployed, list(plan.int8_entries), source, options.calibrator, progress)
     plan = plan.with_ranges(seen.ranges)
     return Prepared(
         name=name,
         deployed=deployed,
+        layers=tuple(layers),
         plan=plan,
         scales=plan_scales(deployed, plan),
         calibration=seen,

@@ -76,7 +76,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="Engine to build; repeat for several.",
 )
-@options.max_drop_option
+@options.data_option
+@click.option(
+    "--max-drop",
+    type=float,
+    metavar="PCT",
+    help="Largest loss of top-1, in percentage points. Proven with 95 % confidence on the images of --data; for int8 "
+    "(there without --data on the calibration images) as many layers as needed are left unquantised.",
+)
 @click.option(
     "--with-attention-map",
     is_flag=True,
@@ -117,6 +124,8 @@ def command(**given: Any) -> None:
             _create(source, progress),  # without a name here, so that it is freed before the engines are built
             compile_options,
             calibration=calibration,
+            evaluation=given["data"],
+            search_record=given["output"].with_name(f"{given['output'].name}.search"),
             provenance=source.describe(),
             progress=progress,
         )
@@ -124,8 +133,9 @@ def command(**given: Any) -> None:
         result.bundle.save(given["output"], overwrite=given["overwrite"])
     _report(result, given["output"], explain=given["explain"], as_json=given["as_json"])
     if not result:
-        reasons = "; ".join(f"{r.target}: {', '.join(r.failures)}" for r in result.reports if not r)
-        message = f"Parity failed, so {given['output']} was not written: {reasons}."
+        reasons = [f"{report.target}: {', '.join(report.failures)}" for report in result.reports if not report]
+        reasons += [display.broken_budget(proof) for proof in result.proofs if not proof]
+        message = f"Parity failed, so {given['output']} was not written: {'; '.join(reasons)}."
         raise ParityError(message)
 
 
@@ -170,6 +180,7 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
                 "bytes": output.stat().st_size if result else None,
                 "engines": bundle.engines,
                 "parity": reports,
+                "budget": bundle.read_json("budget.json") if result.proofs else None,
                 "layers": result.plan.to_json()["entries"] if explain else None,
             }
         )
@@ -182,6 +193,12 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
     engines = [[entry["target"], entry["member"], display.size(entry["bytes"])] for entry in bundle.engines]
     display.print_table("Engines", ["target", "member", "size"], engines)
     display.print_table("Parity with the eager network", display.PARITY_COLUMNS, display.parity_rows(reports))
+    if result.search:
+        click.echo(display.search_summary(result.search, len(result.plan.int8_entries)))
+    if result.proofs:
+        rows = [display.proof_row(proof) for proof in result.proofs]
+        display.print_table("Drop of top-1, in percentage points", display.PROOF_COLUMNS, rows)
+        click.echo(display.proof_basis(result.proofs[0]))
     seen = bundle.manifest["calibration"]
     click.echo(f"Golden set: {reports[0]['images']} images, from {bundle.manifest['golden']}.")
     if seen:
