@@ -100,7 +100,8 @@ class Search:
             without = self._judge(fewer)
             if self._within(without):
                 given_up, counts = fewer, without
-        self._progress(STEP, len(ranking), len(ranking), "layers")
+        if ranking:
+            self._progress(STEP, len(ranking), len(ranking), "layers")
         return SearchResult(
             budget=self._budget,
             unquantized=tuple(given_up),

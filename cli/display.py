@@ -17,7 +17,6 @@ from rich.progress import (
     Task,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -72,8 +71,7 @@ def progress_bars(*, quiet: bool) -> Iterator[ProgressCallable]:
         BarColumn(bar_width=28),
         TextColumn("{task.completed}/{task.total}"),
         _RateColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         yield _Bars(progress)

@@ -153,7 +153,7 @@ def search_plan(
 
     simulation = Simulation(network.deployed, apply_scales(network.deployed, network.scales), network.scales)
     units = network.units()
-    ledger = Ledger(record, {"run": _digest(network, judges), "budget": judges.budget})
+    ledger = Ledger(record, {"run": run_digest(network, [judges.search, judges.proof]), "budget": judges.budget})
     chosen = judges.search.spread(RANKING_IMAGES)
     search = Search(simulation, units, judges.search, judges.budget, ledger, progress)
     found = search.run(lambda: rank(simulation, units, chosen, ledger, progress))
@@ -191,14 +191,14 @@ def prove(engine: Engine, target: str, judges: Judges, progress: Progress) -> Bu
     )
 
 
-def _digest(network: Prepared, judges: Judges) -> str:
-    """Digest of all that decides a judgement: weights, scales, images and expected answers."""
+def run_digest(network: Prepared, judges: list[Answers]) -> str:
+    """Digest of all that decides a measurement: weights, scales, images and expected answers."""
     sha = hashlib.sha256()
     for name, tensor in network.deployed.state_dict().items():
         sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         sha.update(tensor.contiguous().numpy().data)
     for path, scales in network.scales.items():
         sha.update(f"{path}{scales.input!r}".encode() + scales.weight.tobytes())
-    for answers in (judges.search, judges.proof):
+    for answers in judges:
         sha.update(answers.source.digest.encode() + answers.expected.tobytes() + answers.reference.tobytes())
     return sha.hexdigest()

@@ -54,21 +54,25 @@ def in_evaluation_mode(model: nn.Module) -> nn.Module:
     return share_weights(model).eval()
 
 
+def as_source(images: CalibrationImages, options: CompileOptions, limit: int | None = None) -> ImageSource:
+    """Images of any kind as a source; at most `limit` of them.
+
+    Raises:
+        DataError: If images are unusable.
+    """
+    if isinstance(images, ImageSource):
+        return images
+    return ImageSource(images, options.transform, limit=limit, max_unreadable=options.max_unreadable)
+
+
 def open_source(calibration: CalibrationImages | None, options: CompileOptions) -> ImageSource | None:
     """The calibration images, if there are any.
 
     Raises:
         DataError: If INT8 is asked for without images, or images are unusable.
     """
-    if isinstance(calibration, ImageSource):
-        return calibration
     if calibration is not None:
-        return ImageSource(
-            calibration,
-            options.transform,
-            limit=options.calibration_images,
-            max_unreadable=options.max_unreadable,
-        )
+        return as_source(calibration, options, options.calibration_images)
     if options.precision == "int8":
         msg = (
             "INT8 needs calibration images: without them the ranges would be guesses. "
@@ -88,9 +92,7 @@ def open_evaluation(
     """
     if evaluation is None and options.max_drop is not None and options.precision == "int8":
         evaluation = calibration
-    if evaluation is None or isinstance(evaluation, ImageSource):
-        return evaluation
-    return ImageSource(evaluation, options.transform, max_unreadable=options.max_unreadable)
+    return None if evaluation is None else as_source(evaluation, options)
 
 
 def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | None, progress: Progress) -> Prepared:

@@ -8,16 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pcn_deploy.bundle import check_output
-from pcn_deploy.calibration.calibrators import CALIBRATORS
-from pcn_deploy.calibration.images import MAX_UNREADABLE_SHARE
 from pcn_deploy.calibration.plan import PRECISIONS, REMAINDERS
-from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.compiler import CompileResult, compile, synthetic_images  # noqa: A004 - our verb
 from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.errors import ParityError
-from pcn_deploy.models.registry import check_weights_choice, find_model
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.provenance import ModelSource
 from pcn_deploy.specs import BatchRange
@@ -31,9 +27,7 @@ if TYPE_CHECKING:
 @click.command("build")
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="OUT.pcn", help="The bundle.")
-@options.weights_option
-@click.option("--random-weights", is_flag=True, help="Use freshly initialised weights instead of --weights.")
-@click.option("--num-classes", type=click.IntRange(min=1), metavar="N", help="Logits. [default: as the checkpoint]")
+@options.network_options
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp16", show_default=True, help="Precision.")
 @click.option(
     "--remainder",
@@ -42,29 +36,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="With int8: the type of what is not quantised.",
 )
-@click.option(
-    "--calibration",
-    type=click.Path(path_type=Path),
-    metavar="DIR|FILE.npz",
-    help="Images to calibrate with (sub-folders are classes); required for int8.",
-)
-@click.option(
-    "--images",
-    type=click.IntRange(min=1),
-    default=512,
-    show_default=True,
-    metavar="N",
-    help="Use at most so many calibration images, spread evenly.",
-)
-@click.option("--calibrator", type=click.Choice(CALIBRATORS), default="entropy", show_default=True, help="Ranges.")
-@click.option(
-    "--max-unreadable",
-    type=click.FloatRange(0, 1),
-    default=MAX_UNREADABLE_SHARE,
-    show_default=True,
-    metavar="SHARE",
-    help="Stop if more than this share of the images cannot be read.",
-)
+@options.calibration_options
 @options.transform_options
 @click.option("--batch", type=options.Batch(), default="1:1:16", show_default=True, help="Batch sizes to take.")
 @click.option(
@@ -90,9 +62,6 @@ if TYPE_CHECKING:
     help="Add a second output: where the network looks, as the attention weight of each patch; one map for each class "
     "if each class has its own token. `run --heatmap` draws it.",
 )
-@click.option(
-    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of random weights and images."
-)
 @options.overwrite_option
 @click.option("--explain", is_flag=True, help="Print the precision of every layer, and why.")
 @options.json_option
@@ -110,10 +79,7 @@ def command(**given: Any) -> None:
     quiet = given["quiet"] or given["as_json"]
     set_verbosity(given["verbose"], given["quiet"])
     check_output(given["output"], overwrite=given["overwrite"])
-    check_weights_choice(find_model(given["model"]), given["weights"], random_weights=given["random_weights"])
-    source = ModelSource(
-        model=given["model"], weights=given["weights"], num_classes=given["num_classes"], seed=given["seed"]
-    )
+    source = options.source_of(given)
     compile_options = _options(given)
     calibration = given["calibration"]
     if calibration is None and compile_options.precision == "int8" and given["random_weights"]:
@@ -147,8 +113,6 @@ def _create(source: ModelSource, progress: Progress) -> nn.Module:
 
 
 def _options(given: dict[str, Any]) -> CompileOptions:
-    info = find_model(given["model"])
-    default_resolution = info.resolution if info else (224, 224)
     return CompileOptions(
         precision=given["precision"],
         remainder=given["remainder"],
@@ -156,13 +120,7 @@ def _options(given: dict[str, Any]) -> CompileOptions:
         calibrator=given["calibrator"],
         calibration_images=given["images"],
         max_unreadable=given["max_unreadable"],
-        transform=Transform(
-            resolution=given["resolution"] or default_resolution,
-            crop_pct=given["crop_pct"],
-            mean=given["mean"],
-            std=given["std"],
-            interpolation=given["interpolation"],
-        ),
+        transform=options.transform_of(given),
         batch=given["batch"] if isinstance(given["batch"], BatchRange) else BatchRange.parse(given["batch"]),
         max_drop=given["max_drop"],
         with_attention_map=given["with_attention_map"],
