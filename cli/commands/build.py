@@ -9,6 +9,7 @@ import click
 
 from pcn_deploy.bundle import check_output
 from pcn_deploy.calibration.plan import PRECISIONS, REMAINDERS
+from pcn_deploy.choice import compile_fastest
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.compiler import CompileResult, compile, synthetic_images  # noqa: A004 - our verb
@@ -17,6 +18,8 @@ from pcn_deploy.errors import ParityError
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.provenance import ModelSource
 from pcn_deploy.specs import BatchRange
+
+AUTO = "auto"
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +31,13 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="OUT.pcn", help="The bundle.")
 @options.network_options
-@click.option("--precision", type=click.Choice(PRECISIONS), default="fp16", show_default=True, help="Precision.")
+@click.option(
+    "--precision",
+    type=click.Choice((*PRECISIONS, AUTO)),
+    default="fp16",
+    show_default=True,
+    help="Precision; auto builds INT8 and FP16, times both where the target can run, and keeps the faster that passes.",
+)
 @click.option(
     "--remainder",
     type=click.Choice(REMAINDERS),
@@ -85,18 +94,28 @@ def command(**given: Any) -> None:
     if calibration is None and compile_options.precision == "int8" and given["random_weights"]:
         display.note("the weights are random, so synthetic images calibrate them.", quiet=quiet)
         calibration = [synthetic_images(compile_options.calibration_images, compile_options)]
+    choice = None
     with display.progress_bars(quiet=quiet) as progress:
-        result = compile(
-            _create(source, progress),  # without a name here, so that it is freed before the engines are built
-            compile_options,
-            calibration=calibration,
-            evaluation=given["data"],
-            search_record=given["output"].with_name(f"{given['output'].name}.search"),
-            provenance=source.describe(),
-            progress=progress,
-        )
+
+        def build(chosen: CompileOptions) -> CompileResult:
+            return compile(
+                _create(source, progress),  # without a name here, so that it is freed before the engines are built
+                chosen,
+                calibration=calibration,
+                evaluation=given["data"],
+                search_record=given["output"].with_name(f"{given['output'].name}.search"),
+                provenance=source.describe(),
+                progress=progress,
+            )
+
+        if given["precision"] == AUTO:
+            result, choice = compile_fastest(build, compile_options, progress)
+        else:
+            result = build(compile_options)
     if result:
         result.bundle.save(given["output"], overwrite=given["overwrite"])
+    if choice and not given["as_json"]:
+        click.echo(f"Kept {choice.precision}: {choice.reason}.")
     _report(result, given["output"], explain=given["explain"], as_json=given["as_json"])
     if not result:
         reasons = [f"{report.target}: {', '.join(report.failures)}" for report in result.reports if not report]
@@ -114,7 +133,7 @@ def _create(source: ModelSource, progress: Progress) -> nn.Module:
 
 def _options(given: dict[str, Any]) -> CompileOptions:
     return CompileOptions(
-        precision=given["precision"],
+        precision="int8" if given["precision"] == AUTO else given["precision"],
         remainder=given["remainder"],
         targets=given["targets"],
         calibrator=given["calibrator"],
@@ -136,6 +155,8 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
                 "passed": bool(result),
                 "bundle": str(output),
                 "bytes": output.stat().st_size if result else None,
+                "precision": bundle.manifest["precision"],
+                "choice": bundle.manifest.get("choice"),
                 "engines": bundle.engines,
                 "parity": reports,
                 "budget": bundle.read_json("budget.json") if result.proofs else None,

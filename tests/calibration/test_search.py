@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def greedy(simulation: Simulation, answers: Answers, ranking: list[str], budget:
     """The plain way: give up layers in order, judge each plan on all images, stop at the first that will do."""
     for count in range(len(ranking) + 1):
         left = set(ranking[count:])
-        found = answers.predict(lambda batch, left=left: simulation.logits(batch, inputs=left, weights=left))
+        found = answers.predict(partial(simulation.logits, inputs=left, weights=left))
         if answers.count(found).drop_bound <= budget:
             return count
     raise AssertionError
@@ -84,15 +85,8 @@ def test_it_never_gives_up_more_layers_than_the_plain_way(
     ranking = rank(simulation, units(simulation), answers.spread(32), Ledger(None, {}))
     found = run(spoiled, budget, None)
     assert len(found.unquantized) <= greedy(simulation, answers, ranking, budget)
-    assert found.counts == answers.count(
-        answers.predict(
-            lambda batch: simulation.logits(
-                batch,
-                inputs=set(simulation.layers) - set(found.unquantized),
-                weights=set(simulation.layers) - set(found.unquantized),
-            )
-        )
-    )
+    left = set(simulation.layers) - set(found.unquantized)
+    assert found.counts == answers.count(answers.predict(partial(simulation.logits, inputs=left, weights=left)))
 
 
 def test_a_killed_search_goes_on_where_it_stopped(
@@ -131,7 +125,7 @@ def test_without_harm_no_layer_is_given_up_and_none_is_ranked(
     spoiled: tuple[Simulation, dict[str, str], ImageSource],
 ) -> None:
     simulation, _, source = spoiled
-    harmless = {layer: (layer,) for layer in simulation.layers if layer not in HARMFUL}
+    harmless: dict[str, tuple[str, ...]] = {layer: (layer,) for layer in simulation.layers if layer not in HARMFUL}
     answers = Answers.of(simulation.logits, source)
     search = Search(simulation, harmless, answers, 5.0, Ledger(None, {}))
     found = search.run(lambda: pytest.fail("ranked"))
