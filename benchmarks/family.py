@@ -71,8 +71,10 @@ def keep(table: Path, cells: list[str]) -> None:
     lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
     rows = {line.split("|")[1].strip(): line for line in lines if line.startswith("|")}
     rows[cells[0]] = f"| {' | '.join(cells)} |"
-    text = "# Every network in every precision\n\nPrinted by `python benchmarks/family.py --markdown benchmarks/family.md` "
-    text += f"on {platform.machine()}, {os.cpu_count()} cores, no GPU; one build each.\n\n"
+    text = (
+        "# Every network in every precision\n\nPrinted by `python benchmarks/family.py --markdown "
+        f"benchmarks/family.md`, {platform.machine()}, {os.cpu_count()} cores, no GPU; one build each.\n\n"
+    )
     head = [f"| {' | '.join(HEAD)} |", f"|---|{'---:|' * (len(HEAD) - 1)}"]
     ordered = [rows[info.name] for info in list_models() if info.name in rows]
     table.write_text(text + "\n".join([*head, *ordered]) + "\n", encoding="utf-8")
