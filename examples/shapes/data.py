@@ -24,6 +24,8 @@ from pcn_deploy import Transform
 SIDE = 64
 FINE = 3
 """Shapes are drawn so many times larger and reduced: smooth edges."""
+MAX_TURN = 0.7
+"""Largest turn of a shape, in radians."""
 SPLITS = {"train": 24_000, "calibration": 512, "test": 6_000}
 TRANSFORM = Transform(resolution=(SIDE, SIDE), crop_pct=1.0, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
@@ -91,17 +93,17 @@ def draw(split: str, index: int) -> tuple[npt.NDArray[np.uint8], int]:
     rng = np.random.default_rng([sorted(SPLITS).index(split), index])
     label = index % len(CLASSES)
     canvas = _background(rng)
-    for _ in range(rng.integers(1, 5)):
+    for _ in range(rng.integers(1, 4)):
         other = int(rng.integers(len(CLASSES)))
         _place(canvas, other, _colour(rng), rng.uniform(0.07, 0.13), rng, spread=0.5)
-    _place(canvas, label, _colour(rng), rng.uniform(0.24, 0.42), rng, spread=0.16)
+    _place(canvas, label, _colour(rng), rng.uniform(0.26, 0.42), rng, spread=0.14)
     _bar(canvas, rng)
     small = canvas.resize((SIDE, SIDE), Image.Resampling.BOX)
-    small = small.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 1.1))))
+    small = small.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 0.9))))
     pixels = np.asarray(small, np.float64)
-    contrast, light = rng.uniform(0.3, 1.0), rng.uniform(-40, 40)
+    contrast, light = rng.uniform(0.4, 1.0), rng.uniform(-40, 40)
     slope = np.linspace(-1, 1, SIDE)[:, None, None] * rng.uniform(-35, 35)
-    pixels = 128 + (pixels - 128) * contrast + light + slope + rng.normal(0, rng.uniform(4, 26), pixels.shape)
+    pixels = 128 + (pixels - 128) * contrast + light + slope + rng.normal(0, rng.uniform(3, 18), pixels.shape)
     return pixels.clip(0, 255).round().astype(np.uint8), label
 
 
@@ -133,7 +135,7 @@ def _place(
 ) -> None:
     """Draw a shape, turned, sheared and shifted, filled or as a thick line."""
     side = SIDE * FINE
-    turn, shear = rng.uniform(0, 2 * math.pi), rng.uniform(-0.25, 0.25)
+    turn, shear = rng.uniform(-MAX_TURN, MAX_TURN), rng.uniform(-0.2, 0.2)
     stretch = rng.uniform(0.8, 1.2)
     cx, cy = side * (0.5 + rng.uniform(-spread, spread, 2))
     cos, sin = math.cos(turn) * size * side, math.sin(turn) * size * side

@@ -10,8 +10,8 @@ NUM_CLASSES = 16
 
 
 def patchconvnet() -> PatchConvNet:
-    """A PatchConvNet of 16x16 patches of 4x4 pixels."""
-    return PatchConvNet(width=64, depth=4, patch=4, num_classes=NUM_CLASSES, layer_scale=0.1)
+    """A PatchConvNet of 8x8 patches of 8x8 pixels."""
+    return PatchConvNet(width=96, depth=5, patch=8, num_classes=NUM_CLASSES, layer_scale=0.1)
 
 
 def aa_resnet() -> ResNet:
