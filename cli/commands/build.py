@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pcn_deploy.bundle import check_output
-from pcn_deploy.calibration.calibrators import CALIBRATORS
+from pcn_deploy.calibration.calibrators import CALIBRATORS, PERCENTILE, WEIGHT_CALIBRATORS
+from pcn_deploy.calibration.distributed import Processes, join
 from pcn_deploy.calibration.images import MAX_UNREADABLE_SHARE
 from pcn_deploy.calibration.plan import PRECISIONS, REMAINDERS
 from pcn_deploy.calibration.transform import Transform
@@ -19,6 +20,7 @@ from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.errors import ParityError
 from pcn_deploy.models.registry import check_weights_choice, find_model
 from pcn_deploy.options import CompileOptions
+from pcn_deploy.preparation import take_part
 from pcn_deploy.provenance import ModelSource
 from pcn_deploy.specs import BatchRange
 
@@ -57,6 +59,25 @@ if TYPE_CHECKING:
     help="Use at most so many calibration images, spread evenly.",
 )
 @click.option("--calibrator", type=click.Choice(CALIBRATORS), default="entropy", show_default=True, help="Ranges.")
+@click.option(
+    "--percentile",
+    type=float,
+    metavar="P",
+    help=f"With --calibrator percentile: share of magnitudes inside the range. [default: {PERCENTILE}]",
+)
+@click.option(
+    "--weight-calibrator",
+    type=click.Choice(WEIGHT_CALIBRATORS),
+    default="max",
+    show_default=True,
+    help="Range of each output channel of the weights.",
+)
+@click.option(
+    "--calibration-cache",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    help="Keep what calibration sees in this file; if it is there, use it and run nothing. A bundle can be read too.",
+)
 @click.option(
     "--max-unreadable",
     type=click.FloatRange(0, 1),
@@ -100,9 +121,18 @@ def command(**given: Any) -> None:
       pcn-compile build patchconvnet_s60 --weights s60_224_1k.pth --precision int8 \\
           --calibration imagenet/val --target cpu --target tensorrt-rtx -o s60.pcn
     """  # noqa: D301 - click reads the backspace character
-    quiet = given["quiet"] or given["as_json"]
+    if given["percentile"] is not None and given["calibrator"] != "percentile":
+        message = "--percentile goes with --calibrator percentile."
+        raise click.UsageError(message)
+    with join() as processes:
+        _build(given, processes)
+
+
+def _build(given: dict[str, Any], processes: Processes) -> None:
+    quiet = given["quiet"] or given["as_json"] or not processes.first
     set_verbosity(given["verbose"], given["quiet"])
-    check_output(given["output"], overwrite=given["overwrite"])
+    if processes.first:
+        check_output(given["output"], overwrite=given["overwrite"])
     check_weights_choice(find_model(given["model"]), given["weights"], random_weights=given["random_weights"])
     source = ModelSource(
         model=given["model"], weights=given["weights"], num_classes=given["num_classes"], seed=given["seed"]
@@ -112,6 +142,9 @@ def command(**given: Any) -> None:
     if calibration is None and compile_options.precision == "int8" and given["random_weights"]:
         display.note("the weights are random, so synthetic images calibrate them.", quiet=quiet)
         calibration = [synthetic_images(compile_options.calibration_images, compile_options)]
+    if not processes.first:
+        take_part(source.create(), compile_options, calibration)
+        return
     with display.progress_bars(quiet=quiet) as progress:
         result = compile(
             _create(source, progress),  # without a name here, so that it is freed before the engines are built
@@ -120,6 +153,8 @@ def command(**given: Any) -> None:
             provenance=source.describe(),
             progress=progress,
         )
+    for text in _notes(result):
+        display.note(text, quiet=quiet)
     if result:
         result.bundle.save(given["output"], overwrite=given["overwrite"])
     _report(result, given["output"], explain=given["explain"], as_json=given["as_json"])
@@ -144,6 +179,9 @@ def _options(given: dict[str, Any]) -> CompileOptions:
         remainder=given["remainder"],
         targets=given["targets"],
         calibrator=given["calibrator"],
+        percentile=PERCENTILE if given["percentile"] is None else given["percentile"],
+        weight_calibrator=given["weight_calibrator"],
+        calibration_cache=given["calibration_cache"],
         calibration_images=given["images"],
         max_unreadable=given["max_unreadable"],
         transform=Transform(
@@ -160,6 +198,12 @@ def _options(given: dict[str, Any]) -> CompileOptions:
     )
 
 
+def _notes(result: CompileResult) -> list[str]:
+    """What the user should know of the calibration images."""
+    notes: list[str] = (result.bundle.manifest["calibration"] or {}).get("notes", [])
+    return notes
+
+
 def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool) -> None:
     bundle, reports = result.bundle, [report.to_json() for report in result.reports]
     if as_json:
@@ -170,6 +214,7 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
                 "bytes": output.stat().st_size if result else None,
                 "engines": bundle.engines,
                 "parity": reports,
+                "notes": _notes(result),
                 "layers": result.plan.to_json()["entries"] if explain else None,
             }
         )

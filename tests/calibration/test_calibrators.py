@@ -13,7 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pcn_deploy.calibration.calibrators import CALIBRATORS, PERCENTILE, _divergences, get_calibrator
-from pcn_deploy.calibration.observers import HistogramObserver, Statistics
+from pcn_deploy.calibration.observers import HistogramObserver
+from pcn_deploy.calibration.statistics import Statistics
 from pcn_deploy.errors import OptionError
 
 Floats = npt.NDArray[np.float64]

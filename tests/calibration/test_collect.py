@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pcn_deploy.calibration import collect
-from pcn_deploy.calibration.collect import Calibration, calibrate
+from pcn_deploy.calibration.collect import calibrate
 from pcn_deploy.calibration.facts import inspect_layers
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.plan import make_plan
+from pcn_deploy.calibration.record import Calibration
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.errors import DataError, ModelError, OptionError
 from pcn_deploy.models.patchconvnet import PatchConvNet

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pcn_deploy.calibration.observers import BINS, AmaxObserver, HistogramObserver, Statistics
+from pcn_deploy.calibration.observers import AmaxObserver, HistogramObserver
+from pcn_deploy.calibration.statistics import BINS, Statistics
 from pcn_deploy.errors import DataError
 
 VALUES = st.lists(
