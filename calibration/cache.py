@@ -44,10 +44,10 @@ def read_cache(path: Path) -> bytes:
     """
     if path.suffix == ".pcn":
         return Bundle.open(path).read("calibration.json")
-    if not path.exists():
-        _check_writable(path)
-        return b""
     try:
+        if not path.exists():
+            _check_writable(path)
+            return b""
         if path.stat().st_size <= _MAX_BYTES:
             return path.read_bytes() or b"\0"
         reason = f"it has {path.stat().st_size} bytes"

@@ -9,6 +9,7 @@ A process that fails tells the others: all of them raise its error. One that die
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -66,7 +67,7 @@ class Processes:
 class _Group(Processes):
     """One of several; every call is made by all of them, in the same order."""
 
-    def __init__(self, group: ProcessGroup | None) -> None:
+    def __init__(self, group: ProcessGroup) -> None:
         import torch.distributed as dist
 
         self._group = group
@@ -160,7 +161,8 @@ def is_first() -> bool:
 def join() -> Iterator[Processes]:
     """Share the images of calibrations and verifications in the body with the other processes of this run.
 
-    All processes run the same body. Without torchrun, or another process group of several, the body runs alone.
+    All processes run the same body. Without torchrun, or another process group of several, the body runs alone. A
+    default process group is made where there is none, and stays until the program ends.
 
     Yields:
         The processes.
@@ -207,14 +209,15 @@ def _several() -> bool:
 
 
 def _connect() -> tuple[_Group, Callable[[], None]]:
+    """A group of its own for each `join`; the default group, which cannot be made twice, is left to later ones."""
     import torch.distributed as dist
 
     try:
-        if dist.is_initialized():
-            group = dist.new_group(backend="gloo", timeout=TIMEOUT)
-            return _Group(group), lambda: dist.destroy_process_group(group)
-        dist.init_process_group("gloo", timeout=TIMEOUT)
-        return _Group(None), dist.destroy_process_group
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=TIMEOUT)
+            atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
         msg = f"The other processes cannot be reached ({error}). Start them with torchrun, or unset WORLD_SIZE."
         raise ProcessError(msg) from error
+    return _Group(group), lambda: dist.destroy_process_group(group)

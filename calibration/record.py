@@ -24,6 +24,9 @@ from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.errors import DataError, OptionError
 
 FORMAT = "pcn-deploy calibration 1"
+_MOST = 2**50
+"""Largest count that is believed: sums over all bins stay within 63 bits."""
+
 _KINDS: dict[str, tuple[type, ...]] = {
     "calibrator": (str,),
     "percentile": (float, int, type(None)),
@@ -34,6 +37,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "dataset_sha256": (str,),
     "transform": (dict,),
     "notes": (list,),
+    "ranges": (dict,),
     "amax": (dict,),
     "histograms": (dict,),
 }
@@ -153,7 +157,7 @@ def from_json(text: bytes, where: str) -> Calibration:
     try:
         data = json.loads(text, parse_constant=_refuse_constant)
         return _from_values(data)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OptionError, zlib.error) as error:
+    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError, OptionError, zlib.error) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         msg = f"{where} is not a calibration, or was altered or cut off ({reason}). Delete it and calibrate again."
         raise DataError(msg) from error
@@ -170,8 +174,10 @@ def _from_values(data: Any) -> Calibration:
         raise ValueError(msg)
     statistics = {path: _statistics(amax, data["histograms"].get(path)) for path, amax in data["amax"].items()}
     percentile = data["percentile"]
-    if data["images"] < 1 or data["unreadable"] < 0 or not data["histograms"].keys() <= statistics.keys():
-        msg = "counts of images below 1, or histograms of unknown layers"
+    ranges = {path: data["ranges"][path] for path in statistics}
+    impossible = [path for path in ranges if not 0 <= ranges[path] <= statistics[path].amax]
+    if impossible or data["images"] < 1 or data["unreadable"] < 0:
+        msg = f"ranges beyond what was seen ({', '.join(impossible) or 'none'}), or {data['images']} images"
         raise ValueError(msg)
     if stated != _digest(data):
         msg = "its contents do not have the SHA-256 it states"
@@ -186,8 +192,8 @@ def _from_values(data: Any) -> Calibration:
         dataset_sha256=data["dataset_sha256"],
         transform=Transform.from_json(data["transform"]),
         statistics=statistics,
-        ranges=data["ranges"],
-        notes=tuple(data["notes"]),
+        ranges=ranges,
+        notes=tuple(map(str, data["notes"])),
     )
 
 
@@ -200,8 +206,8 @@ def _statistics(amax: Any, histogram: Any) -> Statistics:
         return Statistics(float(amax), np.zeros(0, np.int64), 0.0)
     counts, width = unpack(histogram["counts"]), histogram["bin_width"]
     used = np.flatnonzero(counts)
-    last = int(amax / width) if width else 0
-    if width != bin_width(amax) or counts.min() < 0 or not used.size or used[-1] != last:
+    possible = width == bin_width(amax) and 0 <= counts.min() <= counts.max() <= _MOST and used.size
+    if not possible or used[-1] != (int(amax / width) if width else 0):
         msg = f"a histogram that does not fit its largest magnitude {amax!r}, or has negative counts"
         raise ValueError(msg)
     return Statistics(float(amax), counts, float(width))

@@ -73,12 +73,13 @@ def verify(
         done = min(len(source), done + len(images) * current().count)
         progress(step, done, len(source), "images")
     progress(step, len(source), len(source), "images")
-    meter = _of_all_processes(meter)
+    meter = of_all_processes(meter)
     report = meter.report(target=engine.target, executed_by=engine.executed_by, data=source.name, budget=budget)
     return replace(report, unreadable=len(source.unreadable))
 
 
-def _of_all_processes(meter: ParityMeter) -> ParityMeter:
+def of_all_processes(meter: ParityMeter) -> ParityMeter:
+    """What all processes measured together; the same in each of them."""
     whole = ParityMeter()
     for state in current().gather(meter.state()):
         whole.merge(state)
