@@ -65,10 +65,10 @@ def plan_scales(
         if not isinstance(layer, QUANTIZABLE):
             msg = f"The plan quantises {path}, which is a {type(layer).__name__}; only Conv2d and Linear can be."
             raise DataError(msg)
-        amax = np.float32(entry.input_amax or 0)
-        if not 0 < amax < np.inf:
+        if not 0 < (entry.input_amax or 0) <= float(np.finfo(np.float32).max):
             msg = f"{path} has no calibrated range (it is {entry.input_amax}). Calibrate it, or leave it out of INT8."
             raise DataError(msg)
+        scale = np.float32(entry.input_amax) / np.float32(QMAX)
         stored = partial(_stored, path=path, remainder=plan.remainder)
         weight = np.zeros(0, np.float32)
         if not isinstance(layer, ResidualAdd):
@@ -76,7 +76,7 @@ def plan_scales(
                 msg = f"{path} has weights that are NaN or infinite: mend the checkpoint."
                 raise DataError(msg)
             weight = weight_scales(layer.weight, weight_calibrator, stored)
-        found[path] = Quantization(float(stored(np.array([amax / np.float32(QMAX)]))[0]), weight)
+        found[path] = Quantization(float(stored(np.array([scale]))[0]), weight)
     return found
 
 

@@ -36,7 +36,7 @@ class Counting(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         self.runs += len(x)
-        y: Tensor = super().forward(x)
+        y: Tensor = super().forward(x)  # type: ignore[no-untyped-call] # torch leaves it without annotations
         return y
 
 
@@ -105,7 +105,7 @@ def unchanged(net: nn.Module) -> None:
 REFUSALS: dict[str, tuple[Callable[[Any], object], dict[str, Any], str]] = {
     "weights": (changed_weight, {}, r"weights [0-9a-f]{12}… instead of"),
     "one pixel": (
-        renamed,
+        unchanged,
         {"images": np.where(IMAGES[7, 1, 2, 3] == IMAGES, 0.5, IMAGES).astype(np.float32)},
         "images",
     ),

@@ -53,7 +53,7 @@ def test_mse_takes_the_best_of_its_candidates_for_each_channel(kind: str, stored
 def test_an_outlier_is_clipped_as_far_as_it_pays() -> None:
     """Without rounding: s = 1 / (1 + K / (12 * 127^2)) for one outlier among K weights."""
     found = weight_scales(rows("outlier"), "mse", identity) * 127 / 9
-    np.testing.assert_allclose(found, 1 / (1 + 20_001 / (12 * 127**2)), atol=0.006)
+    np.testing.assert_allclose(found, 1 / (1 + 20_001 / (12 * 127**2)), atol=0.012)
 
 
 def test_errors_are_the_definition() -> None:
