@@ -174,7 +174,7 @@ def join() -> Iterator[Processes]:
     if not _several():
         yield _current
         return
-    processes, leave = _connect()
+    previous, (processes, leave) = _current, _connect()
     _current = processes
     try:
         yield processes
@@ -183,7 +183,7 @@ def join() -> Iterator[Processes]:
         processes.tell(error)
         raise
     finally:
-        _current = Processes()
+        _current = previous
         leave()
 
 

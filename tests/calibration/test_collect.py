@@ -60,9 +60,9 @@ def real_networks(make_net: MakeNet, fill: ModuleType) -> dict[str, nn.Module]:
 
 @pytest.mark.parametrize("name", ["PatchConvNet", "AA-ResNet"])
 def test_real_networks_have_the_same_ranges_in_any_order_and_any_arrays(
-    make_net: MakeNet, fill: ModuleType, name: str
+    make_net: MakeNet, fill: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The internal batch is fixed, and where an image stands in it changes nothing: no digit of any histogram."""
+    """Neither the batch nor where an image stands in it changes anything: no digit of any histogram."""
     net, _ = to_deploy(real_networks(make_net, fill)[name])
     images = np.random.default_rng(0).standard_normal((17, 3, 32, 48)).astype(np.float32)
     layers = list(make_plan(inspect_layers(net, torch.zeros(1, 3, 32, 48)), "int8").int8_entries)
@@ -76,6 +76,9 @@ def test_real_networks_have_the_same_ranges_in_any_order_and_any_arrays(
         found = calibrate(net, layers, ImageSource([shuffled], transform), "entropy")
         assert (found.statistics, found.ranges) == (expected.statistics, expected.ranges)
         assert found.dataset_sha256 != expected.dataset_sha256
+    for size in (3, 5):
+        monkeypatch.setattr(collect, "BATCH", size)
+        assert calibrate(net, layers, ImageSource([images], transform), "entropy") == expected
 
 
 @pytest.mark.parametrize("calibrator", ["max", "entropy", "mse", "percentile"])
