@@ -13,14 +13,14 @@ import numpy.typing as npt
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.errors import DataError
 from pcn_deploy.options import CompileOptions
-from pcn_deploy.progress import Progress
+from pcn_deploy.progress import Progress, silent
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from pcn_deploy.calibration.collect import Calibration
     from pcn_deploy.calibration.plan import LayerFacts, PrecisionPlan
     from pcn_deploy.calibration.quantized import Quantization
+    from pcn_deploy.calibration.record import Calibration
 
 CalibrationImages = str | Path | Iterable[npt.NDArray[np.float32]] | ImageSource
 
@@ -95,6 +95,15 @@ def open_evaluation(
     return None if evaluation is None else as_source(evaluation, options)
 
 
+def take_part(model: nn.Module, options: CompileOptions, calibration: CalibrationImages | None) -> None:
+    """What a process does in a build that another one writes: its share of the calibration images.
+
+    Raises:
+        PcnDeployError: As `prepare`, in all processes alike.
+    """
+    prepare(in_evaluation_mode(model), options, open_source(calibration, options), silent)
+
+
 def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | None, progress: Progress) -> Prepared:
     """Rewrite a network, plan the precision of its layers and calibrate what becomes INT8.
 
@@ -142,14 +151,22 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
             calibration=None,
             rewrites=rewrites,
         )
-    seen = calibrate(deployed, list(plan.int8_entries), source, options.calibrator, progress)
+    seen = calibrate(
+        deployed,
+        list(plan.int8_entries),
+        source,
+        options.calibrator,
+        progress,
+        percentile=options.percentile,
+        cache=options.calibration_cache,
+    )
     plan = plan.with_ranges(seen.ranges)
     return Prepared(
         name=name,
         deployed=deployed,
         layers=tuple(layers),
         plan=plan,
-        scales=plan_scales(deployed, plan),
+        scales=plan_scales(deployed, plan, options.weight_calibrator),
         calibration=seen,
         rewrites=rewrites,
     )
