@@ -2,6 +2,8 @@
 
 Usage: python benchmarks/family.py [NAME...] [--markdown benchmarks/family.md]
 
+With --markdown the rows of that file are replaced or added, and those of other networks stay.
+
 Each build is a process of its own: ONNX graph, TorchScript module and TensorRT-RTX engine, from random weights, proven
 on golden images; for INT8, calibrated on 8 images. One round; about 40 minutes for all on two cores.
 """
@@ -9,6 +11,7 @@ on golden images; for INT8, calibrated on 8 images. One round; about 40 minutes 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 import tempfile
@@ -63,29 +66,39 @@ def row(info: ModelInfo, folder: Path) -> tuple[list[str], Built]:
     return cells, built["fp16"]
 
 
+def keep(table: Path, cells: list[str]) -> None:
+    """Replace or add the row of one network, in the order in which the networks are registered."""
+    lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
+    rows = {line.split("|")[1].strip(): line for line in lines if line.startswith("|")}
+    rows[cells[0]] = f"| {' | '.join(cells)} |"
+    text = (
+        "# Every network in every precision\n\nPrinted by `python benchmarks/family.py --markdown "
+        f"benchmarks/family.md`, {platform.machine()}, {os.cpu_count()} cores, no GPU; one build each.\n\n"
+    )
+    head = [f"| {' | '.join(HEAD)} |", f"|---|{'---:|' * (len(HEAD) - 1)}"]
+    ordered = [rows[info.name] for info in list_models() if info.name in rows]
+    table.write_text(text + "\n".join([*head, *ordered]) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--markdown", type=Path, help="keep the table in this file too")
     options = parser.parse_args()
     chosen = [info for info in list_models() if info.arguments and (not options.names or info.name in options.names)]
-    lines = [" | ".join(HEAD), " | ".join(["---"] + ["---:"] * (len(HEAD) - 1))]
-    print("\n".join(lines), flush=True)
+    print(" | ".join(HEAD), flush=True)
     reached = True
     with tempfile.TemporaryDirectory() as name:
         for info in chosen:
             cells, fp16 = row(info, Path(name))
-            lines.append(" | ".join(cells))
-            print(lines[-1], flush=True)
+            print(" | ".join(cells), flush=True)
+            if options.markdown:
+                keep(options.markdown, cells)
             if info.name == LARGEST:
                 times = fp16.peak_mb * 1e6 / (info.parameters * 4)
                 reached = times < TIMES_WEIGHTS
                 limit = f"{LARGEST} in FP16: peak {times:.2f} x its FP32 weights, limit {TIMES_WEIGHTS}"
                 print(f"{limit}: {verdict(reached)}", flush=True)
-    if options.markdown:
-        text = "# Every network in every precision\n\nPrinted by `python benchmarks/family.py --markdown` on "
-        text += f"{platform.machine()}, two cores, no GPU; one build each.\n\n"
-        options.markdown.write_text(text + "\n".join(f"| {line} |" for line in lines) + "\n", encoding="utf-8")
     return 0 if reached else 1
 
 

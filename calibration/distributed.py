@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from pcn_deploy.calibration.images import ImageSource
 
-TIMEOUT = timedelta(hours=2)
-"""Longest wait for another process; process 0 builds the engines alone while the others wait for its verdict."""
+TIMEOUT = timedelta(days=1)
+"""Longest wait for another process; process 0 searches and builds alone while the others wait for its verdict."""
 
 T = TypeVar("T")
 

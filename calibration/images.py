@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -70,6 +70,7 @@ class ImageSource:
         self.unreadable: list[str] = []
         self.fingerprints = np.zeros((0, _SHA256_BYTES), np.uint8)
         self.digest = ""
+        self._items: Sequence[_File | _Array]
         self.name, self._items = _open(source, transform)
         self.has_labels = bool(self._items) and all(item.label is not None for item in self._items)
         if not self._items:
@@ -85,6 +86,17 @@ class ImageSource:
         if count < len(self._items):
             chosen = np.linspace(0, len(self._items) - 1, count).round().astype(int)
             self._items = [self._items[index] for index in chosen]
+
+    def select(self, indices: Iterable[int]) -> ImageSource:
+        """Some of the images, in the order of `indices`."""
+        part, items = copy.copy(self), self._items
+        part._items = [items[index] for index in indices]
+        return part
+
+    def readable(self) -> ImageSource:
+        """The images that the last complete pass could read."""
+        unreadable = set(self.unreadable)
+        return self.select(index for index, item in enumerate(self._items) if item.name not in unreadable)
 
     def subset(self, count: int) -> ImageSource:
         """At most `count` of the images, spread evenly; unreadable ones are skipped, as they were counted before."""
@@ -143,7 +155,7 @@ class ImageSource:
         """
         self.fingerprints = fingerprints
         read = np.asarray(fingerprints.any(axis=1))
-        self.unreadable = [self._items[index].name for index in np.flatnonzero(~read)]
+        self.unreadable = [self._items[index].name for index in np.flatnonzero(~read).tolist()]
         self._check_unreadable()
         if not read.any():
             msg = f"None of the {len(self._items)} images in {self.name} can be read."

@@ -6,7 +6,7 @@ The placement rules and their evidence are in docs/quantization.md. Standard lib
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -97,6 +97,14 @@ class PrecisionPlan:
     def with_ranges(self, ranges: dict[str, float]) -> PrecisionPlan:
         """Fill in calibrated ranges; layers whose input was all zero fall back to the remainder's precision."""
         return replace(self, entries=tuple(self._with_range(entry, ranges) for entry in self.entries))
+
+    def leave_out(self, ops: Collection[str], reason: str) -> PrecisionPlan:
+        """Give the layers named the remainder's precision, for this reason."""
+        entries = tuple(
+            replace(entry, precision=self.remainder, reason=reason, input_amax=None) if entry.op in ops else entry
+            for entry in self.entries
+        )
+        return replace(self, entries=entries)
 
     def _with_range(self, entry: PlanEntry, ranges: dict[str, float]) -> PlanEntry:
         if entry.precision != "int8":

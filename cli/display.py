@@ -6,17 +6,30 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
+from pcn_deploy.calibration.bound import images_needed
 from pcn_deploy.progress import Progress as ProgressCallable
 from pcn_deploy.progress import silent
 from pcn_deploy.specs import ATTENTION_MAP
+
+if TYPE_CHECKING:
+    from pcn_deploy.budget import BudgetProof
+    from pcn_deploy.calibration.search import SearchResult
 
 
 class _RateColumn(ProgressColumn):
@@ -58,7 +71,7 @@ def progress_bars(*, quiet: bool) -> Iterator[ProgressCallable]:
         BarColumn(bar_width=28),
         TextColumn("{task.completed}/{task.total}"),
         _RateColumn(),
-        TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         yield _Bars(progress)
@@ -138,3 +151,50 @@ PARITY_COLUMNS = [
     "same top-1 %",
     "top-1 drop",
 ]
+
+
+PROOF_COLUMNS = ["target", "executed by", "images", "lost", "gained", "drop", "95 % bound", "budget", "verdict"]
+
+
+def proof_row(proof: BudgetProof) -> list[str]:
+    """One row per proof of the budget; see `PROOF_COLUMNS`."""
+    counts = proof.counts
+    return [
+        proof.target,
+        proof.executed_by,
+        str(counts.images),
+        str(counts.lost),
+        str(counts.gained),
+        f"{counts.drop:.2f}",
+        f"{counts.drop_bound:.2f}",
+        f"{proof.budget:.2f}",
+        "within" if proof else "BROKEN",
+    ]
+
+
+def proof_basis(proof: BudgetProof) -> str:
+    """What a proof rests on."""
+    right = "labels" if proof.labelled else "answers of the trained network (there are no labels)"
+    images = "none of these images chose the plan" if proof.held_out else "these images chose the plan too"
+    return f"Judged by the {right} of {proof.data}; {images}. One-sided 95 % bound: inverted McNemar test (Tango 1998)."
+
+
+def broken_budget(proof: BudgetProof) -> str:
+    """Why a proof failed, and what would mend it."""
+    counts = proof.counts
+    needed = images_needed(counts, proof.budget)
+    remedy = f"{needed} images would prove it at this rate" if needed else "more images will not help at this rate"
+    return (
+        f"{proof.target}: top-1 drops by {counts.drop:.2f} points, with 95 % confidence by no more than "
+        f"{counts.drop_bound:.2f}, which is above {proof.budget:.2f}; {remedy}"
+    )
+
+
+def search_summary(search: SearchResult, quantized: int) -> str:
+    """What a search found."""
+    left = search.unquantized
+    names = f": {', '.join(left)}" if left else ""
+    return (
+        f"Search: {len(left)} layers left unquantised{names}; {quantized} stay INT8. "
+        f"{search.evaluations} plans judged, simulated drop {search.counts.drop:.2f} points."
+    )

@@ -25,6 +25,7 @@ from pcn_deploy.errors import (
 COMMANDS = {
     "models": "List architectures: parameters, GMACs, checkpoints they load.",
     "build": "Compile a checkpoint into a bundle of engines with parity reports.",
+    "analyze": "Measure what each layer costs when it becomes INT8.",
     "engine": "Add an engine for this device to a bundle; needs no torch.",
     "verify": "Check again that an engine equals the trained network.",
     "inspect": "Show what is inside a bundle: precision per layer, provenance.",

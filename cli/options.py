@@ -1,6 +1,6 @@
 """Options shared by commands, one name each, and the parameter types that read them.
 
-target, json, verbosity: several commands     images, max_drop: build verify     transform options: build
+Options of the network, of its transform and of calibration: build, analyze.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from typing import Any, TypeVar
 
 import click
 
-from pcn_deploy.calibration.transform import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS
+from pcn_deploy.calibration.calibrators import CALIBRATORS, PERCENTILE, WEIGHT_CALIBRATORS
+from pcn_deploy.calibration.images import MAX_UNREADABLE_SHARE
+from pcn_deploy.calibration.transform import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Transform
 from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.errors import OptionError
+from pcn_deploy.models.registry import check_weights_choice, find_model
+from pcn_deploy.provenance import ModelSource
 from pcn_deploy.specs import BatchRange
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -83,6 +87,12 @@ max_drop_option = click.option(
     metavar="PCT",
     help="Largest loss of top-1, in percentage points, on labelled images. [default: by precision, kept in the bundle]",
 )
+data_option = click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    metavar="DIR|FILE.npz",
+    help="Images that judge the accuracy (sub-folders are classes).",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")
 
@@ -127,3 +137,121 @@ def transform_options(command: Command) -> Command:
     for decorator in reversed(decorators):
         command = decorator(command)
     return command
+
+
+def network_options(command: Command) -> Command:
+    """Which network, with which weights."""
+    decorators = [
+        weights_option,
+        click.option("--random-weights", is_flag=True, help="Use freshly initialised weights instead of --weights."),
+        click.option(
+            "--num-classes", type=click.IntRange(min=1), metavar="N", help="Logits. [default: as the checkpoint]"
+        ),
+        click.option(
+            "--seed",
+            type=click.IntRange(0, 2**32 - 1),
+            default=0,
+            show_default=True,
+            help="Seed of random weights and images.",
+        ),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def calibration_options(command: Command) -> Command:
+    """Which images calibrate, and how."""
+    decorators = [
+        click.option(
+            "--calibration",
+            type=click.Path(path_type=Path),
+            metavar="DIR|FILE.npz",
+            help="Images to calibrate with (sub-folders are classes); required for int8.",
+        ),
+        click.option(
+            "--images",
+            type=click.IntRange(min=1),
+            default=512,
+            show_default=True,
+            metavar="N",
+            help="Use at most so many calibration images, spread evenly.",
+        ),
+        click.option(
+            "--calibrator", type=click.Choice(CALIBRATORS), default="entropy", show_default=True, help="Ranges."
+        ),
+        click.option(
+            "--percentile",
+            type=float,
+            metavar="P",
+            help=f"With --calibrator percentile: share of magnitudes inside the range. [default: {PERCENTILE}]",
+        ),
+        click.option(
+            "--weight-calibrator",
+            type=click.Choice(WEIGHT_CALIBRATORS),
+            default="max",
+            show_default=True,
+            help="Range of each output channel of the weights.",
+        ),
+        click.option(
+            "--calibration-cache",
+            type=click.Path(path_type=Path),
+            metavar="FILE.json",
+            help="Keep what calibration sees in this file; if it is there, run nothing. A bundle can be read too.",
+        ),
+        click.option(
+            "--max-unreadable",
+            type=click.FloatRange(0, 1),
+            default=MAX_UNREADABLE_SHARE,
+            show_default=True,
+            metavar="SHARE",
+            help="Stop if more than this share of the images cannot be read.",
+        ),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def calibration_of(given: dict[str, Any]) -> dict[str, Any]:
+    """What `calibration_options` say, as `CompileOptions` takes it.
+
+    Raises:
+        OptionError: If there is a percentile for another calibrator.
+    """
+    percentile = given["percentile"]
+    if percentile is not None and given["calibrator"] != "percentile":
+        msg = "--percentile goes with --calibrator percentile."
+        raise OptionError(msg)
+    return {
+        "calibrator": given["calibrator"],
+        "percentile": PERCENTILE if percentile is None else percentile,
+        "weight_calibrator": given["weight_calibrator"],
+        "calibration_cache": given["calibration_cache"],
+        "calibration_images": given["images"],
+        "max_unreadable": given["max_unreadable"],
+    }
+
+
+def transform_of(given: dict[str, Any]) -> Transform:
+    """The transform that `transform_options` describe; the resolution is that of the model if none is given."""
+    info = find_model(given["model"])
+    return Transform(
+        resolution=given["resolution"] or (info.resolution if info else (224, 224)),
+        crop_pct=given["crop_pct"],
+        mean=given["mean"],
+        std=given["std"],
+        interpolation=given["interpolation"],
+    )
+
+
+def source_of(given: dict[str, Any]) -> ModelSource:
+    """The network that `network_options` and the argument MODEL describe.
+
+    Raises:
+        OptionError: If weights are missing, or there are weights and --random-weights.
+    """
+    check_weights_choice(find_model(given["model"]), given["weights"], random_weights=given["random_weights"])
+    return ModelSource(
+        model=given["model"], weights=given["weights"], num_classes=given["num_classes"], seed=given["seed"]
+    )

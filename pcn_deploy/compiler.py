@@ -8,29 +8,40 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pcn_deploy.budget import BudgetProof, Judges, check_count, prove, search_plan
 from pcn_deploy.bundle import Bundle
+from pcn_deploy.calibration.evaluation import Answers
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.engines.base import Array, Backend, GraphSource
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DataError, DependencyError, ModelError
 from pcn_deploy.memory import release_unused
 from pcn_deploy.options import CompileOptions
-from pcn_deploy.parity import ParityBudget, ParityMeter, ParityReport, budget_for
-from pcn_deploy.preparation import CalibrationImages, Prepared, in_evaluation_mode, open_source, prepare
+from pcn_deploy.parity import ParityBudget, ParityMeter, ParityReport
+from pcn_deploy.preparation import (
+    CalibrationImages,
+    Prepared,
+    in_evaluation_mode,
+    open_evaluation,
+    open_source,
+    prepare,
+)
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine, executor
 from pcn_deploy.specs import EngineSpec
-from pcn_deploy.verification import verify_golden
+from pcn_deploy.verification import eager, verify_golden
 
 if TYPE_CHECKING:
     from torch import nn
 
     from pcn_deploy.calibration.plan import PrecisionPlan
+    from pcn_deploy.calibration.search import SearchResult
 
 AGREEMENT_DB = 25.0
 """Least SQNR between the TorchScript module and the ONNX graph: FP16 rounding alone leaves 64 dB and more, a graph
@@ -45,14 +56,18 @@ class CompileResult:
         bundle: The artefact, in memory until `bundle.save(path)`.
         plan: Precision per layer, with reasons.
         reports: One parity report per target.
+        search: What the search for the plan found, if there was one.
+        proofs: Whether each engine keeps the budget on the evaluation images, one per target if there were any.
     """
 
     bundle: Bundle
     plan: PrecisionPlan
     reports: tuple[ParityReport, ...]
+    search: SearchResult | None = None
+    proofs: tuple[BudgetProof, ...] = ()
 
     def __bool__(self) -> bool:
-        return all(self.reports)
+        return all(self.reports) and all(self.proofs)
 
 
 def compile(  # noqa: A001 - the verb's public name, as in torch.compile
@@ -60,6 +75,8 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     options: CompileOptions | None = None,
     *,
     calibration: CalibrationImages | None = None,
+    evaluation: CalibrationImages | None = None,
+    search_record: Path | None = None,
     provenance: dict[str, Any] | None = None,
     progress: Progress = silent,
 ) -> CompileResult:
@@ -70,6 +87,10 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
             mode.
         options: What to build.
         calibration: Images for INT8 ranges and for the golden set; required for INT8.
+        evaluation: Images that judge the accuracy, labelled or not; every engine must then keep the drop of top-1
+            within `options.max_drop` with 95 % confidence, and for INT8 the plan is searched so that it does. With a
+            budget for INT8 and no images here, all calibration images judge.
+        search_record: File in which the search keeps its measurements, so that a killed build goes on with them.
         provenance: Where the network comes from, kept in the manifest as it is.
         progress: Told how far each step is.
 
@@ -82,13 +103,23 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
         ModelError: If the network cannot be scripted, exported or run at this resolution.
         DependencyError: If a library is missing; the message holds the pip line.
         BuildError: If a backend refuses the graph.
+        ParityError: If the images are too few to prove the budget, or no layer can be INT8 within it.
     """
     options = options or CompileOptions()
     backends = [get_backend(target) for target in options.targets]
     _check_backends(backends, options.graph_type)
     source = open_source(calibration, options)
+    judged_by = open_evaluation(evaluation, calibration, options)
+    if judged_by is not None:
+        check_count(len(judged_by), options.budget.top1_drop)
     model = in_evaluation_mode(model)
     network = prepare(model, options, source, progress)
+    judges = found = None
+    if judged_by is not None:
+        answers = Answers.of(eager(model), judged_by, progress)
+        judges = Judges.share_out(answers, options.budget.top1_drop, searching=options.precision == "int8")
+        if options.precision == "int8":
+            network, found = search_plan(network, judges, search_record, progress)
     bundle = _new_bundle(network, options, source, provenance or {})
     bundle.add("golden.npz", _npz(_golden_set(model, options, source, progress)))
     del model  # no longer needed; the caller may keep it
@@ -102,8 +133,9 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     release_unused()
     _build_engines(bundle, backends, spec, options, progress)
     release_unused()
-    reports = _prove(bundle, backends, budget_for(options.precision, options.max_drop), progress)
-    return CompileResult(bundle=bundle, plan=plan, reports=reports)
+    reports = _prove(bundle, backends, options.budget, progress)
+    proofs = _prove_budget(bundle, backends, judges, found, progress) if judges else ()
+    return CompileResult(bundle=bundle, plan=plan, reports=reports, search=found, proofs=proofs)
 
 
 def _check_backends(backends: list[Backend], graph_type: str) -> None:
@@ -164,7 +196,7 @@ def _new_bundle(
         "calibration": calibration.summary() if calibration else None,
         "golden": source.name if source else "standard normal noise",
         "rewrites": network.rewrites,
-        "parity_budget": asdict(budget_for(options.precision, options.max_drop)),
+        "parity_budget": asdict(options.budget),
         "provenance": {**provenance, "built_by": _versions(), "host": platform.platform()},
     }
     bundle = Bundle(manifest)
@@ -280,6 +312,23 @@ def _prove(
         reports.append(replace(proven[executed_by], target=backend.target))
         bundle.add_json(f"parity/{backend.target}.json", reports[-1].to_json())
     return tuple(reports)
+
+
+def _prove_budget(
+    bundle: Bundle, backends: list[Backend], judges: Judges, found: SearchResult | None, progress: Progress
+) -> tuple[BudgetProof, ...]:
+    """Judge every engine on the evaluation images, as `_prove` does on the golden set."""
+    proven: dict[str, BudgetProof] = {}
+    proofs = []
+    for backend in backends:
+        executed_by = executor(backend, bundle.manifest["remainder"])
+        if executed_by not in proven:
+            with Engine.open(bundle, backend.target, executed_by=executed_by) as engine:
+                proven[executed_by] = prove(engine, backend.target, judges, progress)
+        proofs.append(replace(proven[executed_by], target=backend.target))
+    search = found.to_json() if found else None
+    bundle.add_json("budget.json", {"search": search, "proofs": [proof.to_json() for proof in proofs]})
+    return tuple(proofs)
 
 
 def _versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from pcn_deploy.calibration.plan import PRECISIONS, REMAINDERS
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import OptionError
-from pcn_deploy.parity import budget_for
+from pcn_deploy.parity import ParityBudget, budget_for
 from pcn_deploy.specs import ATTENTION_MAP, LOGITS, BatchRange
 
 
@@ -93,6 +93,11 @@ class CompileOptions:
             )
             raise OptionError(msg)
         budget_for(self.precision, self.max_drop)
+
+    @property
+    def budget(self) -> ParityBudget:
+        """What is still parity."""
+        return budget_for(self.precision, self.max_drop)
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from pcn_deploy.progress import Progress, silent
 if TYPE_CHECKING:
     from torch import nn
 
-    from pcn_deploy.calibration.plan import PrecisionPlan
+    from pcn_deploy.calibration.plan import LayerFacts, PrecisionPlan
     from pcn_deploy.calibration.quantized import Quantization
     from pcn_deploy.calibration.record import Calibration
 
@@ -31,10 +31,20 @@ class Prepared:
 
     name: str
     deployed: nn.Module
+    layers: tuple[LayerFacts, ...]
     plan: PrecisionPlan
     scales: dict[str, Quantization]
     calibration: Calibration | None
     rewrites: dict[str, int]
+
+    def units(self) -> dict[str, tuple[str, ...]]:
+        """The INT8 layers, each with the residual additions that are INT8 because it is, by its name."""
+        branches = {layer.path: layer.branch for layer in self.layers if layer.branch and layer.path in self.scales}
+        return {
+            path: (path, *(addition for addition, branch in branches.items() if branch == path))
+            for path in self.scales
+            if path not in branches
+        }
 
 
 def in_evaluation_mode(model: nn.Module) -> nn.Module:
@@ -44,21 +54,25 @@ def in_evaluation_mode(model: nn.Module) -> nn.Module:
     return share_weights(model).eval()
 
 
+def as_source(images: CalibrationImages, options: CompileOptions, limit: int | None = None) -> ImageSource:
+    """Images of any kind as a source; at most `limit` of them.
+
+    Raises:
+        DataError: If images are unusable.
+    """
+    if isinstance(images, ImageSource):
+        return images
+    return ImageSource(images, options.transform, limit=limit, max_unreadable=options.max_unreadable)
+
+
 def open_source(calibration: CalibrationImages | None, options: CompileOptions) -> ImageSource | None:
     """The calibration images, if there are any.
 
     Raises:
         DataError: If INT8 is asked for without images, or images are unusable.
     """
-    if isinstance(calibration, ImageSource):
-        return calibration
     if calibration is not None:
-        return ImageSource(
-            calibration,
-            options.transform,
-            limit=options.calibration_images,
-            max_unreadable=options.max_unreadable,
-        )
+        return as_source(calibration, options, options.calibration_images)
     if options.precision == "int8":
         msg = (
             "INT8 needs calibration images: without them the ranges would be guesses. "
@@ -75,6 +89,19 @@ def take_part(model: nn.Module, options: CompileOptions, calibration: Calibratio
         PcnDeployError: As `prepare`, in all processes alike.
     """
     prepare(in_evaluation_mode(model), options, open_source(calibration, options), silent)
+
+
+def open_evaluation(
+    evaluation: CalibrationImages | None, calibration: CalibrationImages | None, options: CompileOptions
+) -> ImageSource | None:
+    """The images that judge the accuracy: those given for it, or with a budget for INT8 all calibration images.
+
+    Raises:
+        DataError: If images are unusable.
+    """
+    if evaluation is None and options.max_drop is not None and options.precision == "int8":
+        evaluation = calibration
+    return None if evaluation is None else as_source(evaluation, options)
 
 
 def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | None, progress: Progress) -> Prepared:
@@ -115,7 +142,15 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
         deployed = output_attention_map(deployed)
     progress("Rewriting and planning", 2, 2)
     if source is None or options.precision != "int8":
-        return Prepared(name=name, deployed=deployed, plan=plan, scales={}, calibration=None, rewrites=rewrites)
+        return Prepared(
+            name=name,
+            deployed=deployed,
+            layers=tuple(layers),
+            plan=plan,
+            scales={},
+            calibration=None,
+            rewrites=rewrites,
+        )
     seen = calibrate(
         deployed,
         list(plan.int8_entries),
@@ -129,6 +164,7 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     return Prepared(
         name=name,
         deployed=deployed,
+        layers=tuple(layers),
         plan=plan,
         scales=plan_scales(deployed, plan, options.weight_calibrator),
         calibration=seen,

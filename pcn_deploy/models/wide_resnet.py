@@ -90,6 +90,7 @@ class WideResNet(nn.Module):
         self.num_classes = num_classes
         self.conv1 = plain_conv3x3(in_channels, 16, 1)
         stages: list[nn.Sequential] = []
+        last_norms: list[nn.BatchNorm2d] = []
         channels = 16
         for index in range(3):
             width, side = 16 * 2**index * widen, -(-image_size // 2**index)
@@ -108,14 +109,16 @@ class WideResNet(nn.Module):
                         stride=stride,
                         pooling=augmentation.pooled if index == 0 else "none",
                     )
-                blocks.append(WideBlock(channels, width, stride, conv))
+                block = WideBlock(channels, width, stride, conv)
+                blocks.append(block)
+                last_norms.append(block.bn2)
                 channels = width
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3 = stages
         self.bn = nn.BatchNorm2d(channels)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
-        initialise(self, [])
+        initialise(self, last_norms)
 
     def stage_features(self, images: Tensor) -> list[Tensor]:
         """Feature maps after each stage, at 1, 1/2 and 1/4 of the size of `(N, C, H, W)`, before activation."""

@@ -1,0 +1,85 @@
+"""Measurements kept in a file as they are made, so that a run that was killed goes on where it stopped.
+
+One JSON object per line: first the identity of the run, then one measurement each. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pcn_deploy.errors import DataError, OutputError
+
+_VERSION = 1
+
+
+class Ledger:
+    """Measurements by name, appended to a file.
+
+    Args:
+        path: The file; None keeps the measurements in memory only.
+        identity: What the measurements depend on: digests, options, layers; plain values.
+
+    Attributes:
+        resumed: Number of measurements found in the file.
+
+    Raises:
+        DataError: If the file belongs to another run, or is no such file.
+        OutputError: If it cannot be written.
+    """
+
+    def __init__(self, path: Path | None, identity: dict[str, Any]) -> None:
+        self._path = path
+        self._found: dict[str, Any] = {}
+        head = json.loads(json.dumps({"version": _VERSION, **identity}))
+        if path is not None and path.exists():
+            self._read(path, head)
+        else:
+            self._write(json.dumps(head))
+        self.resumed = len(self._found)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._found
+
+    def __getitem__(self, name: str) -> Any:
+        return self._found[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._found[name] = value
+        self._write(json.dumps([name, value]))
+
+    def remove(self) -> None:
+        """Delete the file: the run is complete."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    def _read(self, path: Path, head: dict[str, Any]) -> None:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            written = json.loads(lines[0]) if lines else {}
+            # a line that was being written when the run was killed has no end
+            entries = [json.loads(line) for line in lines[1:] if line.endswith("\n")]
+            self._found = {str(name): value for name, value in entries}
+        except (OSError, ValueError, TypeError) as error:
+            msg = f"{path} does not hold the measurements of an earlier run ({error}). Remove it, or name another file."
+            raise DataError(msg) from error
+        differing = sorted(key for key in {*head, *written} if head.get(key) != written.get(key))
+        if differing:
+            msg = (
+                f"{path} holds the measurements of another run: {', '.join(differing)} differ. "
+                "Remove it to start afresh, or repeat that run with the same weights, images and options."
+            )
+            raise DataError(msg)
+        if lines and not lines[-1].endswith("\n"):
+            path.write_text("".join(lines[:-1]), encoding="utf-8")
+
+    def _write(self, line: str) -> None:
+        if self._path is None:
+            return
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            msg = f"{self._path} cannot be written: {error}."
+            raise OutputError(msg) from error

@@ -1,0 +1,127 @@
+"""`pcn-compile analyze`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pcn_deploy.analysis import SAMPLE, Analysis, analyze
+from pcn_deploy.analysis_picture import draw
+from pcn_deploy.bundle import check_output
+from pcn_deploy.cli import display, options
+from pcn_deploy.cli.main import set_verbosity
+from pcn_deploy.compiler import synthetic_images
+from pcn_deploy.errors import DataError
+from pcn_deploy.options import CompileOptions
+
+SHOWN = 15
+"""Layers in the printed table; the file holds all of them."""
+
+
+@click.command("analyze")
+@click.argument("model")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, metavar="OUT.json", help="All measurements."
+)
+@click.option(
+    "--picture",
+    type=click.Path(path_type=Path),
+    metavar="OUT.png",
+    help="Draw them (needs matplotlib); also .svg, .pdf.",
+)
+@options.network_options
+@options.calibration_options
+@options.data_option
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    default=SAMPLE,
+    show_default=True,
+    metavar="N",
+    help="Measure on at most so many images, spread evenly.",
+)
+@options.transform_options
+@options.overwrite_option
+@options.json_option
+@options.verbosity_options
+def command(**given: Any) -> None:
+    """Measure what each layer of MODEL costs when it becomes INT8.
+
+    Each layer is quantised alone; kept out of INT8 alone; quantised in its weights alone and in its input alone. The
+    ranking is by the SQNR of the logits. Measured on the images of --data, else on the calibration images.
+
+    A run that was killed goes on where it stopped when it is started again: OUT.json.partial holds what it measured.
+
+    \b
+    Example:
+      pcn-compile analyze patchconvnet_s60 --weights s60_224_1k.pth --calibration imagenet/val \\
+          -o s60.json --picture s60.png
+    """  # noqa: D301 - click reads the backspace character
+    quiet = given["quiet"] or given["as_json"]
+    set_verbosity(given["verbose"], given["quiet"])
+    for path in (given["output"], given["picture"]):
+        if path is not None:
+            check_output(path, overwrite=given["overwrite"])
+    source = options.source_of(given)
+    compile_options = CompileOptions(
+        precision="int8",
+        **options.calibration_of(given),
+        transform=options.transform_of(given),
+        seed=given["seed"],
+    )
+    calibration = given["calibration"]
+    if calibration is None and given["random_weights"]:
+        display.note("the weights are random, so synthetic images calibrate them.", quiet=quiet)
+        calibration = [synthetic_images(compile_options.calibration_images, compile_options)]
+    if calibration is None:
+        message = "Give images to calibrate with: --calibration DIR or FILE.npz."
+        raise DataError(message)
+    with display.progress_bars(quiet=quiet) as progress:
+        found = analyze(
+            source.create(),
+            compile_options,
+            calibration,
+            evaluation=given["data"],
+            images=given["sample"],
+            record=given["output"].with_name(f"{given['output'].name}.partial"),
+            progress=progress,
+        )
+    measurements = {"model": given["model"], "calibrator": given["calibrator"], **found.to_json()}
+    given["output"].write_text(json.dumps(measurements, indent=1) + "\n", encoding="utf-8")
+    if given["picture"] is not None:
+        draw(found, given["picture"], f"{given['model']}: cost of INT8 per layer, {found.sensitivity.images} images")
+    if given["as_json"]:
+        display.print_json(measurements)
+    else:
+        _print(found, given["output"])
+
+
+def _print(found: Analysis, output: Path) -> None:
+    sensitivity = found.sensitivity
+    every = sensitivity.all_quantized
+    columns = ["layer", "kind", "alone, dB", "weights, dB", "input, dB", "all but it, dB", "same top-1 %"]
+    rows = [
+        [
+            one.op,
+            one.kind,
+            f"{one.only_quantized.sqnr_db:.1f}",
+            f"{one.weight_only.sqnr_db:.1f}" if one.weight_only else "-",
+            f"{one.input_only.sqnr_db:.1f}",
+            f"{one.only_kept.sqnr_db:.1f}",
+            f"{one.only_quantized.top1_agreement:.2f}",
+        ]
+        for one in sensitivity.layers[:SHOWN]
+    ]
+    title = f"SQNR of the logits: the {len(rows)} layers that cost most, of {len(sensitivity.layers)}"
+    display.print_table(title, columns, rows)
+    drop = "" if every.top1_drop is None else f", top-1 drops by {every.top1_drop:.2f} points"
+    click.echo(
+        f"All in INT8: {every.sqnr_db:.1f} dB, same answer on {every.top1_agreement:.2f} %{drop} "
+        f"({sensitivity.images} images of {found.data})."
+    )
+    if found.resumed:
+        click.echo(f"{found.resumed} measurements were taken over from the run before.")
+    click.echo(f"Wrote {output}.")

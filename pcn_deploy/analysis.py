@@ -1,0 +1,101 @@
+"""The verb `analyze`: what does each layer cost when it becomes INT8?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pcn_deploy.budget import run_digest
+from pcn_deploy.calibration.evaluation import Answers
+from pcn_deploy.calibration.ledger import Ledger
+from pcn_deploy.options import CompileOptions
+from pcn_deploy.preparation import CalibrationImages, as_source, in_evaluation_mode, prepare
+from pcn_deploy.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pcn_deploy.calibration.sensitivity import Sensitivity
+
+SAMPLE = 128
+"""Images of an analysis by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What an analysis found.
+
+    Attributes:
+        sensitivity: Effects per layer, most harmful first.
+        order: Names of the layers in the order of the network.
+        unquantized: Layers that the plan does not quantise at all, with the reason.
+        data: Where the images came from.
+        resumed: Measurements taken over from a run that was killed.
+    """
+
+    sensitivity: Sensitivity
+    order: tuple[str, ...]
+    unquantized: dict[str, str]
+    data: str
+    resumed: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "data": self.data,
+            **self.sensitivity.to_json(),
+            "order": list(self.order),
+            "unquantized": self.unquantized,
+        }
+
+
+def analyze(
+    model: nn.Module,
+    options: CompileOptions,
+    calibration: CalibrationImages,
+    *,
+    evaluation: CalibrationImages | None = None,
+    images: int = SAMPLE,
+    record: Path | None = None,
+    progress: Progress = silent,
+) -> Analysis:
+    """Measure what each layer costs when it becomes INT8: alone, with all the others, by its weights, by its input.
+
+    Args:
+        model: Network of one input `(N, C, H, W)` and one output `(N, K)`; left as it is.
+        options: As for `compile`; the precision is INT8 whatever it says.
+        calibration: Images for the ranges.
+        evaluation: Images to measure on; the calibration images if None.
+        images: Use at most so many of them, spread evenly.
+        record: File in which measurements are kept while it runs, so that a killed run goes on with them.
+        progress: Told the number of measurements done.
+
+    Returns:
+        The effects, ranked.
+
+    Raises:
+        DataError: If images are unusable, or `record` belongs to another run.
+        ModelError: If the network cannot run, or no layer gains from INT8.
+    """
+    from pcn_deploy.calibration.quantized import apply_scales
+    from pcn_deploy.calibration.sensitivity import measure_sensitivity
+    from pcn_deploy.calibration.simulate import Simulation
+
+    options = replace(options, precision="int8")
+    source = as_source(calibration, options, options.calibration_images)
+    network = prepare(in_evaluation_mode(model), options, source, progress)
+    simulation = Simulation(network.deployed, apply_scales(network.deployed, network.scales), network.scales)
+    judged_by = source if evaluation is None else as_source(evaluation, options)
+    answers = Answers.of(simulation.logits, judged_by.subset(images), progress)
+    ledger = Ledger(record, {"run": run_digest(network, [answers])})
+    kinds = {entry.op: entry.kind for entry in network.plan.entries}
+    sensitivity = measure_sensitivity(simulation, kinds, answers, ledger, progress)
+    ledger.remove()
+    return Analysis(
+        sensitivity=sensitivity,
+        order=simulation.layers,
+        unquantized={entry.op: entry.reason for entry in network.plan.entries if entry.precision != "int8"},
+        data=judged_by.name,
+        resumed=ledger.resumed,
+    )

@@ -1,0 +1,204 @@
+"""Precision by accuracy budget: find the plan that keeps the budget, then prove it on the engines that were built."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pcn_deploy.calibration.bound import CONFIDENCE, PairedCounts, images_needed
+from pcn_deploy.calibration.evaluation import Answers
+from pcn_deploy.calibration.ledger import Ledger
+from pcn_deploy.errors import OptionError, ParityError
+from pcn_deploy.progress import Progress
+
+if TYPE_CHECKING:
+    from pcn_deploy.calibration.search import SearchResult
+    from pcn_deploy.preparation import Prepared
+    from pcn_deploy.runtime import Engine
+
+RANKING_IMAGES = 64
+"""Images on which the layers are ranked; an order needs fewer than a proof."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetProof:
+    """Whether a built engine keeps the budget; true if it does.
+
+    Attributes:
+        target: The engine judged.
+        executed_by: What answered: the target, or `cpu` where the engine cannot run here.
+        data: Where the images came from.
+        held_out: Whether no image took part in the search.
+        labelled: Whether the images have labels; if not, the answers of the trained network count as right.
+        counts: Images judged, lost and gained.
+        budget: Largest drop of top-1, in percentage points.
+    """
+
+    target: str
+    executed_by: str
+    data: str
+    held_out: bool
+    labelled: bool
+    counts: PairedCounts
+    budget: float
+
+    def __bool__(self) -> bool:
+        return self.counts.drop_bound <= self.budget
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        counts = self.counts
+        return {
+            "passed": bool(self),
+            **asdict(self),
+            "drop": counts.drop,
+            "drop_bound": counts.drop_bound,
+            "confidence": CONFIDENCE,
+            "images_needed": None if self else images_needed(counts, self.budget),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judges:
+    """The images of an evaluation, shared out.
+
+    Attributes:
+        search: Those that choose the plan.
+        proof: Those that judge the engine: others if there are enough, the same ones otherwise.
+        held_out: Whether they are others.
+        budget: Largest drop of top-1, in percentage points.
+    """
+
+    search: Answers
+    proof: Answers
+    held_out: bool
+    budget: float
+
+    @classmethod
+    def share_out(cls, answers: Answers, budget: float, *, searching: bool) -> Judges:
+        """Halve the images if half of them can prove the budget; every other one, so that both halves see all classes.
+
+        Args:
+            answers: All images.
+            budget: Largest drop of top-1, in percentage points.
+            searching: Whether a plan will be chosen by them at all.
+
+        Raises:
+            OptionError: If the budget is 0: no number of images proves that nothing is lost.
+            ParityError: If there are too few to prove the budget even for an engine that loses none of them.
+        """
+        needed = check_count(len(answers), budget)
+        if not searching or len(answers) < 2 * needed:
+            return cls(search=answers, proof=answers, held_out=not searching, budget=budget)
+        indices = np.arange(len(answers))
+        halves = answers.select(indices[::2]), answers.select(indices[1::2])
+        return cls(search=halves[0], proof=halves[1], held_out=True, budget=budget)
+
+
+def check_count(images: int, budget: float) -> int:
+    """Refuse a budget that so many images cannot prove.
+
+    Args:
+        images: Number of images.
+        budget: Largest drop of top-1, in percentage points.
+
+    Returns:
+        The least number that could.
+
+    Raises:
+        OptionError: If the budget is 0: no number of images proves that nothing is lost.
+        ParityError: If there are too few even for an engine that loses none of them.
+    """
+    needed = images_needed(PairedCounts(images), budget)
+    if needed is None:
+        msg = f"--max-drop {budget}: no number of images proves that nothing at all is lost; allow 0.1, say."
+        raise OptionError(msg)
+    if images < needed:
+        best = PairedCounts(images).drop_bound
+        msg = (
+            f"{images} images cannot prove a drop within {budget} points: even if none is lost, the drop may be "
+            f"{best:.2f} with {CONFIDENCE:.0%} confidence. Give {needed} images or more with --data ({2 * needed} to "
+            "judge the engine on images that did not choose its plan), or allow a larger drop."
+        )
+        raise ParityError(msg)
+    return needed
+
+
+def search_plan(
+    network: Prepared, judges: Judges, record: Path | None, progress: Progress
+) -> tuple[Prepared, SearchResult]:
+    """Find the fewest layers to leave out of INT8.
+
+    Args:
+        network: The network with every layer in INT8 that may be.
+        judges: The images.
+        record: Where judgements are kept, so that a killed search goes on; None for nowhere.
+        progress: Told how far the steps are.
+
+    Returns:
+        The network with the plan found, and what the search found.
+
+    Raises:
+        DataError: If `record` belongs to another run.
+        ParityError: If no layer at all can be INT8 within the budget.
+    """
+    from pcn_deploy.calibration.quantized import apply_scales
+    from pcn_deploy.calibration.search import Search
+    from pcn_deploy.calibration.sensitivity import rank
+    from pcn_deploy.calibration.simulate import Simulation
+
+    simulation = Simulation(network.deployed, apply_scales(network.deployed, network.scales), network.scales)
+    units = network.units()
+    ledger = Ledger(record, {"run": run_digest(network, [judges.search, judges.proof]), "budget": judges.budget})
+    chosen = judges.search.spread(RANKING_IMAGES)
+    search = Search(simulation, units, judges.search, judges.budget, ledger, progress)
+    found = search.run(lambda: rank(simulation, units, chosen, ledger, progress))
+    ledger.remove()
+    if len(found.unquantized) == len(units):
+        msg = (
+            f"No INT8 layer is left: each of the {len(units)} would break the budget of {judges.budget} points of "
+            "top-1. Build with --precision fp16, calibrate with more images, or allow a larger drop."
+        )
+        raise ParityError(msg)
+    left = frozenset(layer for unit in found.unquantized for layer in units[unit])
+    plan = network.plan.leave_out(left, f"INT8 here would break the budget of {judges.budget} points of top-1")
+    scales = {path: scale for path, scale in network.scales.items() if path not in left}
+    return replace(network, plan=plan, scales=scales), found
+
+
+def prove(engine: Engine, target: str, judges: Judges, progress: Progress) -> BudgetProof:
+    """Judge a built engine.
+
+    Args:
+        engine: What answers: the engine, or its graph where it cannot run here.
+        target: The engine that is judged.
+        judges: The images.
+        progress: Told the number of images done.
+    """
+    answers = judges.proof.predict(engine.predict, progress, f"Budget of {target}")
+    return BudgetProof(
+        target=target,
+        executed_by=engine.executed_by,
+        data=judges.proof.source.name,
+        held_out=judges.held_out,
+        labelled=judges.proof.labelled,
+        counts=judges.proof.count(answers),
+        budget=judges.budget,
+    )
+
+
+def run_digest(network: Prepared, judges: list[Answers]) -> str:
+    """Digest of all that decides a measurement: weights, scales, images and expected answers."""
+    sha = hashlib.sha256()
+    for name, tensor in network.deployed.state_dict().items():
+        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        sha.update(tensor.contiguous().numpy().data)
+    for path, scales in network.scales.items():
+        sha.update(f"{path}{scales.input!r}".encode() + scales.weight.tobytes())
+    for answers in judges:
+        sha.update(answers.source.digest.encode() + answers.expected.tobytes() + answers.reference.tobytes())
+    return sha.hexdigest()

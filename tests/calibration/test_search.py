@@ -1,0 +1,208 @@
+"""The search, on a network in which some layers hurt; and its counts, on answers that are known."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_builds import images, network
+
+from pcn_deploy.calibration import search as search_module
+from pcn_deploy.calibration.bound import PairedCounts
+from pcn_deploy.calibration.collect import calibrate
+from pcn_deploy.calibration.evaluation import Answers
+from pcn_deploy.calibration.facts import inspect_layers
+from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.calibration.ledger import Ledger
+from pcn_deploy.calibration.plan import make_plan
+from pcn_deploy.calibration.quantized import apply_scales, plan_scales
+from pcn_deploy.calibration.search import Search, SearchResult
+from pcn_deploy.calibration.sensitivity import measure_sensitivity, rank
+from pcn_deploy.calibration.simulate import Simulation
+from pcn_deploy.calibration.transform import Transform
+from pcn_deploy.errors import DataError
+from pcn_deploy.models.deploy import to_deploy
+
+TRANSFORM = Transform(resolution=(32, 32))
+
+
+@pytest.fixture(scope="module")
+def spoiled() -> tuple[Simulation, dict[str, str], ImageSource]:
+    """A network, two of whose layers have a range so wide that they ruin the answers."""
+    deployed, _ = to_deploy(network())
+    source = ImageSource([images(300)], TRANSFORM)
+    plan = make_plan(inspect_layers(deployed, torch.zeros(1, 3, 32, 32)), "int8", "fp32")
+    seen = calibrate(deployed, list(plan.int8_entries), source.subset(16), "max")
+    ranges = {path: 300 * amax if path in HARMFUL else amax for path, amax in seen.ranges.items()}
+    scales = plan_scales(deployed, plan.with_ranges(ranges))
+    kinds = {entry.op: entry.kind for entry in plan.entries}
+    return Simulation(deployed, apply_scales(deployed, scales), scales), kinds, source
+
+
+HARMFUL = {"blocks.0.attn.qkv_pos.5", "blocks.1.attn.qkv_pos.0"}
+
+
+def units(simulation: Simulation) -> dict[str, tuple[str, ...]]:
+    return {layer: (layer,) for layer in simulation.layers}
+
+
+def run(spoiled: tuple[Simulation, dict[str, str], ImageSource], budget: float, record: Path | None) -> SearchResult:
+    simulation, _, source = spoiled
+    answers = Answers.of(simulation.logits, source)
+    ledger = Ledger(record, {"budget": budget})
+    search = Search(simulation, units(simulation), answers, budget, ledger)
+    return search.run(lambda: rank(simulation, units(simulation), answers.spread(32), ledger))
+
+
+def greedy(simulation: Simulation, answers: Answers, ranking: list[str], budget: float) -> int:
+    """The plain way: give up layers in order, judge each plan on all images, stop at the first that will do."""
+    for count in range(len(ranking) + 1):
+        left = set(ranking[count:])
+        found = answers.predict(partial(simulation.logits, inputs=left, weights=left))
+        if answers.count(found).drop_bound <= budget:
+            return count
+    raise AssertionError
+
+
+def test_it_finds_the_layers_that_hurt(spoiled: tuple[Simulation, dict[str, str], ImageSource]) -> None:
+    found = run(spoiled, 5.0, None)
+    assert found.reached
+    assert found.unquantized
+    assert set(found.unquantized) <= HARMFUL
+    assert found.counts.drop_bound <= 5.0
+
+
+@pytest.mark.parametrize("budget", [1.0, 2.0, 8.0, 30.0])
+def test_it_never_gives_up_more_layers_than_the_plain_way(
+    spoiled: tuple[Simulation, dict[str, str], ImageSource], budget: float
+) -> None:
+    simulation, _, source = spoiled
+    answers = Answers.of(simulation.logits, source)
+    ranking = rank(simulation, units(simulation), answers.spread(32), Ledger(None, {}))
+    found = run(spoiled, budget, None)
+    assert len(found.unquantized) <= greedy(simulation, answers, ranking, budget)
+    left = set(simulation.layers) - set(found.unquantized)
+    assert found.counts == answers.count(answers.predict(partial(simulation.logits, inputs=left, weights=left)))
+
+
+def test_a_killed_search_goes_on_where_it_stopped(
+    spoiled: tuple[Simulation, dict[str, str], ImageSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, simulation = tmp_path / "search", spoiled[0]
+    whole = run(spoiled, 5.0, None)
+    real, left = simulation.logits, [70]
+
+    def dying(*given: Any, **named: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(*given, **named)
+
+    monkeypatch.setattr(simulation, "logits", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(spoiled, 5.0, record)
+    measured = len(record.read_text().splitlines())
+    assert measured > 3
+    left[0] = 10_000
+    assert run(spoiled, 5.0, record) == whole
+    left[0] = 0 + len(images(300)) // 16 + 1  # the answers of the network are asked for again; nothing else is
+    assert run(spoiled, 5.0, record) == whole
+
+
+def test_no_budget_is_kept_by_no_layer(spoiled: tuple[Simulation, dict[str, str], ImageSource]) -> None:
+    """300 images cannot prove 0.1 points: all layers are given up, and still it is not reached."""
+    found = run(spoiled, 0.1, None)
+    assert not found.reached
+    assert len(found.unquantized) == len(spoiled[0].layers)
+    assert found.images_needed == 2703
+
+
+def test_without_harm_no_layer_is_given_up_and_none_is_ranked(
+    spoiled: tuple[Simulation, dict[str, str], ImageSource],
+) -> None:
+    simulation, _, source = spoiled
+    harmless: dict[str, tuple[str, ...]] = {layer: (layer,) for layer in simulation.layers if layer not in HARMFUL}
+    answers = Answers.of(simulation.logits, source)
+    search = Search(simulation, harmless, answers, 5.0, Ledger(None, {}))
+    found = search.run(lambda: pytest.fail("ranked"))
+    assert found.unquantized == ()
+    assert found.evaluations == 1
+
+
+def test_sensitivity_tells_the_harmful_layers(spoiled: tuple[Simulation, dict[str, str], ImageSource]) -> None:
+    simulation, kinds, source = spoiled
+    found = measure_sensitivity(simulation, kinds, Answers.of(simulation.logits, source.subset(32)), Ledger(None, {}))
+    assert {one.op for one in found.layers[:2]} == HARMFUL
+    worst = found.layers[0]
+    assert worst.weight_only is not None
+    assert worst.input_only.sqnr_db < worst.weight_only.sqnr_db - 20
+    kept = {one.op: one.only_kept.sqnr_db for one in found.layers}
+    assert all(kept[harmful] > found.all_quantized.sqnr_db for harmful in HARMFUL)
+    assert min(one.only_quantized.sqnr_db for one in found.layers) >= found.all_quantized.sqnr_db - 1
+    assert worst.only_quantized.top1_drop is None
+
+
+def test_quantised_in_full_it_is_the_quantised_network(
+    spoiled: tuple[Simulation, dict[str, str], ImageSource],
+) -> None:
+    simulation, _, _ = spoiled
+    batch = images(4)
+    plain, every = simulation.logits(batch), set(simulation.layers)
+    quantized = simulation.logits(batch, inputs=every, weights=every)
+    deployed, _ = to_deploy(network())
+    with torch.inference_mode():
+        np.testing.assert_array_equal(plain, deployed(torch.from_numpy(batch)).numpy())
+    one = simulation.layers[0]
+    both = simulation.logits(batch, inputs={one}, weights={one})
+    only_weight, only_input = simulation.logits(batch, weights={one}), simulation.logits(batch, inputs={one})
+    for first, second in [(plain, quantized), (plain, only_weight), (plain, only_input), (both, only_input)]:
+        assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(simulation.logits(batch), plain)
+
+
+def test_answers_count_against_labels() -> None:
+    """Logits that are known, for our own counting."""
+    pixels = images(6)
+    source = ImageSource([pixels], TRANSFORM)
+    answers = Answers(source, np.array([0, 1, 2, 0, 1, 2]), np.array([0, 1, 0, 0, 2, 2]), labelled=True)
+    assert answers.count(np.array([0, 2, 2, 1, 1, 2])) == PairedCounts(6, lost=2, gained=2)
+    chosen = answers.select(np.array([4, 1]))
+    assert (chosen.expected.tolist(), chosen.reference.tolist()) == ([1, 1], [2, 1])
+    np.testing.assert_array_equal(next(chosen.source.batches(2))[0], pixels[[4, 1]])
+    assert answers.spread(3).expected.tolist() == [0, 2, 2]
+
+
+def test_unreadable_images_are_left_out_of_the_answers(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for index in range(30):
+        Image.fromarray(np.full((32, 32, 3), 8 * index, np.uint8)).save(tmp_path / f"{index:02d}.png")
+    (tmp_path / "03.png").write_bytes(b"no image")
+    source = ImageSource(tmp_path, TRANSFORM)
+    answers = Answers.of(lambda batch: batch.mean((2, 3)), source)
+    assert len(answers) == len(answers.source) == 29
+    assert sum(len(batch) for batch, _ in answers.source.batches(8)) == 29
+
+
+def test_labels_outside_the_head_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", images=np.zeros((2, 32, 32, 3), np.uint8), labels=np.array([0, 7]))
+    with pytest.raises(DataError, match="Labels run from 0 to 7; the network has 3 classes"):
+        Answers.of(lambda batch: batch.mean((2, 3)), ImageSource(tmp_path / "set.npz", TRANSFORM))
+
+
+def test_logits_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(DataError, match="NaN or infinite logits"):
+        Answers.of(lambda batch: batch.mean((2, 3)) * np.nan, ImageSource([images(2)], TRANSFORM))
+
+
+def test_a_plan_is_not_given_up_before_the_moved_images_are_seen() -> None:
+    """Ten images lost first and ten gained later: on the whole nothing is lost."""
+    stop = search_module.Search.__new__(search_module.Search)
+    stop._budget, stop._moved = 1.0, 200
+    assert not stop._is_hopeless(100, PairedCounts(1000, 30, 0))
+    assert stop._is_hopeless(200, PairedCounts(1000, 30, 0))
+    assert not stop._is_hopeless(200, PairedCounts(1000, 4, 0))

@@ -1,0 +1,167 @@
+"""Builds with an accuracy budget: the plan is searched, the engine is judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from helpers import invoke, refused
+from small_builds import images, network, options
+
+import pcn_deploy
+from pcn_deploy import CompileResult
+from pcn_deploy.budget import Judges, check_count
+from pcn_deploy.calibration.evaluation import Answers
+from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.calibration.record import Calibration
+from pcn_deploy.engines.onnxruntime import _OnnxRuntimeSession
+from pcn_deploy.errors import OptionError, ParityError
+
+torch = pytest.importorskip("torch")
+
+HARMFUL = "blocks.0.attn.qkv_pos.5"
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, layers: set[str] | None) -> None:
+    """Ranges so wide that the layers named (all of them if None) round everything to zero: faked calibrations."""
+    from pcn_deploy.calibration import collect
+
+    real = collect.calibrate
+
+    def spoiled(*given: Any) -> Calibration:
+        seen = real(*given)
+        for path in seen.ranges:
+            if layers is None or path in layers:
+                seen.ranges[path] *= 300
+        return seen
+
+    monkeypatch.setattr(collect, "calibrate", spoiled)
+
+
+def build(budget: float, **given: Any) -> CompileResult:
+    chosen = options(**{"precision": "int8", "max_drop": budget, **given.pop("options", {})})
+    return pcn_deploy.compile(network(), chosen, calibration=images(16), **given)
+
+
+def test_a_harmful_layer_is_left_out_and_the_engine_is_proven(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    spoil(monkeypatch, {HARMFUL})
+    record = tmp_path / "search"
+    result = build(6.0, evaluation=[images(160)], search_record=record, options={"targets": ("cpu", "torchscript")})
+    assert result
+    assert result.search is not None
+    assert result.search.unquantized == (HARMFUL,)
+    entry = next(entry for entry in result.plan.entries if entry.op == HARMFUL)
+    assert (entry.precision, entry.input_amax) == ("fp16", None)
+    assert "budget of 6.0 points" in entry.reason
+    quantized = list(onnx.load_from_string(result.bundle.read("model.onnx")).graph.node)
+    assert sum(HARMFUL in node.name for node in quantized if node.op_type == "QuantizeLinear") == 0
+    assert sum(node.op_type == "QuantizeLinear" for node in quantized) == len(result.plan.int8_entries) > 2
+    assert [(proof.target, proof.held_out, proof.labelled) for proof in result.proofs] == [
+        ("cpu", True, False),
+        ("torchscript", True, False),
+    ]
+    assert all(proof.counts.images == 80 for proof in result.proofs)
+    saved = result.bundle.read_json("budget.json")
+    assert saved["search"]["unquantized"] == [HARMFUL]
+    assert [proof["passed"] for proof in saved["proofs"]] == [True, True]
+    assert saved["proofs"][0]["drop_bound"] == result.proofs[0].counts.drop_bound <= 6.0
+    assert not record.exists()
+
+
+def test_every_layer_harmful(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, None)
+    with pytest.raises(ParityError, match=r"No INT8 layer is left: each of the 6 .* --precision fp16"):
+        build(3.0, evaluation=[images(160)])
+
+
+def test_an_engine_that_breaks_the_budget_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The simulation is right and the engine is not: a fake answer of the session, for our own judgement."""
+    real = _OnnxRuntimeSession._run_impl
+
+    def spoiled(self: Any, inputs: Any) -> Any:
+        found = real(self, inputs)
+        logits = found["logits"].copy()
+        logits[: max(1, len(logits) // 4)] *= -1
+        return {**found, "logits": logits if len(logits) > 1 else found["logits"]}
+
+    monkeypatch.setattr(_OnnxRuntimeSession, "_run_impl", spoiled)
+    result = build(6.0, evaluation=[images(160)], options={"golden_images": 1})
+    assert [bool(report) for report in result.reports] == [True]
+    assert [bool(proof) for proof in result.proofs] == [False]
+    assert not result
+    assert result.proofs[0].counts.lost >= 15
+
+
+def test_fp16_is_proven_without_a_search() -> None:
+    result = build(6.0, evaluation=[images(64)], options={"precision": "fp16"})
+    assert result
+    assert result.search is None
+    assert (result.proofs[0].held_out, result.proofs[0].counts.images) == (True, 64)
+
+
+def test_the_calibration_images_judge_where_there_are_no_others() -> None:
+    chosen = options(precision="int8", max_drop=6.0, calibration_images=8)
+    result = pcn_deploy.compile(network(), chosen, calibration=[images(48)])
+    assert result.bundle.manifest["calibration"]["images"] == 8
+    assert (result.proofs[0].held_out, result.proofs[0].counts.images) == (False, 48)
+
+
+def test_without_a_budget_nothing_is_judged() -> None:
+    result = pcn_deploy.compile(network(), options(precision="int8"), calibration=images(8))
+    assert (result.search, result.proofs) == (None, ())
+
+
+def test_too_few_images_are_refused_before_any_work() -> None:
+    with pytest.raises(ParityError, match=r"^100 images cannot prove .* may be 2\.63 .* Give 539 images or more"):
+        build(0.5, evaluation=[images(100)])
+    with pytest.raises(OptionError, match="no number of images"):
+        build(0.0, evaluation=[images(100)])
+
+
+def test_halves_are_held_out_only_if_each_could_prove_the_budget() -> None:
+    needed = check_count(1000, 3.0)
+
+    def judges(count: int) -> Judges:
+        source = ImageSource([np.zeros((count, 3, 32, 32), np.float32)], options().transform)
+        found = Answers(source, np.arange(count), np.arange(count), labelled=True)
+        return Judges.share_out(found, 3.0, searching=True)
+
+    enough = judges(2 * needed)
+    assert enough.held_out
+    assert enough.search.expected.tolist() == list(range(0, 2 * needed, 2))
+    assert enough.proof.expected.tolist() == list(range(1, 2 * needed, 2))
+    assert not judges(2 * needed - 1).held_out
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[Any]:
+    from safetensors.torch import save_file
+
+    model = network()
+    save_file(model.state_dict(), tmp_path / "small.safetensors")
+    pixels = images(160)
+    with torch.inference_mode():
+        labels = model(torch.from_numpy(pixels)).argmax(1).numpy()
+    np.savez(tmp_path / "images.npz", images=pixels, labels=labels)
+    given = ["build", "patchconvnet", "--weights", tmp_path / "small.safetensors", "--resolution", 32, "-q"]
+    return [*given, "--precision", "int8", "--calibration", tmp_path / "images.npz", "-o", tmp_path / "out.pcn"]
+
+
+def test_the_command_prints_the_proof(words: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, {HARMFUL})
+    result = invoke(*words, "--data", tmp_path / "images.npz", "--max-drop", 6)
+    assert result.exit_code == 0, result.output
+    printed = " ".join(result.stdout.split())
+    assert f"Search: 1 layers left unquantised: {HARMFUL}" in printed
+    assert "Judged by the labels of" in printed
+    assert "none of these images chose the plan" in printed
+    assert (tmp_path / "out.pcn").exists()
+    assert not (tmp_path / "out.pcn.search").exists()
+
+
+def test_the_command_exits_3_where_nothing_is_proven(words: list[Any], tmp_path: Path) -> None:
+    refused(invoke(*words, "--max-drop", 0.5), 3, "160 images cannot prove", "Give 539 images or more")
+    assert not (tmp_path / "out.pcn").exists()
