@@ -31,8 +31,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, layers: set[str] | None) -> None:
 
     real = collect.calibrate
 
-    def spoiled(*given: Any) -> Calibration:
-        seen = real(*given)
+    def spoiled(*given: Any, **named: Any) -> Calibration:
+        seen = real(*given, **named)
         for path in seen.ranges:
             if layers is None or path in layers:
                 seen.ranges[path] *= 300

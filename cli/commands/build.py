@@ -103,8 +103,9 @@ def _build(given: dict[str, Any], processes: Processes) -> None:
     if calibration is None and compile_options.precision == "int8" and given["random_weights"]:
         display.note("the weights are random, so synthetic images calibrate them.", quiet=quiet)
         calibration = [synthetic_images(compile_options.calibration_images, compile_options)]
+    impossible = (ModelError,) if given["precision"] == AUTO else ()  # process 0 then builds FP16 alone
     if not processes.first:
-        with suppress(*((ModelError, ParityError) if given["precision"] == AUTO else ())):  # as process 0 does
+        with suppress(*impossible):
             take_part(source.create(), compile_options, calibration)
         return
     choice = None
