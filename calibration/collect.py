@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -70,19 +69,17 @@ def calibrate(
     """
     get_calibrator(calibrator, percentile)
     processes, weights, path = current(), digest_weights(model), Path(cache or "")
-    _check_agreement(processes, weights, layers, source)
+    processes.check_equal(weights=weights, layers=layers)
     text = processes.gather(read_cache(path) if cache and processes.first else b"")[0]
     if text:
         kept = open_cache(text, str(path), layers, weights, source)
         statistics, notes = {layer: kept.statistics[layer] for layer in layers}, kept.notes
+        find_ranges(statistics, calibrator, percentile)  # before the images are read
         _pass(source, progress, "Reading images", lambda _images: None)  # for their digest
         check_images(kept, str(path), source)
     else:
         observe = AmaxObserver if calibrator == "max" and not cache else HistogramObserver
-        observers = {layer: observe(layer) for layer in layers}
-        varied = _observe(model, observers, source, progress)
-        statistics = _merge({layer: each.statistics() for layer, each in observers.items()}, processes)
-        notes = _notes(source, varied=bool(processes.max(np.array([float(varied)]))[0]))
+        statistics, notes = _run(model, {layer: observe(layer) for layer in layers}, source, progress)
     if statistics and not any(seen.amax for seen in statistics.values()):
         msg = (
             f"The inputs of all {len(layers)} layers are zero on every image: there is nothing to calibrate. "
@@ -122,20 +119,13 @@ def recalibrate(seen: Calibration, calibrator: str, percentile: float = PERCENTI
     )
 
 
-def _check_agreement(processes: Processes, weights: str, layers: list[str], source: ImageSource) -> None:
-    """Refuse to merge what processes see of different networks or images."""
-    mine = {
-        "weights": weights,
-        "layers": layers,
-        "images": [len(source), source.max_unreadable],
-        "transform": source.transform.to_json(),
-    }
-    every = [json.loads(text) for text in processes.gather(json.dumps(mine).encode())]
-    for rank, theirs in enumerate(every):
-        differing = [key for key in mine if theirs[key] != every[0][key]]
-        if differing:
-            msg = f"Process {rank} has other {', '.join(differing)} than process 0. Give all of them the same files."
-            raise DataError(msg)
+def _run(
+    model: nn.Module, observers: dict[str, AmaxObserver], source: ImageSource, progress: Progress
+) -> tuple[dict[str, Statistics], tuple[str, ...]]:
+    """What all processes saw, and what the user should know of the images."""
+    varied = _observe(model, observers, source, progress)
+    statistics = _merge({layer: each.statistics() for layer, each in observers.items()}, current())
+    return statistics, _notes(source, varied=bool(current().max(np.array([float(varied)]))[0]))
 
 
 def _observe(model: nn.Module, observers: dict[str, AmaxObserver], source: ImageSource, progress: Progress) -> bool:

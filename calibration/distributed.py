@@ -22,15 +22,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy import errors
-from pcn_deploy.errors import PcnDeployError, ProcessError
+from pcn_deploy.errors import DataError, PcnDeployError, ProcessError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from pcn_deploy.calibration.images import ImageSource
 
-TIMEOUT = timedelta(hours=2)
-"""Longest wait for another process; process 0 builds the engines alone while the others wait for its verdict."""
+TIMEOUT = timedelta(days=1)
+"""Longest wait for another process; process 0 searches and builds alone while the others wait for its verdict."""
 
 T = TypeVar("T")
 
@@ -62,6 +62,22 @@ class Processes:
     def gather(self, data: bytes) -> list[bytes]:
         """What each process gave, in the order of their numbers."""
         return [data]
+
+    def check_equal(self, **facts: Any) -> None:
+        """Refuse to merge what processes see of different networks or images.
+
+        Args:
+            facts: What must be equal, as JSON can hold it; the names go into the message.
+
+        Raises:
+            DataError: If a process has others than process 0.
+        """
+        every = [json.loads(text) for text in self.gather(json.dumps(facts).encode())]
+        for rank, theirs in enumerate(every):
+            differing = [key for key in facts if theirs[key] != every[0][key]]
+            if differing:
+                msg = f"Process {rank} has other {', '.join(differing)} than process 0. Give all the same files."
+                raise DataError(msg)
 
 
 class _Group(Processes):
@@ -134,7 +150,7 @@ class _Group(Processes):
             self._broken = True
             msg = (
                 f"Process {self.rank} of {self.count} lost contact with the others: one of them died, or did not "
-                f"answer for {TIMEOUT}. Its own message tells why. ({error})"
+                f"answer for {TIMEOUT}. Its own message tells why. ({str(error).split('. ')[0]})"
             )
             raise ProcessError(msg) from error
 
@@ -196,6 +212,7 @@ def shared_batches(
         DataError: If images are unusable.
     """
     processes = current()
+    processes.check_equal(images=[len(source), source.max_unreadable], transform=source.transform.to_json())
     yield from source.batches(size, part=processes.rank, parts=processes.count)
     if processes.count > 1:
         source.complete(processes.sum(source.fingerprints.astype(np.int64)).astype(np.uint8))

@@ -139,7 +139,7 @@ def find_ranges(statistics: dict[str, Statistics], calibrator: str, percentile: 
     """
     to_range = get_calibrator(calibrator, percentile)
     if calibrator != "max" and not all(seen.counts.size for seen in statistics.values()):
-        msg = f"Only largest magnitudes were kept, no histograms; calibrator {calibrator} needs them."
+        msg = f"Only largest magnitudes were kept, no histograms; calibrator {calibrator} needs them. Calibrate anew."
         raise DataError(msg)
     return {path: to_range(seen) if seen.amax > 0 else 0.0 for path, seen in statistics.items()}
 

@@ -199,8 +199,7 @@ def calibration_options(command: Command) -> Command:
             "--calibration-cache",
             type=click.Path(path_type=Path),
             metavar="FILE.json",
-            help="Keep what calibration sees in this file; if it is there, use it and run nothing. A bundle can be "
-            "read too.",
+            help="Keep what calibration sees in this file; if it is there, run nothing. A bundle can be read too.",
         ),
         click.option(
             "--max-unreadable",
@@ -215,17 +214,18 @@ def calibration_options(command: Command) -> Command:
 
 
 def calibration_of(given: dict[str, Any]) -> dict[str, Any]:
-    """What `calibration_options` hold, as arguments of `CompileOptions`.
+    """What `calibration_options` say, as `CompileOptions` takes it.
 
     Raises:
-        UsageError: If there is a percentile for another calibrator.
+        OptionError: If there is a percentile for another calibrator.
     """
-    if given["percentile"] is not None and given["calibrator"] != "percentile":
-        message = "--percentile goes with --calibrator percentile."
-        raise click.UsageError(message)
+    percentile = given["percentile"]
+    if percentile is not None and given["calibrator"] != "percentile":
+        msg = "--percentile goes with --calibrator percentile."
+        raise OptionError(msg)
     return {
         "calibrator": given["calibrator"],
-        "percentile": PERCENTILE if given["percentile"] is None else given["percentile"],
+        "percentile": PERCENTILE if percentile is None else percentile,
         "weight_calibrator": given["weight_calibrator"],
         "calibration_cache": given["calibration_cache"],
         "calibration_images": given["images"],

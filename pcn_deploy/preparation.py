@@ -82,6 +82,15 @@ def open_source(calibration: CalibrationImages | None, options: CompileOptions) 
     return None
 
 
+def take_part(model: nn.Module, options: CompileOptions, calibration: CalibrationImages | None) -> None:
+    """What a process does in a build that another one writes: its share of the calibration images.
+
+    Raises:
+        PcnDeployError: As `prepare`, in all processes alike.
+    """
+    prepare(in_evaluation_mode(model), options, open_source(calibration, options), silent)
+
+
 def open_evaluation(
     evaluation: CalibrationImages | None, calibration: CalibrationImages | None, options: CompileOptions
 ) -> ImageSource | None:
@@ -93,15 +102,6 @@ def open_evaluation(
     if evaluation is None and options.max_drop is not None and options.precision == "int8":
         evaluation = calibration
     return None if evaluation is None else as_source(evaluation, options)
-
-
-def take_part(model: nn.Module, options: CompileOptions, calibration: CalibrationImages | None) -> None:
-    """What a process does in a build that another one writes: its share of the calibration images.
-
-    Raises:
-        PcnDeployError: As `prepare`, in all processes alike.
-    """
-    prepare(in_evaluation_mode(model), options, open_source(calibration, options), silent)
 
 
 def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | None, progress: Progress) -> Prepared:

@@ -66,6 +66,7 @@ def verify(
         raise DataError(msg)
     source = data if isinstance(data, ImageSource) else ImageSource(data, engine.transform, limit=limit)
     expected = reference if not hasattr(reference, "eval") else eager(reference)
+    current().check_equal(engine=engine.bundle.engine(engine.target)["sha256"])
     meter, done, step = ParityMeter(), 0, f"Verifying {engine.target}"
     progress(step, 0, len(source), "images")
     for images, labels in shared_batches(source, engine.spec.batch.max):

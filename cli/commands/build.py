@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.compiler import CompileResult, compile, synthetic_images  # noqa: A004 - our verb
 from pcn_deploy.engines.registry import TARGETS
-from pcn_deploy.errors import ParityError
+from pcn_deploy.errors import ModelError, ParityError
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.preparation import take_part
 from pcn_deploy.provenance import ModelSource
@@ -102,8 +103,10 @@ def _build(given: dict[str, Any], processes: Processes) -> None:
     if calibration is None and compile_options.precision == "int8" and given["random_weights"]:
         display.note("the weights are random, so synthetic images calibrate them.", quiet=quiet)
         calibration = [synthetic_images(compile_options.calibration_images, compile_options)]
+    impossible = (ModelError,) if given["precision"] == AUTO else ()  # process 0 then builds FP16 alone
     if not processes.first:
-        take_part(source.create(), compile_options, calibration)
+        with suppress(*impossible):
+            take_part(source.create(), compile_options, calibration)
         return
     choice = None
     with display.progress_bars(quiet=quiet) as progress:
@@ -176,8 +179,8 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
                 "choice": bundle.manifest.get("choice"),
                 "engines": bundle.engines,
                 "parity": reports,
-                "budget": bundle.read_json("budget.json") if result.proofs else None,
                 "notes": _notes(result),
+                "budget": bundle.read_json("budget.json") if result.proofs else None,
                 "layers": result.plan.to_json()["entries"] if explain else None,
             }
         )

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pcn_deploy.calibration.distributed import Processes, current, is_first, join
+from pcn_deploy.errors import ProcessError
 
 pytest.importorskip("torch")
 
@@ -118,6 +119,18 @@ def test_a_process_that_dies_leaves_nobody_waiting(tmp_path: Path) -> None:
         name, message = json.loads((tmp_path / f"{rank}.json").read_text())["dies"]
         assert name == "ProcessError"
         assert f"Process {rank} of 3 lost contact with the others: one of them died" in message
+
+
+@pytest.mark.parametrize("rank", [None, "0"])
+def test_without_the_others_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, rank: str | None) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(ProcessError, match=r"cannot be reached.*Start them with torchrun, or unset WORLD_SIZE"), join():
+        pytest.fail("joined nobody")
+    assert type(current()) is Processes
 
 
 def test_a_process_alone_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,28 @@ def test_torchrun_builds_and_verifies_what_one_process_does(given: list[Any], tm
     assert json.loads(alone)["images"] == 45
 
 
+NARROW = """
+from torch import Tensor, nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 9, stride=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).mean((2, 3))
+"""
+
+
+def test_processes_agree_that_int8_is_not_possible(given: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "narrow.py").write_text(NARROW)
+    words = [f"{tmp_path / 'narrow.py'}:Net", "--random-weights", "--resolution", "32", "--precision", "auto"]
+    out = tmp_path / "a.pcn"
+    run = start(*TORCHRUN, "-m", "pcn_deploy.cli.main", "build", *words, *given[-2:], "-o", out)
+    assert "INT8 is not possible: No layer of this network gains from INT8" in " ".join(finish(run).split())
+    assert Bundle.open(out).manifest["precision"] == "fp16"
+
+
 def test_all_processes_exit_with_the_code_of_the_first(given: list[Any], tmp_path: Path) -> None:
     """Ranges of half the magnitudes clip so much that parity fails; process 0 alone sees and says it."""
     with socket.socket() as free:
