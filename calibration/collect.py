@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Calibration:
         dataset_sha256: Digest over the transformed images, in order.
         ranges: Calibrated amax of the input of each observed layer.
         amax: Largest magnitude seen there.
+        recovery: How many INT8 layers each recovery changed, by its name; empty without recovery.
     """
 
     calibrator: str
@@ -39,6 +40,7 @@ class Calibration:
     dataset_sha256: str
     ranges: dict[str, float]
     amax: dict[str, float]
+    recovery: dict[str, int] = field(default_factory=dict)
 
 
 def calibrate(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pcn_deploy.calibration.calibrators import get_calibrator
 from pcn_deploy.calibration.images import MAX_UNREADABLE_SHARE
 from pcn_deploy.calibration.plan import PRECISIONS, REMAINDERS
+from pcn_deploy.calibration.recovery import check_recovery
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import OptionError
@@ -37,6 +38,7 @@ class CompileOptions:
         remainder: Type of what INT8 leaves unquantised, `fp16` or `fp32`; used with `int8` only.
         targets: Names from `engines.registry.TARGETS`, each once.
         calibrator: One of `calibrators.CALIBRATORS`.
+        recovery: Names from `recovery.RECOVERIES` to apply; with `int8` only.
         calibration_images: Use at most so many images, spread evenly over the source.
         max_unreadable: Share of unreadable image files above which the build stops, 0 to 1.
         golden_images: Images kept in the bundle with the eager outputs, to prove parity anywhere, 1 or more.
@@ -54,6 +56,7 @@ class CompileOptions:
     remainder: str = "fp16"
     targets: tuple[str, ...] = ("cpu",)
     calibrator: str = "entropy"
+    recovery: tuple[str, ...] = ()
     calibration_images: int = 512
     max_unreadable: float = MAX_UNREADABLE_SHARE
     golden_images: int = 8
@@ -77,6 +80,13 @@ class CompileOptions:
             msg = f"Targets {self.targets}: name at least one, and each only once."
             raise OptionError(msg)
         get_calibrator(self.calibrator)
+        check_recovery(self.recovery)
+        if self.recovery and self.precision != "int8":
+            msg = (
+                f"Recovery {', '.join(self.recovery)} makes up for INT8; the precision is {self.precision}. "
+                "Build with --precision int8, or leave --recover out."
+            )
+            raise OptionError(msg)
         if min(self.calibration_images, self.golden_images) < 1 or not 0 <= self.max_unreadable <= 1:
             msg = (
                 f"{self.calibration_images} calibration images, {self.golden_images} golden images, unreadable share "

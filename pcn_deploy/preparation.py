@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,15 +27,32 @@ CalibrationImages = str | Path | Iterable[npt.NDArray[np.float32]] | ImageSource
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The deploy form whose graph is built, the name of the network, and how it is quantised."""
+    """The deploy form whose graph is built, the name of the network, and how it is quantised.
+
+    `unrounded` is the same network before any recovery changed weights and biases for INT8: what a layer is that is
+    not quantised after all. It is `deployed` itself where none did.
+    """
 
     name: str
     deployed: nn.Module
+    unrounded: nn.Module
     layers: tuple[LayerFacts, ...]
     plan: PrecisionPlan
     scales: dict[str, Quantization]
     calibration: Calibration | None
     rewrites: dict[str, int]
+
+    def leave_out(self, layers: frozenset[str], reason: str) -> Prepared:
+        """The network with some of its INT8 layers left unquantised."""
+        from pcn_deploy.models.deploy import share_weights
+
+        deployed = self.deployed
+        if deployed is not self.unrounded:
+            deployed = share_weights(deployed)
+            for path in layers:
+                deployed.set_submodule(path, self.unrounded.get_submodule(path))
+        scales = {path: scale for path, scale in self.scales.items() if path not in layers}
+        return replace(self, deployed=deployed, plan=self.plan.leave_out(layers, reason), scales=scales)
 
     def units(self) -> dict[str, tuple[str, ...]]:
         """The INT8 layers, each with the residual additions that are INT8 because it is, by its name."""
@@ -115,6 +132,7 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     from pcn_deploy.calibration.facts import inspect_layers
     from pcn_deploy.calibration.plan import make_plan
     from pcn_deploy.calibration.quantized import plan_scales
+    from pcn_deploy.calibration.recovery import apply_after, apply_before
     from pcn_deploy.models.attention_map import output_attention_map
     from pcn_deploy.models.checkpoint import check_finite
     from pcn_deploy.models.deploy import to_deploy
@@ -129,13 +147,18 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     progress("Rewriting and planning", 1, 2)
     layers = inspect_layers(deployed, torch.zeros(1, *options.transform.shape), expect_logits=True)
     plan = make_plan(layers, options.precision, options.remainder)
+    progress("Rewriting and planning", 2, 2)
+    calibrates = source is not None and options.precision == "int8"
+    recovered: dict[str, int] = {}
+    if source is not None and calibrates:
+        deployed, recovered = apply_before(deployed, list(plan.int8_entries), source, options.recovery, progress)
     if options.with_attention_map:
         deployed = output_attention_map(deployed)
-    progress("Rewriting and planning", 2, 2)
-    if source is None or options.precision != "int8":
+    if source is None or not calibrates:
         return Prepared(
             name=name,
             deployed=deployed,
+            unrounded=deployed,
             layers=tuple(layers),
             plan=plan,
             scales={},
@@ -144,12 +167,15 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
         )
     seen = calibrate(deployed, list(plan.int8_entries), source, options.calibrator, progress)
     plan = plan.with_ranges(seen.ranges)
+    scales = plan_scales(deployed, plan)
+    rounded, recovered_after = apply_after(deployed, scales, source, options.recovery, progress)
     return Prepared(
         name=name,
-        deployed=deployed,
+        deployed=rounded,
+        unrounded=deployed,
         layers=tuple(layers),
         plan=plan,
-        scales=plan_scales(deployed, plan),
-        calibration=seen,
+        scales=scales,
+        calibration=replace(seen, recovery=recovered | recovered_after),
         rewrites=rewrites,
     )

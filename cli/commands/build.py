@@ -9,6 +9,7 @@ import click
 
 from pcn_deploy.bundle import check_output
 from pcn_deploy.calibration.plan import PRECISIONS, REMAINDERS
+from pcn_deploy.calibration.recovery import RECOVERIES
 from pcn_deploy.choice import compile_fastest
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
@@ -20,6 +21,7 @@ from pcn_deploy.provenance import ModelSource
 from pcn_deploy.specs import BatchRange
 
 AUTO = "auto"
+ALL = "all"
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,6 +48,12 @@ if TYPE_CHECKING:
     help="With int8: the type of what is not quantised.",
 )
 @options.calibration_options
+@click.option(
+    "--recover",
+    type=click.Choice((*RECOVERIES, ALL)),
+    multiple=True,
+    help="With int8: win accuracy back without training; repeat for several, or all.",
+)
 @options.transform_options
 @click.option("--batch", type=options.Batch(), default="1:1:16", show_default=True, help="Batch sizes to take.")
 @click.option(
@@ -137,6 +145,7 @@ def _options(given: dict[str, Any]) -> CompileOptions:
         remainder=given["remainder"],
         targets=given["targets"],
         calibrator=given["calibrator"],
+        recovery=RECOVERIES if ALL in given["recover"] else given["recover"],
         calibration_images=given["images"],
         max_unreadable=given["max_unreadable"],
         transform=options.transform_of(given),
@@ -182,6 +191,8 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
     click.echo(f"Golden set: {reports[0]['images']} images, from {bundle.manifest['golden']}.")
     if seen:
         click.echo(f"Ranges: {seen['calibrator']} on {seen['images']} images; {seen['unreadable']} could not be read.")
+        if seen["recovery"]:
+            click.echo(display.recovery_summary(seen["recovery"]))
     for report in result.reports:
         if report.executed_by != report.target:
             click.echo(
