@@ -5,7 +5,7 @@ Options of the network, of its transform and of calibration: build, analyze.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,6 +97,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")
 
 
+def _with(command: Command, decorators: Sequence[Callable[[Any], Any]]) -> Command:
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
 def verbosity_options(command: Command) -> Command:
     """-v and -q."""
     command = click.option("-q", "--quiet", is_flag=True, help="No progress bars, no notes.")(command)
@@ -134,9 +140,7 @@ def transform_options(command: Command) -> Command:
             help="How images are resized.",
         ),
     ]
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
+    return _with(command, decorators)
 
 
 def network_options(command: Command) -> Command:
@@ -155,9 +159,7 @@ def network_options(command: Command) -> Command:
             help="Seed of random weights and images.",
         ),
     ]
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
+    return _with(command, decorators)
 
 
 def calibration_options(command: Command) -> Command:
@@ -189,9 +191,7 @@ def calibration_options(command: Command) -> Command:
             help="Stop if more than this share of the images cannot be read.",
         ),
     ]
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
+    return _with(command, decorators)
 
 
 def transform_of(given: dict[str, Any]) -> Transform:

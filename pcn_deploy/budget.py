@@ -169,18 +169,17 @@ def search_plan(
     return network.leave_out(left, reason), found
 
 
-def prove(engine: Engine, target: str, judges: Judges, progress: Progress) -> BudgetProof:
+def prove(engine: Engine, judges: Judges, progress: Progress) -> BudgetProof:
     """Judge a built engine.
 
     Args:
         engine: What answers: the engine, or its graph where it cannot run here.
-        target: The engine that is judged.
         judges: The images.
         progress: Told the number of images done.
     """
-    answers = judges.proof.predict(engine.predict, progress, f"Budget of {target}")
+    answers = judges.proof.predict(engine.predict, progress, f"Judging {engine.target}")
     return BudgetProof(
-        target=target,
+        target=engine.target,
         executed_by=engine.executed_by,
         data=judges.proof.source.name,
         held_out=judges.held_out,
