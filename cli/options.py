@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from pcn_deploy.calibration.calibrators import CALIBRATORS
+from pcn_deploy.calibration.calibrators import CALIBRATORS, PERCENTILE, WEIGHT_CALIBRATORS
 from pcn_deploy.calibration.images import MAX_UNREADABLE_SHARE
 from pcn_deploy.calibration.transform import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Transform
 from pcn_deploy.engines.registry import TARGETS
@@ -183,6 +183,25 @@ def calibration_options(command: Command) -> Command:
             "--calibrator", type=click.Choice(CALIBRATORS), default="entropy", show_default=True, help="Ranges."
         ),
         click.option(
+            "--percentile",
+            type=float,
+            metavar="P",
+            help=f"With --calibrator percentile: share of magnitudes inside the range. [default: {PERCENTILE}]",
+        ),
+        click.option(
+            "--weight-calibrator",
+            type=click.Choice(WEIGHT_CALIBRATORS),
+            default="max",
+            show_default=True,
+            help="Range of each output channel of the weights.",
+        ),
+        click.option(
+            "--calibration-cache",
+            type=click.Path(path_type=Path),
+            metavar="FILE.json",
+            help="Keep what calibration sees in this file; if it is there, run nothing. A bundle can be read too.",
+        ),
+        click.option(
             "--max-unreadable",
             type=click.FloatRange(0, 1),
             default=MAX_UNREADABLE_SHARE,
@@ -192,6 +211,26 @@ def calibration_options(command: Command) -> Command:
         ),
     ]
     return _with(command, decorators)
+
+
+def calibration_of(given: dict[str, Any]) -> dict[str, Any]:
+    """What `calibration_options` say, as `CompileOptions` takes it.
+
+    Raises:
+        OptionError: If there is a percentile for another calibrator.
+    """
+    percentile = given["percentile"]
+    if percentile is not None and given["calibrator"] != "percentile":
+        msg = "--percentile goes with --calibrator percentile."
+        raise OptionError(msg)
+    return {
+        "calibrator": given["calibrator"],
+        "percentile": PERCENTILE if percentile is None else percentile,
+        "weight_calibrator": given["weight_calibrator"],
+        "calibration_cache": given["calibration_cache"],
+        "calibration_images": given["images"],
+        "max_unreadable": given["max_unreadable"],
+    }
 
 
 def transform_of(given: dict[str, Any]) -> Transform:

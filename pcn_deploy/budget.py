@@ -191,10 +191,9 @@ def prove(engine: Engine, judges: Judges, progress: Progress) -> BudgetProof:
 
 def run_digest(network: Prepared, judges: list[Answers]) -> str:
     """Digest of all that decides a measurement: weights, scales, images and expected answers."""
-    sha = hashlib.sha256()
-    for name, tensor in network.deployed.state_dict().items():
-        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        sha.update(tensor.contiguous().numpy().data)
+    from pcn_deploy.calibration.cache import digest_weights
+
+    sha = hashlib.sha256(digest_weights(network.deployed).encode())
     for path, scales in network.scales.items():
         sha.update(f"{path}{scales.input!r}".encode() + scales.weight.tobytes())
     for answers in judges:

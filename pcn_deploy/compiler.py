@@ -189,14 +189,13 @@ def _new_bundle(
     network: Prepared, options: CompileOptions, source: ImageSource | None, provenance: dict[str, Any]
 ) -> Bundle:
     """A bundle that holds the decisions: manifest, plan and calibration."""
-    calibration = asdict(network.calibration) if network.calibration else None
-    summary = {key: value for key, value in (calibration or {}).items() if key not in ("ranges", "amax")}
+    calibration = network.calibration
     manifest = {
         "model": provenance.get("model", network.name),
         "precision": options.precision,
         "remainder": options.graph_type,
         "transform": options.transform.to_json(),
-        "calibration": summary or None,
+        "calibration": {**calibration.summary(), **_recovery(network)} if calibration else None,
         "golden": source.name if source else "standard normal noise",
         "rewrites": network.rewrites,
         "parity_budget": asdict(options.budget),
@@ -205,8 +204,12 @@ def _new_bundle(
     bundle = Bundle(manifest)
     bundle.add_json("plan.json", network.plan.to_json())
     if calibration:
-        bundle.add_json("calibration.json", calibration)
+        bundle.add_json("calibration.json", calibration.to_json(network.scales))
     return bundle
+
+
+def _recovery(network: Prepared) -> dict[str, Any]:
+    return {"recovery": network.recovered} if network.recovered else {}
 
 
 def _add_graphs(bundle: Bundle, network: Prepared, options: CompileOptions, progress: Progress) -> EngineSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +13,14 @@ import numpy.typing as npt
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.errors import DataError
 from pcn_deploy.options import CompileOptions
-from pcn_deploy.progress import Progress
+from pcn_deploy.progress import Progress, silent
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from pcn_deploy.calibration.collect import Calibration
     from pcn_deploy.calibration.plan import LayerFacts, PrecisionPlan
     from pcn_deploy.calibration.quantized import Quantization
+    from pcn_deploy.calibration.record import Calibration
 
 CalibrationImages = str | Path | Iterable[npt.NDArray[np.float32]] | ImageSource
 
@@ -30,7 +30,8 @@ class Prepared:
     """The deploy form whose graph is built, the name of the network, and how it is quantised.
 
     `unrounded` is the same network before any recovery changed weights and biases for INT8: what a layer is that is
-    not quantised after all. It is `deployed` itself where none did.
+    not quantised after all. It is `deployed` itself where none did. `recovered` tells how many INT8 layers each
+    recovery changed.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Prepared:
     scales: dict[str, Quantization]
     calibration: Calibration | None
     rewrites: dict[str, int]
+    recovered: dict[str, int] = field(default_factory=dict)
 
     def leave_out(self, layers: frozenset[str], reason: str) -> Prepared:
         """The network with some of its INT8 layers left unquantised."""
@@ -97,6 +99,15 @@ def open_source(calibration: CalibrationImages | None, options: CompileOptions) 
         )
         raise DataError(msg)
     return None
+
+
+def take_part(model: nn.Module, options: CompileOptions, calibration: CalibrationImages | None) -> None:
+    """What a process does in a build that another one writes: its share of the calibration images.
+
+    Raises:
+        PcnDeployError: As `prepare`, in all processes alike.
+    """
+    prepare(in_evaluation_mode(model), options, open_source(calibration, options), silent)
 
 
 def open_evaluation(
@@ -165,9 +176,17 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
             calibration=None,
             rewrites=rewrites,
         )
-    seen = calibrate(deployed, list(plan.int8_entries), source, options.calibrator, progress)
+    seen = calibrate(
+        deployed,
+        list(plan.int8_entries),
+        source,
+        options.calibrator,
+        progress,
+        percentile=options.percentile,
+        cache=options.calibration_cache,
+    )
     plan = plan.with_ranges(seen.ranges)
-    scales = plan_scales(deployed, plan)
+    scales = plan_scales(deployed, plan, options.weight_calibrator)
     rounded, recovered_after = apply_after(deployed, scales, source, options.recovery, progress)
     return Prepared(
         name=name,
@@ -176,6 +195,7 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
         layers=tuple(layers),
         plan=plan,
         scales=scales,
-        calibration=replace(seen, recovery=recovered | recovered_after),
+        calibration=seen,
+        recovered=recovered | recovered_after,
         rewrites=rewrites,
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pcn_deploy.calibration.collect import BATCH
 from pcn_deploy.calibration.images import ImageSource
-from pcn_deploy.calibration.quantized import QMAX, quantize_weight
+from pcn_deploy.calibration.quantized import quantize_weight
 from pcn_deploy.calibration.recovery.links import (
     Link,
     divide_outputs,
@@ -25,6 +25,7 @@ from pcn_deploy.calibration.recovery.links import (
     multiply_inputs,
     per_input_channel,
 )
+from pcn_deploy.calibration.weights import QMAX
 from pcn_deploy.progress import Progress
 
 JUDGES = 32

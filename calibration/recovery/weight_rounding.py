@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from pcn_deploy.calibration.collect import BATCH
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.quantized import (
-    QMAX,
     QuantConv2d,
     Quantization,
     QuantLinear,
     apply_scales,
     quantize_weight,
 )
+from pcn_deploy.calibration.weights import QMAX
 from pcn_deploy.progress import Progress, silent
 
 IMAGES = 256

@@ -88,10 +88,20 @@ OUTLINES: dict[str, Points] = {
 CLASSES = tuple(OUTLINES)
 
 
-def draw(split: str, index: int) -> tuple[npt.NDArray[np.uint8], int]:
-    """One image `(64, 64, 3)` and its class; the classes take turns."""
+def draw(split: str, index: int, *, plain: bool = False) -> tuple[npt.NDArray[np.uint8], int]:
+    """One image `(64, 64, 3)` and its class; the classes take turns.
+
+    Args:
+        split: One of `SPLITS`.
+        index: Number of the image.
+        plain: Leave out what stands in the way.
+    """
     rng = np.random.default_rng([sorted(SPLITS).index(split), index])
     label = index % len(CLASSES)
+    if plain:
+        canvas = Image.new("RGB", (SIDE * FINE, SIDE * FINE), _colour(rng))
+        _place(canvas, label, _colour(rng), rng.uniform(0.26, 0.42), rng, spread=0.14)
+        return np.asarray(canvas.resize((SIDE, SIDE), Image.Resampling.BOX)), label
     canvas = _background(rng)
     for _ in range(rng.integers(1, 4)):
         other = int(rng.integers(len(CLASSES)))
@@ -158,17 +168,20 @@ def _bar(canvas: Image.Image, rng: np.random.Generator) -> None:
     ImageDraw.Draw(canvas).line((x, y, x + dx, y + dy), _colour(rng), int(rng.uniform(4, 20)))
 
 
-def images(split: str, count: int | None = None) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def images(
+    split: str, count: int | None = None, *, plain: bool = False
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """The first images of a split.
 
     Args:
         split: One of `SPLITS`.
         count: How many; all of them if None.
+        plain: Leave out what stands in the way of the shapes.
 
     Returns:
         Images uint8 `(N, 64, 64, 3)` and classes int64 `(N,)`.
     """
-    drawn = [draw(split, index) for index in range(SPLITS[split] if count is None else count)]
+    drawn = [draw(split, index, plain=plain) for index in range(SPLITS[split] if count is None else count)]
     return np.stack([image for image, _ in drawn]), np.array([label for _, label in drawn], np.int64)
 
 

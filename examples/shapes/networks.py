@@ -11,7 +11,7 @@ NUM_CLASSES = 16
 
 def patchconvnet() -> PatchConvNet:
     """A PatchConvNet of 8x8 patches of 8x8 pixels."""
-    return PatchConvNet(width=96, depth=5, patch=8, num_classes=NUM_CLASSES, layer_scale=0.1)
+    return PatchConvNet(width=64, depth=4, patch=8, num_classes=NUM_CLASSES, layer_scale=1.0)
 
 
 def aa_resnet() -> ResNet:
