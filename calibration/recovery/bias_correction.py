@@ -19,8 +19,9 @@ from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.quantized import QuantConv2d, Quantization, QuantLinear, apply_scales
 from pcn_deploy.progress import Progress, silent
 
-PIXELS = 64 * 3 * 224 * 224
-"""Values that one run takes at most: 64 images of 224x224, more if they are smaller."""
+IMAGES = 512
+VALUES = 64 * 3 * 224 * 224
+"""One run takes 64 images of 224x224, more if they are smaller, at most `IMAGES`."""
 
 
 def correct_bias(
@@ -78,7 +79,7 @@ def _one_batch(source: ImageSource) -> Tensor:
     values = 1
     for size in source.transform.shape:
         values *= size
-    count = max(1, PIXELS // values)
+    count = max(1, min(IMAGES, VALUES // values))
     images, _ = next(source.subset(count).batches(count))
     return torch.from_numpy(images)
 

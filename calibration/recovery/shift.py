@@ -93,7 +93,7 @@ def shift_ranges(
         if float(site.amax.max()) > 0:
             made, read = _modules(model, site.link.producers), _modules(model, site.readers)
             ones = torch.ones(len(site.amax))
-            site.factors = [ones, *propose(made, read, site.amax)]
+            site.factors = [ones, *(_keep_peak(factor, site.amax) for factor in propose(made, read, site.amax))]
             site.error = torch.zeros(len(site.factors), len(SHARES), dtype=torch.float64)
     sites = [site for site in sites if site.factors]
     _watch(model, sites, source.subset(JUDGES), _see_error, progress, f"{step}: search")
@@ -104,6 +104,11 @@ def balance(first: Tensor, second: Tensor, alpha: float = 0.5) -> Tensor:
     """Factors `first**alpha / second**(1 - alpha)` of two ranges per channel `(C,)`, neither of them all zero."""
     first, second = (ranges.clamp(min=FLOOR * float(ranges.max())) for ranges in (first, second))
     return first**alpha / second ** (1 - alpha)
+
+
+def _keep_peak(factor: Tensor, amax: Tensor) -> Tensor:
+    """The same factor times a number: the largest magnitude of the tensor stays, so that FP16 holds it as before."""
+    return factor * ((amax / factor).max() / amax.max())
 
 
 def reader_range(readers: Layers) -> Tensor:

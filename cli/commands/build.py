@@ -11,7 +11,6 @@ import click
 from pcn_deploy.bundle import check_output
 from pcn_deploy.calibration.distributed import Processes, join
 from pcn_deploy.calibration.plan import PRECISIONS, REMAINDERS
-from pcn_deploy.calibration.recovery import RECOVERIES
 from pcn_deploy.choice import compile_fastest
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
@@ -24,7 +23,6 @@ from pcn_deploy.provenance import ModelSource
 from pcn_deploy.specs import BatchRange
 
 AUTO = "auto"
-ALL = "all"
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,12 +49,6 @@ if TYPE_CHECKING:
     help="With int8: the type of what is not quantised.",
 )
 @options.calibration_options
-@click.option(
-    "--recover",
-    type=click.Choice((*RECOVERIES, ALL)),
-    multiple=True,
-    help="With int8: win accuracy back without training; repeat for several, or all.",
-)
 @options.transform_options
 @click.option("--batch", type=options.Batch(), default="1:1:16", show_default=True, help="Batch sizes to take.")
 @click.option(
@@ -161,7 +153,6 @@ def _options(given: dict[str, Any]) -> CompileOptions:
         remainder=given["remainder"],
         targets=given["targets"],
         **options.calibration_of(given),
-        recovery=RECOVERIES if ALL in given["recover"] else given["recover"],
         transform=options.transform_of(given),
         batch=given["batch"] if isinstance(given["batch"], BatchRange) else BatchRange.parse(given["batch"]),
         max_drop=given["max_drop"],
