@@ -1,4 +1,4 @@
-"""What each accuracy recovery gains, alone and all together: SQNR of the logits, and top-1, on the trained networks.
+"""What each accuracy recovery gains, alone, in pairs and all together: SQNR and top-1 on the trained networks.
 
 Usage: python benchmarks/recovery.py [--images N] [--task TEXT]
 
@@ -21,13 +21,13 @@ from trained import Task, tasks
 from pcn_deploy import CompileOptions, ImageSource
 from pcn_deploy.calibration.bound import PairedCounts
 from pcn_deploy.calibration.quantized import apply_scales
-from pcn_deploy.calibration.recovery import RECOVERIES
+from pcn_deploy.calibration.recovery import AFTER, BEFORE, RECOVERIES
 from pcn_deploy.cli import display
 from pcn_deploy.parity import ParityMeter
 from pcn_deploy.preparation import in_evaluation_mode, prepare
 from pcn_deploy.progress import silent
 
-CHOICES = ((), *((name,) for name in RECOVERIES), RECOVERIES)
+CHOICES = ((), *((name,) for name in RECOVERIES), BEFORE, AFTER, RECOVERIES)
 COLUMNS = ["recovery", "layers changed", "SQNR dB", "top-1 %", "lost", "gained", "drop", "95 % bound", "s"]
 
 
@@ -51,7 +51,7 @@ def row(task: Task, reference: npt.NDArray[np.float32], recovery: tuple[str, ...
     was_right, right = reference.argmax(1) == task.labels, found.argmax(1) == task.labels
     counts = PairedCounts(len(right), int((was_right & ~right).sum()), int((~was_right & right).sum()))
     return [
-        "all" if recovery == RECOVERIES else "".join(recovery) or "none",
+        "all" if recovery == RECOVERIES else " + ".join(recovery) or "none",
         ", ".join(map(str, network.recovered.values())) or "-",
         f"{meter.metrics()['sqnr_db']:.2f}",
         f"{100 * right.mean():.2f}",
