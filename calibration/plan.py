@@ -61,6 +61,7 @@ class PlanEntry:
         reason: Why, in words.
         input_amax: Magnitude that the largest INT8 code of the input stands for (of the identity, for a residual
             addition); None unless `precision` is int8.
+        operations: Whether it stands for the operations that the module does itself, those of its parts left out.
     """
 
     op: str
@@ -68,6 +69,7 @@ class PlanEntry:
     precision: str
     reason: str
     input_amax: float | None = None
+    operations: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +91,24 @@ class PrecisionPlan:
         """The quantised layers by name."""
         return {entry.op: entry for entry in self.entries if entry.precision == "int8"}
 
+    def types(self, *, operations: bool = False) -> dict[str, str]:
+        """Floating-point type of every layer, by name; of operations that modules do themselves, if asked for those."""
+        return {
+            entry.op: self.remainder if entry.precision == "int8" else entry.precision
+            for entry in self.entries
+            if entry.operations == operations
+        }
+
     def summary(self) -> list[tuple[str, str, str, int]]:
         """Precision, kind, reason and how many layers share them, most frequent first."""
         counts = Counter((entry.precision, entry.kind, entry.reason) for entry in self.entries)
         return [(*key, count) for key, count in counts.most_common()]
 
     def with_ranges(self, ranges: dict[str, float]) -> PrecisionPlan:
-        """Fill in calibrated ranges; layers whose input was all zero fall back to the remainder's precision."""
+        """Fill in calibrated ranges where there are none.
+
+        Layers whose input was all zero fall back to the remainder's precision.
+        """
         return replace(self, entries=tuple(self._with_range(entry, ranges) for entry in self.entries))
 
     def leave_out(self, ops: Collection[str], reason: str) -> PrecisionPlan:
@@ -107,7 +120,7 @@ class PrecisionPlan:
         return replace(self, entries=entries)
 
     def _with_range(self, entry: PlanEntry, ranges: dict[str, float]) -> PlanEntry:
-        if entry.precision != "int8":
+        if entry.precision != "int8" or entry.input_amax is not None:
             return entry
         amax = ranges[entry.op]
         if amax > 0:
@@ -156,6 +169,9 @@ def _is_used_once(layer: LayerFacts) -> str:
     return "" if layer.uses == 1 else "used more than once: one scale would have to fit every use"
 
 
+POSSIBLE_RULES: tuple[Rule, ...] = (_has_weights, _is_used_once)
+"""What speaks against INT8 not because it gains little, but because it cannot be done."""
+
 INT8_RULES: tuple[Rule, ...] = (_has_weights, _is_used_once, _is_dense, _is_matrix_product, _is_wide)
 
 
@@ -178,7 +194,7 @@ def make_plan(layers: list[LayerFacts], precision: str, remainder: str = "fp16")
         msg = f"Precision {precision!r} with remainder {remainder!r}: known are {PRECISIONS} with {REMAINDERS}."
         raise OptionError(msg)
     if precision != "int8":
-        entries = [PlanEntry(op=x.path, kind=x.kind, precision=precision, reason="as asked for") for x in layers]
+        entries = [PlanEntry(op=x.path, kind=x.kind, precision=precision, reason=_asked_for(x)) for x in layers]
         return PrecisionPlan(precision=precision, remainder=precision, entries=tuple(entries))
     entries = [_decide(layer, remainder) for layer in layers if layer.kind != RESIDUAL_ADD]
     if not any(entry.precision == "int8" for entry in entries):
@@ -193,6 +209,11 @@ def make_plan(layers: list[LayerFacts], precision: str, remainder: str = "fp16")
     decided |= {x.path: _decide_addition(x, int8, remainder) for x in layers if x.kind == RESIDUAL_ADD}
     ordered = tuple(decided[layer.path] for layer in layers)
     return PrecisionPlan(precision=precision, remainder=remainder, entries=ordered)
+
+
+def _asked_for(layer: LayerFacts) -> str:
+    normalises = layer.kind.startswith("LayerNorm")
+    return "as asked for" + ("; its statistics are FP32 in every graph (stash_type)" if normalises else "")
 
 
 def _decide_addition(layer: LayerFacts, int8: set[str], remainder: str) -> PlanEntry:

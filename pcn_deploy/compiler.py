@@ -31,6 +31,7 @@ from pcn_deploy.preparation import (
     open_evaluation,
     open_source,
     prepare,
+    synthetic_images,
 )
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine, executor
@@ -86,7 +87,8 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
         model: Network of one float input `(N, C, H, W)` and one output `(N, K)`; left as it is, built in evaluation
             mode.
         options: What to build.
-        calibration: Images for INT8 ranges and for the golden set; required for INT8.
+        calibration: Images for INT8 ranges and for the golden set; required for INT8
+            unless a recipe gives every range.
         evaluation: Images that judge the accuracy, labelled or not; every engine must then keep the drop of top-1
             within `options.max_drop` with 95 % confidence, and for INT8 the plan is searched so that it does. With a
             budget for INT8 and no images here, all calibration images judge.
@@ -179,12 +181,6 @@ def _golden_set(
     return {"images": images, **expected}
 
 
-def synthetic_images(count: int, options: CompileOptions) -> npt.NDArray[np.float32]:
-    """Standard normal images `(count, C, H, W)`, float32: what is compared where the user gives no images."""
-    shape = (count, *options.transform.shape)
-    return np.random.default_rng(options.seed).standard_normal(shape, dtype=np.float32)
-
-
 def _new_bundle(
     network: Prepared, options: CompileOptions, source: ImageSource | None, provenance: dict[str, Any]
 ) -> Bundle:
@@ -230,8 +226,9 @@ def _add_graphs(bundle: Bundle, network: Prepared, options: CompileOptions, prog
         progress,
         outputs=options.outputs,
     )
-    if options.graph_type != "fp32":
-        reduce_precision(graph, options.graph_type)
+    layers, operations = network.plan.types(), network.plan.types(operations=True)
+    if {options.graph_type, *layers.values(), *operations.values()} != {"fp32"}:
+        reduce_precision(graph, options.graph_type, layers, operations)
     spec = engine_spec(graph, options.batch)
     bundle.manifest["interface"] = spec.to_json()
     bundle.add("model.onnx", serialise(graph))

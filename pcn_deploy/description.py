@@ -49,3 +49,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         "members": manifest["members"],
         "provenance": manifest["provenance"],
     }
+
+
+def plan_of(found: dict[str, Any]) -> PrecisionPlan:
+    """The plan inside what `describe` returned."""
+    return PrecisionPlan.from_json({**found, "entries": found["layers"]})

@@ -8,6 +8,7 @@ from pathlib import Path
 from pcn_deploy.calibration.calibrators import PERCENTILE, check_weight_calibrator, get_calibrator
 from pcn_deploy.calibration.images import MAX_UNREADABLE_SHARE
 from pcn_deploy.calibration.plan import PRECISIONS, REMAINDERS
+from pcn_deploy.calibration.recipe import Recipe
 from pcn_deploy.calibration.recovery import check_recovery
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.engines.registry import get_backend
@@ -52,6 +53,7 @@ class CompileOptions:
         max_drop: Largest loss of top-1, in percentage points; the default of the precision if None.
         with_attention_map: Add the attention map to the outputs.
         seed: Seed of synthetic images.
+        recipe: Decides the precision of the layers it names; its precision and remainder must be those above.
 
     Raises:
         OptionError: If a value is unknown or out of its range.
@@ -73,6 +75,7 @@ class CompileOptions:
     max_drop: float | None = None
     with_attention_map: bool = False
     seed: int = 0
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS or self.remainder not in REMAINDERS:
@@ -103,6 +106,12 @@ class CompileOptions:
             )
             raise OptionError(msg)
         budget_for(self.precision, self.max_drop)
+        if self.recipe and (self.recipe.precision, self.recipe.remainder) != (self.precision, self.graph_type):
+            msg = (
+                f"{self.recipe.source} is for {self.recipe.precision} with remainder {self.recipe.remainder}; "
+                f"asked for is {self.precision} with {self.graph_type}. Leave the options out, or edit the recipe."
+            )
+            raise OptionError(msg)
 
     @property
     def budget(self) -> ParityBudget:

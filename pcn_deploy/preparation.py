@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.calibration.images import ImageSource
-from pcn_deploy.errors import DataError
+from pcn_deploy.errors import DataError, ModelError
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.progress import Progress, silent
 
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from pcn_deploy.calibration.record import Calibration
 
 CalibrationImages = str | Path | Iterable[npt.NDArray[np.float32]] | ImageSource
+
+NO_IMAGES = (
+    "INT8 needs calibration images: without them the ranges would be guesses. "
+    "Give --calibration DIR or FILE.npz with a few hundred images like those the network will see."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +97,8 @@ def open_source(calibration: CalibrationImages | None, options: CompileOptions) 
     """
     if calibration is not None:
         return as_source(calibration, options, options.calibration_images)
-    if options.precision == "int8":
-        msg = (
-            "INT8 needs calibration images: without them the ranges would be guesses. "
-            "Give --calibration DIR or FILE.npz with a few hundred images like those the network will see."
-        )
-        raise DataError(msg)
+    if options.precision == "int8" and options.recipe is None:
+        raise DataError(NO_IMAGES)
     return None
 
 
@@ -129,7 +130,7 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     Args:
         model: Network in evaluation mode; left as it is.
         options: What to build.
-        source: Calibration images; needed for INT8.
+        source: Calibration images; needed for INT8 layers whose range no recipe gives.
         progress: Told how far each step is.
 
     Raises:
@@ -141,7 +142,6 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
 
     from pcn_deploy.calibration.collect import calibrate
     from pcn_deploy.calibration.facts import inspect_layers
-    from pcn_deploy.calibration.plan import make_plan
     from pcn_deploy.calibration.quantized import plan_scales
     from pcn_deploy.calibration.recovery import apply_after, apply_before
     from pcn_deploy.models.attention_map import output_attention_map
@@ -157,37 +157,42 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     deployed, rewrites = to_deploy(model)
     progress("Rewriting and planning", 1, 2)
     layers = inspect_layers(deployed, torch.zeros(1, *options.transform.shape), expect_logits=True)
-    plan = make_plan(layers, options.precision, options.remainder)
+    plan = _plan(deployed, layers, options, source)
     progress("Rewriting and planning", 2, 2)
-    calibrates = source is not None and options.precision == "int8"
     recovered: dict[str, int] = {}
-    if source is not None and calibrates:
+    if source is not None:
         deployed, recovered = apply_before(deployed, list(plan.int8_entries), source, options.recovery, progress)
+    elif options.recovery:
+        msg = f"Recovery {', '.join(options.recovery)} needs calibration images, also where a recipe has the ranges."
+        raise DataError(msg)
+    if any(recovered.values()):  # other weights, other magnitudes
+        plan = _plan(deployed, layers, options, source)
     if options.with_attention_map:
         deployed = output_attention_map(deployed)
-    if source is None or not calibrates:
-        return Prepared(
-            name=name,
-            deployed=deployed,
-            unrounded=deployed,
-            layers=tuple(layers),
-            plan=plan,
-            scales={},
-            calibration=None,
-            rewrites=rewrites,
+    if options.precision == "int8" and not plan.int8_entries:
+        msg = "The plan leaves no layer in INT8. Build it with --precision fp16, or put layers in INT8 in the recipe."
+        raise ModelError(msg)
+    missing = [path for path, entry in plan.int8_entries.items() if entry.input_amax is None]
+    if missing and source is None:
+        msg = f"The recipe gives no range for {len(missing)} INT8 layers, such as {missing[0]}. {NO_IMAGES}"
+        raise DataError(msg)
+    seen = None
+    if missing and source:
+        seen = calibrate(
+            deployed,
+            missing,
+            source,
+            options.calibrator,
+            progress,
+            percentile=options.percentile,
+            cache=options.calibration_cache,
         )
-    seen = calibrate(
-        deployed,
-        list(plan.int8_entries),
-        source,
-        options.calibrator,
-        progress,
-        percentile=options.percentile,
-        cache=options.calibration_cache,
-    )
-    plan = plan.with_ranges(seen.ranges)
+        plan = plan.with_ranges(seen.ranges)
     scales = plan_scales(deployed, plan, options.weight_calibrator)
-    rounded, recovered_after = apply_after(deployed, scales, source, options.recovery, progress)
+    rounded = deployed
+    if source is not None:
+        rounded, after = apply_after(deployed, scales, source, options.recovery, progress)
+        recovered |= after
     return Prepared(
         name=name,
         deployed=rounded,
@@ -196,6 +201,32 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
         plan=plan,
         scales=scales,
         calibration=seen,
-        recovered=recovered | recovered_after,
+        recovered=recovered,
         rewrites=rewrites,
     )
+
+
+def _plan(
+    deployed: nn.Module, layers: list[LayerFacts], options: CompileOptions, source: ImageSource | None
+) -> PrecisionPlan:
+    """Precision by the recipe and the rules; in an FP16 graph, what FP16 cannot hold stays FP32."""
+    from pcn_deploy.calibration.half import keep_in_range
+    from pcn_deploy.calibration.magnitudes import affordable_images, observe_magnitudes
+    from pcn_deploy.calibration.plan import make_plan
+
+    plan = make_plan(layers, options.precision, options.remainder)
+    recipe = options.recipe
+    if recipe is not None:
+        plan = recipe.apply(plan, layers, [path for path, _ in deployed.named_modules()])
+    decided = recipe.layers if recipe else {}
+    if options.graph_type != "fp16" or len(decided) == len(layers):
+        return plan
+    count = affordable_images(layers)
+    images = synthetic_images(count, options) if source is None else next(source.subset(count).batches(count))[0]
+    return keep_in_range(plan, deployed, observe_magnitudes(deployed, images), layers, decided)
+
+
+def synthetic_images(count: int, options: CompileOptions) -> npt.NDArray[np.float32]:
+    """Standard normal images `(count, C, H, W)`, float32: what is compared where the user gives no images."""
+    shape = (count, *options.transform.shape)
+    return np.random.default_rng(options.seed).standard_normal(shape, dtype=np.float32)

@@ -13,10 +13,10 @@ from small_builds import images, needs_rtx, network, options
 
 import pcn_deploy
 from pcn_deploy import CompileResult
-from pcn_deploy.compiler import synthetic_images
 from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend
 from pcn_deploy.errors import CheckpointError, DataError, DependencyError, ModelError, OptionError
 from pcn_deploy.parity import BUDGETS
+from pcn_deploy.preparation import synthetic_images
 
 torch = pytest.importorskip("torch")
 nn = torch.nn

@@ -13,9 +13,9 @@ from pcn_deploy.analysis_picture import draw
 from pcn_deploy.bundle import check_output
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
-from pcn_deploy.compiler import synthetic_images
 from pcn_deploy.errors import DataError
 from pcn_deploy.options import CompileOptions
+from pcn_deploy.preparation import synthetic_images
 
 SHOWN = 15
 """Layers in the printed table; the file holds all of them."""

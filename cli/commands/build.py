@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from pcn_deploy.bundle import check_output
 from pcn_deploy.calibration.distributed import Processes, join
 from pcn_deploy.calibration.plan import PRECISIONS, REMAINDERS
+from pcn_deploy.calibration.recipe import read_recipe
 from pcn_deploy.choice import compile_fastest
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
-from pcn_deploy.compiler import CompileResult, compile, synthetic_images  # noqa: A004 - our verb
+from pcn_deploy.compiler import CompileResult, compile  # noqa: A004 - our verb
 from pcn_deploy.engines.registry import TARGETS
-from pcn_deploy.errors import ModelError, ParityError
+from pcn_deploy.errors import ModelError, OptionError, ParityError
 from pcn_deploy.options import CompileOptions
-from pcn_deploy.preparation import take_part
+from pcn_deploy.preparation import synthetic_images, take_part
 from pcn_deploy.provenance import ModelSource
 from pcn_deploy.specs import BatchRange
 
@@ -47,6 +49,12 @@ if TYPE_CHECKING:
     default="fp16",
     show_default=True,
     help="With int8: the type of what is not quantised.",
+)
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    metavar="FILE.toml",
+    help="Precision and ranges of the layers it names, as `inspect --recipe` prints them.",
 )
 @options.calibration_options
 @options.transform_options
@@ -98,9 +106,9 @@ def _build(given: dict[str, Any], processes: Processes) -> None:
     if processes.first:
         check_output(given["output"], overwrite=given["overwrite"])
     source = options.source_of(given)
-    compile_options = _options(given)
+    compile_options = _options(_with_recipe(given))
     calibration = given["calibration"]
-    if calibration is None and compile_options.precision == "int8" and given["random_weights"]:
+    if calibration is None and compile_options.precision == "int8" and given["random_weights"] and not given["recipe"]:
         display.note("the weights are random, so synthetic images calibrate them.", quiet=quiet)
         calibration = [synthetic_images(compile_options.calibration_images, compile_options)]
     impossible = (ModelError,) if given["precision"] == AUTO else ()  # process 0 then builds FP16 alone
@@ -147,6 +155,22 @@ def _create(source: ModelSource, progress: Progress) -> nn.Module:
     return network
 
 
+def _with_recipe(given: dict[str, Any]) -> dict[str, Any]:
+    """Read the recipe; it decides precision and remainder where they were not given."""
+    if given["recipe"] is None:
+        return given
+    recipe = read_recipe(given["recipe"])
+    context = click.get_current_context()
+    decided = {"precision": recipe.precision}
+    if recipe.precision == "int8":
+        decided["remainder"] = recipe.remainder
+    left = {key for key in decided if context.get_parameter_source(key) is ParameterSource.DEFAULT}
+    if given["precision"] == AUTO:
+        msg = "A recipe has one precision: leave --precision auto out."
+        raise OptionError(msg)
+    return {**given, **{key: decided[key] for key in left}, "recipe": recipe}
+
+
 def _options(given: dict[str, Any]) -> CompileOptions:
     return CompileOptions(
         precision="int8" if given["precision"] == AUTO else given["precision"],
@@ -158,6 +182,7 @@ def _options(given: dict[str, Any]) -> CompileOptions:
         max_drop=given["max_drop"],
         with_attention_map=given["with_attention_map"],
         seed=given["seed"],
+        recipe=given["recipe"],
     )
 
 
@@ -205,6 +230,8 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
         click.echo(f"Ranges: {seen['calibrator']} on {seen['images']} images; {seen['unreadable']} could not be read.")
         if "recovery" in seen:
             click.echo(display.recovery_summary(seen["recovery"]))
+    elif bundle.manifest["precision"] == "int8":
+        click.echo("Ranges: all from the recipe; no image was calibrated on.")
     for report in result.reports:
         if report.executed_by != report.target:
             click.echo(

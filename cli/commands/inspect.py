@@ -8,17 +8,25 @@ from typing import Any
 
 import click
 
+from pcn_deploy.calibration.recipe import write_recipe
 from pcn_deploy.cli import display, options
-from pcn_deploy.description import describe
+from pcn_deploy.description import describe, plan_of
 
 
 @click.command("inspect")
 @options.bundle_argument
 @click.option("--explain", is_flag=True, help="Print the precision of every layer, and why.")
+@click.option("--recipe", is_flag=True, help="Print the plan as TOML, nothing else: edit it, build --recipe takes it.")
 @options.json_option
-def command(file: Path, explain: bool, as_json: bool) -> None:
+def command(file: Path, explain: bool, recipe: bool, as_json: bool) -> None:
     """Show what is inside FILE.pcn: interface, precision per layer, engines, parity, calibration, provenance."""
+    if recipe and as_json:
+        msg = "--recipe prints TOML and --json prints JSON: take one of them."
+        raise click.UsageError(msg)
     found = describe(file)
+    if recipe:
+        click.echo(write_recipe(plan_of(found)), nl=False)
+        return
     if as_json:
         display.print_json(found)
         return

@@ -51,7 +51,7 @@ def to_onnx(
         outputs: Names of what the module returns, in order.
 
     Returns:
-        The graph, float32 apart from Q/DQ.
+        The graph, float32 apart from Q/DQ, with the exporter's notes on its nodes.
 
     Raises:
         ModelError: If the module cannot be exported, with the exporter's words.
@@ -65,7 +65,6 @@ def to_onnx(
         insert_qdq(program.model.graph, quantized)
         progress(step, 2, 3)
         program.optimize()  # last: it merges equal weights, after which their names no longer tell the layers apart
-    ClearMetadataAndDocStringPass()(program.model)
     progress(step, 3, 3)
     finished: ir.Model = program.model
     return finished
@@ -129,11 +128,12 @@ def _export(model: nn.Module, example: Tensor, batch: BatchRange, outputs: tuple
 
 
 def serialise(model: ir.Model) -> bytes:
-    """Serialise a graph with its weights inside.
+    """Serialise a graph with its weights inside, without the exporter's notes.
 
     Raises:
         ModelError: If it exceeds the 2 GiB that one ONNX file may hold.
     """
+    ClearMetadataAndDocStringPass()(model)
     try:
         data: bytes = ir.to_proto(model).SerializeToString()
     except ValueError as error:

@@ -1,95 +1,216 @@
-"""Give a float32 graph its types: FP16 or BF16 with explicit casts, FP32 where the operator needs it.
+"""Give a float32 graph its types: FP16 or BF16 with explicit casts, FP32 where the plan or the operator needs it.
 
 TensorRT networks are strongly typed since version 11: the precision of an engine is the precision of the graph.
 """
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 import numpy as np
 import onnx_ir as ir
 
 from pcn_deploy.errors import ModelError
+from pcn_deploy.graph.repeat import SCOPES
 
-REDUCED = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-_LARGEST = {"fp16": float(np.finfo(np.float16).max), "bf16": 3.38e38}
+TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+_LARGEST = {ir.DataType.FLOAT16: float(np.finfo(np.float16).max), ir.DataType.BFLOAT16: 3.38e38}
+_NAMES = {kind: name for name, kind in TYPES.items()}
+
+_FOLLOWS_INPUT = {
+    *("Concat", "Expand", "Flatten", "Gather", "Identity", "QuantizeLinear", "Reshape", "Shape", "Size", "Slice"),
+    *("Split", "Squeeze", "Transpose", "Unsqueeze"),
+}
+"""They move values or look at their shape: in the type of what they read, they need no cast."""
+
+_FOLLOWS_READERS = {"Constant", "ConstantOfShape", "DequantizeLinear"}
+"""They make values out of no floating-point tensor: in the type of who reads them, they need no cast."""
 
 
-def reduce_precision(model: ir.Model, precision: str) -> int:
-    """Turn every float32 tensor inside the graph into FP16 or BF16, in place; inputs and outputs stay float32.
+def reduce_precision(
+    model: ir.Model,
+    precision: str,
+    layers: Mapping[str, str] | None = None,
+    operations: Mapping[str, str] | None = None,
+) -> int:
+    """Give every float32 tensor inside the graph its type, in place; inputs and outputs stay float32.
 
     LayerNormalization keeps its float32 statistics (`stash_type`), and scales of Q/DQ take the type of what they
-    dequantise to, so that no cast stands between a DequantizeLinear and its reader.
+    dequantise to, so that no cast stands between a DequantizeLinear and its reader. A cast stands only between two
+    nodes of different types, and one tensor is cast to a type once.
 
     Args:
-        model: A float32 graph, Q/DQ allowed.
-        precision: `fp16` or `bf16`.
+        model: A float32 graph with the exporter's notes, Q/DQ allowed.
+        precision: Type of what is named in neither mapping: `fp32`, `fp16` or `bf16`.
+        layers: Type of all nodes of a module, by the name of the module.
+        operations: Type of the nodes that a module holds itself, those of its parts left out, by its name.
 
     Returns:
         Number of initialisers converted.
 
     Raises:
-        ModelError: If a weight does not fit the range of the type.
+        ModelError: If a weight does not fit the range of its type.
     """
-    reduced, graph = REDUCED[precision], model.graph
-    converted = 0
-    for value in list(graph.initializers.values()):
-        if value.dtype == ir.DataType.FLOAT and value.const_value is not None:
-            _convert_initializer(value, reduced, precision)
-            converted += 1
-    outputs = set(graph.outputs)
-    for node in graph.all_nodes():
-        _retype_attributes(node, reduced)
-        for value in node.outputs:
-            if value.dtype == ir.DataType.FLOAT and value not in outputs:
-                value.type = ir.TensorType(reduced)
-    _cast_inputs(graph, reduced)
-    _cast_outputs(graph, reduced)
+    nodes = list(model.graph.all_nodes())
+    types = _assign(nodes, TYPES[precision], layers or {}, operations or {})
+    graph = _TypedGraph(model.graph, TYPES[precision], types)
+    converted = graph.convert_initializers(nodes)
+    for node in nodes:
+        _retype_attributes(node, types[node])
+    for node in nodes:
+        graph.cast_inputs(node)
+    graph.set_types(nodes)
+    graph.cast_outputs()
     return converted
 
 
-def _convert_initializer(value: ir.Value, reduced: ir.DataType, precision: str) -> None:
-    if value.const_value is None:
-        return
-    array = value.const_value.numpy()
-    largest = float(np.abs(array).max()) if array.size else 0.0
-    if largest > _LARGEST[precision]:
-        msg = f"Weight {value.name} reaches {largest:.3g}, beyond {precision}; build with --precision fp32."
-        raise ModelError(msg)
-    value.const_value = ir.tensor(array.astype(reduced.numpy()), dtype=reduced, name=value.name)
-    value.type = ir.TensorType(reduced)
+def _assign(
+    nodes: list[ir.Node], default: ir.DataType, layers: Mapping[str, str], operations: Mapping[str, str]
+) -> dict[ir.Node, ir.DataType]:
+    """The type in which each node computes."""
+    types: dict[ir.Node, ir.DataType] = {}
+    for node in nodes:
+        if node.op_type in _FOLLOWS_READERS:
+            continue
+        noted = _noted_type(node, default, layers, operations)
+        read = {
+            types[producer]
+            for value in node.inputs
+            if value is not None and value.dtype == ir.DataType.FLOAT
+            if (producer := value.producer()) is not None and producer in types
+        }
+        follows = len(read) == 1 and (noted is None or node.op_type in _FOLLOWS_INPUT)
+        types[node] = read.pop() if follows else (noted or default)
+    for node in reversed(nodes):
+        if node.op_type in _FOLLOWS_READERS:
+            readers = {types[use.node] for value in node.outputs for use in value.uses()}
+            types[node] = readers.pop() if len(readers) == 1 else default
+    return types
 
 
-def _retype_attributes(node: ir.Node, reduced: ir.DataType) -> None:
-    """Operators that name a float32 type or value in an attribute follow the rest of the graph."""
+def _noted_type(
+    node: ir.Node, default: ir.DataType, layers: Mapping[str, str], operations: Mapping[str, str]
+) -> ir.DataType | None:
+    """The type of the module that a node belongs to; None if the exporter did not note any."""
+    if SCOPES not in node.metadata_props:
+        return None
+    modules: list[str] = ast.literal_eval(node.metadata_props[SCOPES])[:-1]  # the last is the name of the node
+    if modules and modules[-1] in operations:
+        return TYPES[operations[modules[-1]]]
+    return next((TYPES[layers[path]] for path in reversed(modules) if path in layers), default)
+
+
+def _is_float(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype == ir.DataType.FLOAT
+
+
+def _retype_attributes(node: ir.Node, kind: ir.DataType) -> None:
+    """Operators that name a float32 type or value in an attribute follow their node."""
     if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT:
-        node.attributes["to"] = ir.AttrInt64("to", int(reduced))
+        node.attributes["to"] = ir.AttrInt64("to", int(kind))
     constant = node.attributes.get("value") if node.op_type in {"Constant", "ConstantOfShape"} else None
     if constant is not None and constant.as_tensor().dtype == ir.DataType.FLOAT:
-        array = constant.as_tensor().numpy().astype(reduced.numpy())
-        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(array, dtype=reduced))
+        array = constant.as_tensor().numpy().astype(kind.numpy())
+        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(array, dtype=kind))
 
 
-def _cast_inputs(graph: ir.Graph, reduced: ir.DataType) -> None:
-    for value in graph.inputs:
-        if value.dtype != ir.DataType.FLOAT:
-            continue
-        readers = [(use.node, use.idx) for use in value.uses()]
-        cast = ir.node("Cast", [value], attributes={"to": int(reduced)}, name=f"{value.name}.cast")
-        cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(reduced), value.shape
-        for node, index in readers:
-            node.replace_input_with(index, cast.outputs[0])
-        graph.insert_before(graph[0], cast)
+@dataclass
+class _TypedGraph:
+    """A graph on its way from float32 to its types; values keep the type float32 until `set_types`.
+
+    Attributes:
+        graph: The graph.
+        default: Type of what no rule names.
+        types: Type in which each node computes.
+        casts: The result of a cast, by the graph it stands in, what it casts, and to which type.
+    """
+
+    graph: ir.Graph
+    default: ir.DataType
+    types: dict[ir.Node, ir.DataType]
+    casts: dict[tuple[int, ir.Value, ir.DataType], ir.Value] = field(default_factory=dict)
+
+    def convert_initializers(self, nodes: list[ir.Node]) -> int:
+        """Store every initialiser in the type of its readers; one copy per type where they differ."""
+        readers: dict[ir.Value, dict[ir.DataType, list[tuple[ir.Node, int]]]] = {}
+        for node in nodes:
+            for index, value in enumerate(node.inputs):
+                if value is not None and _is_float(value) and value.is_initializer():
+                    readers.setdefault(value, {}).setdefault(self.types[node], []).append((node, index))
+        converted = 0
+        for value in list(self.graph.initializers.values()):
+            if not _is_float(value) or value.const_value is None:
+                continue
+            values = dict.fromkeys(readers.get(value, {self.default: []}), value)
+            for kind in list(values)[1:]:
+                values[kind] = self._copy(value, kind)
+                for node, index in readers[value][kind]:
+                    node.replace_input_with(index, values[kind])
+            converted += sum(_convert(each, kind) for kind, each in values.items())
+        return converted
+
+    def _copy(self, value: ir.Value, kind: ir.DataType) -> ir.Value:
+        name = f"{value.name}.{_NAMES[kind]}"
+        copied = ir.Value(name=name, const_value=value.const_value, shape=value.shape, type=value.type)
+        self.graph.register_initializer(copied)
+        return copied
+
+    def _type_of(self, value: ir.Value) -> ir.DataType:
+        """The type that a computed value will have; inputs of the graph stay float32."""
+        producer = value.producer()
+        return ir.DataType.FLOAT if producer is None else self.types[producer]
+
+    def cast_inputs(self, node: ir.Node) -> None:
+        """Put casts before a node where what it reads is of another type."""
+        kind = self.types[node]
+        for index, value in enumerate(node.inputs):
+            if value is None or not _is_float(value) or value.is_initializer() or node.op_type == "Cast":
+                continue
+            if self._type_of(value) != kind:
+                node.replace_input_with(index, self._cast(value, kind, node))
+
+    def _cast(self, value: ir.Value, kind: ir.DataType, reader: ir.Node) -> ir.Value:
+        key = (id(reader.graph), value, kind)
+        if key not in self.casts:
+            cast = ir.node("Cast", [value], attributes={"to": int(kind)}, name=f"{value.name}.to_{_NAMES[kind]}")
+            cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(kind), value.shape
+            (reader.graph or self.graph).insert_before(reader, cast)
+            self.casts[key] = cast.outputs[0]
+        return self.casts[key]
+
+    def set_types(self, nodes: list[ir.Node]) -> None:
+        """Note on every value the type of the node that makes it."""
+        for node in nodes:
+            for value in node.outputs:
+                if _is_float(value):
+                    value.type = ir.TensorType(self.types[node])
+
+    def cast_outputs(self) -> None:
+        """Cast the outputs of the graph back to float32."""
+        for index, value in enumerate(list(self.graph.outputs)):
+            if value.producer() is None or value.dtype not in TYPES.values() or _is_float(value):
+                continue
+            name = value.name
+            value.name = f"{name}.{self._type_of(value).name.lower()}"
+            cast = ir.node("Cast", [value], attributes={"to": int(ir.DataType.FLOAT)}, name=f"{name}.cast")
+            final = cast.outputs[0]
+            final.name, final.shape, final.type = name, value.shape, ir.TensorType(ir.DataType.FLOAT)
+            self.graph.append(cast)
+            self.graph.outputs[index] = final
 
 
-def _cast_outputs(graph: ir.Graph, reduced: ir.DataType) -> None:
-    for index, value in enumerate(list(graph.outputs)):
-        if value.dtype != ir.DataType.FLOAT or value.producer() is None:
-            continue
-        name = value.name
-        value.name = f"{name}.{reduced.name.lower()}"
-        cast = ir.node("Cast", [value], attributes={"to": int(ir.DataType.FLOAT)}, name=f"{name}.cast")
-        final = cast.outputs[0]
-        final.name, final.shape, final.type = name, value.shape, ir.TensorType(ir.DataType.FLOAT)
-        value.type = ir.TensorType(reduced)
-        graph.append(cast)
-        graph.outputs[index] = final
+def _convert(value: ir.Value, kind: ir.DataType) -> bool:
+    """Store an initialiser in another type; returns whether it was converted."""
+    if value.const_value is None or kind == ir.DataType.FLOAT:
+        return False
+    array = value.const_value.numpy()
+    largest = float(np.abs(array).max()) if array.size else 0.0
+    if largest > _LARGEST[kind]:
+        name = _NAMES[kind]
+        msg = f"Weight {value.name} reaches {largest:.3g}, beyond {name}; build with --precision fp32."
+        raise ModelError(msg)
+    value.const_value = ir.tensor(array.astype(kind.numpy()), dtype=kind, name=value.name)
+    value.type = ir.TensorType(kind)
+    return True
