@@ -10,7 +10,7 @@ import torch
 from recovery_networks import SHAPE, TRANSFORM, images, logits_sqnr, prepared, source
 from torch import Tensor, nn
 
-from pcn_deploy.calibration.quantized import apply_scales, plan_scales, quantize_weight
+from pcn_deploy.calibration.quantized import Quantization, apply_scales, quantize_weight
 from pcn_deploy.calibration.recovery import RECOVERIES, apply_after
 from pcn_deploy.graph.export import to_onnx
 from pcn_deploy.preparation import Prepared
@@ -148,7 +148,7 @@ def test_inputs_that_round_to_zero_leave_the_weights() -> None:
     """H is zero: there is nothing to weigh errors with."""
     net = correlated()
     network = prepared(net, ())
-    scales = plan_scales(net, network.plan.with_ranges(dict.fromkeys(network.plan.int8_entries, 1e4)))
+    scales = {path: Quantization(100.0, scale.weight) for path, scale in network.scales.items()}
     changed, counts = apply_after(net, scales, source(), ("weight-rounding",))
     assert counts == {"weight-rounding": 0}
     assert torch.equal(changed.state_dict()["2.weight"], net.state_dict()["2.weight"])
