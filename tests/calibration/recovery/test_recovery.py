@@ -45,6 +45,16 @@ def test_together_they_keep_the_caller_s_network_and_win() -> None:
     assert errors[1] < 0.95 * errors[0]
 
 
+def test_the_largest_input_of_every_layer_stays() -> None:
+    """So that what FP16 could hold it still holds."""
+    plain, moved = prepared((), images()), prepared(("smoothquant",), images())
+    assert moved.recovered["smoothquant"] > 0
+    assert plain.calibration is not None
+    assert moved.calibration is not None
+    for path, seen in plain.calibration.statistics.items():
+        assert moved.calibration.statistics[path].amax == pytest.approx(seen.amax, rel=1e-4)
+
+
 def test_the_order_given_does_not_matter_and_a_repeat_is_equal_to_the_bit() -> None:
     one, other = (prepared(names, images()) for names in (RECOVERIES, RECOVERIES[::-1]))
     first, second = one.deployed.state_dict(), other.deployed.state_dict()
