@@ -190,6 +190,11 @@ def broken_budget(proof: BudgetProof) -> str:
     )
 
 
+def recovery_summary(recovery: dict[str, int]) -> str:
+    """What each recovery changed."""
+    return f"Recovery: {', '.join(f'{name} ({count} layers)' for name, count in recovery.items())}."
+
+
 def search_summary(search: SearchResult, quantized: int) -> str:
     """What a search found."""
     left = search.unquantized

@@ -13,12 +13,15 @@ import click
 
 from pcn_deploy.calibration.calibrators import CALIBRATORS, PERCENTILE, WEIGHT_CALIBRATORS
 from pcn_deploy.calibration.images import MAX_UNREADABLE_SHARE
+from pcn_deploy.calibration.recovery import RECOVERIES
 from pcn_deploy.calibration.transform import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Transform
 from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.errors import OptionError
 from pcn_deploy.models.registry import check_weights_choice, find_model
 from pcn_deploy.provenance import ModelSource
 from pcn_deploy.specs import BatchRange
+
+ALL_RECOVERIES = "all"
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -202,6 +205,12 @@ def calibration_options(command: Command) -> Command:
             help="Keep what calibration sees in this file; if it is there, run nothing. A bundle can be read too.",
         ),
         click.option(
+            "--recover",
+            type=click.Choice((*RECOVERIES, ALL_RECOVERIES)),
+            multiple=True,
+            help="With int8: win accuracy back without training; repeat for several.",
+        ),
+        click.option(
             "--max-unreadable",
             type=click.FloatRange(0, 1),
             default=MAX_UNREADABLE_SHARE,
@@ -228,6 +237,7 @@ def calibration_of(given: dict[str, Any]) -> dict[str, Any]:
         "percentile": PERCENTILE if percentile is None else percentile,
         "weight_calibrator": given["weight_calibrator"],
         "calibration_cache": given["calibration_cache"],
+        "recovery": RECOVERIES if ALL_RECOVERIES in given["recover"] else given["recover"],
         "calibration_images": given["images"],
         "max_unreadable": given["max_unreadable"],
     }

@@ -85,7 +85,7 @@ def analyze(
     options = replace(options, precision="int8")
     source = as_source(calibration, options, options.calibration_images)
     network = prepare(in_evaluation_mode(model), options, source, progress)
-    simulation = Simulation(network.deployed, apply_scales(network.deployed, network.scales), network.scales)
+    simulation = Simulation(network.unrounded, apply_scales(network.deployed, network.scales), network.scales)
     judged_by = source if evaluation is None else as_source(evaluation, options)
     answers = Answers.of(simulation.logits, judged_by.subset(images), progress)
     ledger = Ledger(record, {"run": run_digest(network, [answers])})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +151,7 @@ def search_plan(
     from pcn_deploy.calibration.sensitivity import rank
     from pcn_deploy.calibration.simulate import Simulation
 
-    simulation = Simulation(network.deployed, apply_scales(network.deployed, network.scales), network.scales)
+    simulation = Simulation(network.unrounded, apply_scales(network.deployed, network.scales), network.scales)
     units = network.units()
     ledger = Ledger(record, {"run": run_digest(network, [judges.search, judges.proof]), "budget": judges.budget})
     chosen = judges.search.spread(RANKING_IMAGES)
@@ -165,9 +165,8 @@ def search_plan(
         )
         raise ParityError(msg)
     left = frozenset(layer for unit in found.unquantized for layer in units[unit])
-    plan = network.plan.leave_out(left, f"INT8 here would break the budget of {judges.budget} points of top-1")
-    scales = {path: scale for path, scale in network.scales.items() if path not in left}
-    return replace(network, plan=plan, scales=scales), found
+    reason = f"INT8 here would break the budget of {judges.budget} points of top-1"
+    return network.leave_out(left, reason), found
 
 
 def prove(engine: Engine, judges: Judges, progress: Progress) -> BudgetProof:

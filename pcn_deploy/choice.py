@@ -68,7 +68,7 @@ def compile_fastest(
             refusal = "INT8 broke its parity budget"
     except (ModelError, ParityError) as error:
         refusal = str(error)
-    fp16 = build(replace(options, precision="fp16"))
+    fp16 = build(replace(options, precision="fp16", recovery=()))
     if int8 is None or refusal:
         choice = Choice(precision="fp16", reason=f"INT8 is not possible: {refusal}", latency_ms={})
     elif not fp16:

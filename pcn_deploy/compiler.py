@@ -191,7 +191,7 @@ def _new_bundle(
         "precision": options.precision,
         "remainder": options.graph_type,
         "transform": options.transform.to_json(),
-        "calibration": calibration.summary() if calibration else None,
+        "calibration": {**calibration.summary(), **_recovery(network)} if calibration else None,
         "golden": source.name if source else "standard normal noise",
         "rewrites": network.rewrites,
         "parity_budget": asdict(options.budget),
@@ -202,6 +202,10 @@ def _new_bundle(
     if calibration:
         bundle.add_json("calibration.json", calibration.to_json(network.scales))
     return bundle
+
+
+def _recovery(network: Prepared) -> dict[str, Any]:
+    return {"recovery": network.recovered} if network.recovered else {}
 
 
 def _add_graphs(bundle: Bundle, network: Prepared, options: CompileOptions, progress: Progress) -> EngineSpec:

@@ -9,6 +9,7 @@ from pcn_deploy.calibration.calibrators import PERCENTILE, check_weight_calibrat
 from pcn_deploy.calibration.images import MAX_UNREADABLE_SHARE
 from pcn_deploy.calibration.plan import PRECISIONS, REMAINDERS
 from pcn_deploy.calibration.recipe import Recipe
+from pcn_deploy.calibration.recovery import check_recovery
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import OptionError
@@ -43,6 +44,7 @@ class CompileOptions:
         weight_calibrator: One of `calibrators.WEIGHT_CALIBRATORS`.
         calibration_cache: File that keeps what calibration saw, `.json`, or a bundle to take it from; see
             `calibration/cache.py`.
+        recovery: Names from `recovery.RECOVERIES` to apply; with `int8` only.
         calibration_images: Use at most so many images, spread evenly over the source.
         max_unreadable: Share of unreadable image files above which the build stops, 0 to 1.
         golden_images: Images kept in the bundle with the eager outputs, to prove parity anywhere, 1 or more.
@@ -64,6 +66,7 @@ class CompileOptions:
     percentile: float = PERCENTILE
     weight_calibrator: str = "max"
     calibration_cache: str | Path | None = None
+    recovery: tuple[str, ...] = ()
     calibration_images: int = 512
     max_unreadable: float = MAX_UNREADABLE_SHARE
     golden_images: int = 8
@@ -89,6 +92,13 @@ class CompileOptions:
             raise OptionError(msg)
         get_calibrator(self.calibrator, self.percentile)
         check_weight_calibrator(self.weight_calibrator)
+        check_recovery(self.recovery)
+        if self.recovery and self.precision != "int8":
+            msg = (
+                f"Recovery {', '.join(self.recovery)} makes up for INT8; the precision is {self.precision}. "
+                "Build with --precision int8, or leave --recover out."
+            )
+            raise OptionError(msg)
         if min(self.calibration_images, self.golden_images) < 1 or not 0 <= self.max_unreadable <= 1:
             msg = (
                 f"{self.calibration_images} calibration images, {self.golden_images} golden images, unreadable share "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,15 +32,34 @@ NO_IMAGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The deploy form whose graph is built, the name of the network, and how it is quantised."""
+    """The deploy form whose graph is built, the name of the network, and how it is quantised.
+
+    `unrounded` is the same network before any recovery changed weights and biases for INT8: what a layer is that is
+    not quantised after all. It is `deployed` itself where none did. `recovered` tells how many INT8 layers each
+    recovery changed.
+    """
 
     name: str
     deployed: nn.Module
+    unrounded: nn.Module
     layers: tuple[LayerFacts, ...]
     plan: PrecisionPlan
     scales: dict[str, Quantization]
     calibration: Calibration | None
     rewrites: dict[str, int]
+    recovered: dict[str, int] = field(default_factory=dict)
+
+    def leave_out(self, layers: frozenset[str], reason: str) -> Prepared:
+        """The network with some of its INT8 layers left unquantised."""
+        from pcn_deploy.models.deploy import share_weights
+
+        deployed = self.deployed
+        if deployed is not self.unrounded:
+            deployed = share_weights(deployed)
+            for path in layers:
+                deployed.set_submodule(path, self.unrounded.get_submodule(path))
+        scales = {path: scale for path, scale in self.scales.items() if path not in layers}
+        return replace(self, deployed=deployed, plan=self.plan.leave_out(layers, reason), scales=scales)
 
     def units(self) -> dict[str, tuple[str, ...]]:
         """The INT8 layers, each with the residual additions that are INT8 because it is, by its name."""
@@ -124,6 +143,7 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     from pcn_deploy.calibration.collect import calibrate
     from pcn_deploy.calibration.facts import inspect_layers
     from pcn_deploy.calibration.quantized import plan_scales
+    from pcn_deploy.calibration.recovery import apply_after, apply_before
     from pcn_deploy.models.attention_map import output_attention_map
     from pcn_deploy.models.checkpoint import check_finite
     from pcn_deploy.models.deploy import to_deploy
@@ -138,9 +158,17 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     progress("Rewriting and planning", 1, 2)
     layers = inspect_layers(deployed, torch.zeros(1, *options.transform.shape), expect_logits=True)
     plan = _plan(deployed, layers, options, source)
+    progress("Rewriting and planning", 2, 2)
+    recovered: dict[str, int] = {}
+    if source is not None:
+        deployed, recovered = apply_before(deployed, list(plan.int8_entries), source, options.recovery, progress)
+    elif options.recovery:
+        msg = f"Recovery {', '.join(options.recovery)} needs calibration images, also where a recipe has the ranges."
+        raise DataError(msg)
+    if any(recovered.values()):  # other weights, other magnitudes
+        plan = _plan(deployed, layers, options, source)
     if options.with_attention_map:
         deployed = output_attention_map(deployed)
-    progress("Rewriting and planning", 2, 2)
     if options.precision == "int8" and not plan.int8_entries:
         msg = "The plan leaves no layer in INT8. Build it with --precision fp16, or put layers in INT8 in the recipe."
         raise ModelError(msg)
@@ -160,13 +188,20 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
             cache=options.calibration_cache,
         )
         plan = plan.with_ranges(seen.ranges)
+    scales = plan_scales(deployed, plan, options.weight_calibrator)
+    rounded = deployed
+    if source is not None:
+        rounded, after = apply_after(deployed, scales, source, options.recovery, progress)
+        recovered |= after
     return Prepared(
         name=name,
-        deployed=deployed,
+        deployed=rounded,
+        unrounded=deployed,
         layers=tuple(layers),
         plan=plan,
-        scales=plan_scales(deployed, plan, options.weight_calibrator),
+        scales=scales,
         calibration=seen,
+        recovered=recovered,
         rewrites=rewrites,
     )
 

@@ -41,7 +41,10 @@ def test_the_faster_is_kept_if_it_is_clearly_faster(int8: float, fp16: float, ke
 
 
 def test_both_are_built_and_timed() -> None:
-    result, choice = compile_fastest(build_with(network(), images()), options(batch=pcn_deploy.BatchRange()))
+    result, choice = compile_fastest(
+        build_with(network(), images()),
+        options(batch=pcn_deploy.BatchRange(), recovery=("bias-correction",), precision="int8"),
+    )
     assert result
     assert set(choice.latency_ms) == {"int8", "fp16"}
     assert choice.target == "cpu"

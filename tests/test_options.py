@@ -67,3 +67,11 @@ def test_options_are_frozen_and_named() -> None:
 def test_torchscript_is_never_called_what_it_is_not(precision: str) -> None:
     with pytest.raises(OptionError, match="TorchScript module is FP32"):
         CompileOptions(precision=precision, targets=("torchscript",))
+
+
+def test_recovery_goes_with_int8_and_known_names() -> None:
+    assert CompileOptions(precision="int8", recovery=("bias-correction",)).recovery == ("bias-correction",)
+    with pytest.raises(OptionError, match=r"Recovery smoothquant.*precision is fp16.*--precision int8"):
+        CompileOptions(recovery=("smoothquant",))
+    with pytest.raises(OptionError, match=r"Unknown recovery 'adaround'; known are equalisation, smoothquant"):
+        CompileOptions(precision="int8", recovery=("adaround",))

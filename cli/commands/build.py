@@ -228,6 +228,8 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
     click.echo(f"Golden set: {reports[0]['images']} images, from {bundle.manifest['golden']}.")
     if seen:
         click.echo(f"Ranges: {seen['calibrator']} on {seen['images']} images; {seen['unreadable']} could not be read.")
+        if "recovery" in seen:
+            click.echo(display.recovery_summary(seen["recovery"]))
     elif bundle.manifest["precision"] == "int8":
         click.echo("Ranges: all from the recipe; no image was calibrated on.")
     for report in result.reports:

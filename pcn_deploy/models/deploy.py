@@ -132,8 +132,8 @@ def absorb_key_value(model: nn.Module) -> int:
     return absorbed
 
 
-class _Tracer(fx.Tracer):
-    """Does not look into attention: its code depends on shapes."""
+class FlowTracer(fx.Tracer):
+    """Traces the data flow between modules; does not look into attention, whose code depends on shapes."""
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         """Whether a module is one node of the graph."""
@@ -144,7 +144,7 @@ class _Tracer(fx.Tracer):
 def _traced_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Names of (module, module) where the second is the only reader of the first, each called once."""
     try:
-        graph = _Tracer().trace(model)
+        graph = FlowTracer().trace(model)
     except Exception as error:
         log.debug("BatchNorm is not folded, the network cannot be traced: %s", error)
         return

@@ -140,6 +140,23 @@ def test_int8_with_images_from_a_file(weights: Path, out: Path, tmp_path: Path) 
     assert (kept["calibrator"], kept["images"], kept["source"]) == ("max", 4, str(npz))
 
 
+def test_recovery_is_applied_recorded_and_printed(weights: Path, out: Path, tmp_path: Path) -> None:
+    npz = tmp_path / "images.npz"
+    np.savez(npz, images=np.random.default_rng(0).standard_normal((8, 3, 32, 32), dtype=np.float32))
+    words = ["patchconvnet", "--weights", weights, *SMALL[:4], "--calibration", npz, "-o", out, "-q"]
+    result = invoke(*words, "--precision", "int8", "--recover", "all")
+    assert result.exit_code == 0, result.output
+    kept = Bundle.open(out).manifest["calibration"]["recovery"]
+    assert list(kept) == ["equalisation", "smoothquant", "weight-rounding", "bias-correction"]
+    assert kept["bias-correction"] == 4
+    assert "Recovery: equalisation (0 layers), smoothquant (" in result.stdout
+    one = invoke(*words, "--precision", "int8", "--recover", "bias-correction", "--overwrite")
+    assert Bundle.open(out).manifest["calibration"]["recovery"] == {"bias-correction": 4}, one.output
+    result = invoke(*words, "--precision", "fp16", "--recover", "smoothquant", "--overwrite")
+    assert result.exit_code == 2
+    assert "Recovery smoothquant makes up for INT8" in " ".join(result.stderr.split())
+
+
 def test_int8_without_images_is_refused(weights: Path, out: Path) -> None:
     result = invoke("patchconvnet", "--weights", weights, "--precision", "int8", "--resolution", "32", "-o", out)
     refused(result, 1, "INT8 needs calibration images", "--calibration DIR", out=out)
