@@ -46,13 +46,15 @@ def keep_in_range(
         model: The deploy form.
         seen: What was observed, from `observe_magnitudes`.
         layers: The facts of the layers.
-        decided: Layers that are left as the plan has them.
+        decided: Layers that are left as the plan has them, as are entries for operations.
 
     Returns:
         The plan with the reason and the figures in each entry that was moved. Operations that a module does itself
         get an entry if they are moved. A residual addition whose branch is no longer INT8 is not INT8 either.
     """
-    entries = [entry if entry.op in decided else _judged(entry, model, seen) for entry in plan.entries]
+    entries = [
+        entry if entry.operations or entry.op in decided else _judged(entry, model, seen) for entry in plan.entries
+    ]
     int8 = {entry.op for entry in entries if entry.precision == "int8"}
     parted = {layer.path for layer in layers if layer.kind == RESIDUAL_ADD and layer.branch not in int8} & int8
     listed = {entry.op for entry in entries}

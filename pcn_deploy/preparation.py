@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.calibration.images import ImageSource
-from pcn_deploy.errors import DataError
+from pcn_deploy.errors import DataError, ModelError
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.progress import Progress
 
@@ -132,6 +132,9 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     if options.with_attention_map:
         deployed = output_attention_map(deployed)
     progress("Rewriting and planning", 2, 2)
+    if options.precision == "int8" and not plan.int8_entries:
+        msg = "The plan leaves no layer in INT8. Build it with --precision fp16, or put layers in INT8 in the recipe."
+        raise ModelError(msg)
     missing = [path for path, entry in plan.int8_entries.items() if entry.input_amax is None]
     if missing and source is None:
         msg = f"The recipe gives no range for {len(missing)} INT8 layers, such as {missing[0]}. {NO_IMAGES}"
