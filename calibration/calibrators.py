@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,9 @@ LEVELS = 128
 
 PERCENTILE = 99.99
 """Default share of magnitudes, in percent, inside the range of the percentile calibrator."""
+
+WEIGHT_CALIBRATORS = ("max", "mse")
+"""How the range of each output channel of a weight is found; see `calibration/weights.py`."""
 
 _CANDIDATE_STEP = 8
 
@@ -42,10 +46,10 @@ def calibrate_max(histogram: Histogram) -> float:
     return histogram.amax
 
 
-def calibrate_percentile(histogram: Histogram) -> float:
-    """The magnitude below which `PERCENTILE` percent of all values lie."""
+def calibrate_percentile(histogram: Histogram, percentile: float = PERCENTILE) -> float:
+    """The magnitude below which `percentile` percent of all values lie."""
     cumulative = np.cumsum(histogram.counts)
-    last = int(np.searchsorted(cumulative, cumulative[-1] * PERCENTILE / 100))
+    last = int(np.searchsorted(cumulative, cumulative[-1] * percentile / 100))
     return min((last + 1) * histogram.width, histogram.amax)
 
 
@@ -128,13 +132,33 @@ _CALIBRATORS: dict[str, Callable[[Histogram], float]] = {
 CALIBRATORS = tuple(_CALIBRATORS)
 
 
-def get_calibrator(name: str) -> Callable[[Histogram], float]:
+def get_calibrator(name: str, percentile: float = PERCENTILE) -> Callable[[Histogram], float]:
     """Return the calibrator of that name.
 
+    Args:
+        name: One of `CALIBRATORS`.
+        percentile: For the percentile calibrator, in percent, above 50 and at most 100.
+
     Raises:
-        OptionError: If there is none; the known ones are listed.
+        OptionError: If there is none of that name (the known ones are listed), or the percentile is out of range.
     """
     if name not in _CALIBRATORS:
         msg = f"Unknown calibrator {name!r}. Known: {', '.join(CALIBRATORS)}."
         raise OptionError(msg)
+    if not 50 < percentile <= 100:
+        msg = f"Percentile {percentile}: expected the share of magnitudes inside the range, above 50 and at most 100."
+        raise OptionError(msg)
+    if name == "percentile":
+        return partial(calibrate_percentile, percentile=percentile)
     return _CALIBRATORS[name]
+
+
+def check_weight_calibrator(name: str) -> None:
+    """Check the name.
+
+    Raises:
+        OptionError: If it is not one of `WEIGHT_CALIBRATORS`.
+    """
+    if name not in WEIGHT_CALIBRATORS:
+        msg = f"Unknown weight calibrator {name!r}. Known: {', '.join(WEIGHT_CALIBRATORS)}."
+        raise OptionError(msg)

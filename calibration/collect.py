@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
-from pcn_deploy.calibration.calibrators import get_calibrator
+from pcn_deploy.calibration.cache import check_images, digest_weights, open_cache, read_cache, write_cache
+from pcn_deploy.calibration.calibrators import PERCENTILE, get_calibrator
+from pcn_deploy.calibration.distributed import Processes, current, shared_batches
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.observers import AmaxObserver, HistogramObserver
+from pcn_deploy.calibration.record import Calibration, find_ranges
+from pcn_deploy.calibration.statistics import Statistics
+from pcn_deploy.errors import DataError
 from pcn_deploy.models.layers import ResidualAdd
 from pcn_deploy.progress import Progress, silent
 
+Images = npt.NDArray[np.float32]
+
 BATCH = 8
-"""Images per forward pass; the ranges do not depend on it."""
+"""Images per forward pass, whatever the arrays they come in; of several processes, each takes whole batches."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """The outcome of a calibration, as `calibration.json` holds it.
-
-    Attributes:
-        calibrator: Name of the calibrator.
-        images: Number of images seen.
-        unreadable: Number of image files that could not be read.
-        source: Where the images came from.
-        dataset_sha256: Digest over the transformed images, in order.
-        ranges: Calibrated amax of the input of each observed layer.
-        amax: Largest magnitude seen there.
-    """
-
-    calibrator: str
-    images: int
-    unreadable: int
-    source: str
-    dataset_sha256: str
-    ranges: dict[str, float]
-    amax: dict[str, float]
+FEW_IMAGES = 32
+"""Below this a note says that the ranges may miss what other images hold; NVIDIA's TensorRT documentation calls about
+500 images enough for ImageNet networks."""
 
 
 def calibrate(
@@ -47,8 +39,13 @@ def calibrate(
     source: ImageSource,
     calibrator: str,
     progress: Progress = silent,
+    *,
+    percentile: float = PERCENTILE,
+    cache: str | Path | None = None,
 ) -> Calibration:
     """Observe the inputs of `layers` on every image of `source`, in one pass and constant memory.
+
+    Within `distributed.join` the processes share the images, and all return what one process alone would.
 
     Args:
         model: The deploy form, in evaluation mode.
@@ -56,31 +53,84 @@ def calibrate(
         source: Calibration images.
         calibrator: One of `calibrators.CALIBRATORS`.
         progress: Told the number of images done.
+        percentile: For the percentile calibrator, in percent, above 50 and at most 100.
+        cache: A `.json` that keeps what is seen: written if absent; if there, or a bundle, its histograms are used and
+            the images only read to see that they are the same.
 
     Returns:
-        The ranges and where they come from.
+        The ranges and what they are bound to.
 
     Raises:
-        DataError: If images are unusable, or an activation is NaN or infinite.
-        OptionError: If the calibrator is unknown.
+        DataError: If images are unusable, an activation is NaN or infinite, every input is zero, or the cache is
+            damaged or was made with something else.
+        OptionError: If the calibrator is unknown or its percentile out of range.
+        OutputError: If the cache cannot be written.
+        ProcessError: If processes disagree about what is calibrated, or one of them is lost.
     """
-    to_range = get_calibrator(calibrator)
-    kind = AmaxObserver if calibrator == "max" else HistogramObserver
-    observers = {path: kind(path) for path in layers}
-    images = _observe(model, observers, source, progress)
-    statistics = {path: observer.statistics() for path, observer in observers.items()}
-    return Calibration(
+    get_calibrator(calibrator, percentile)
+    processes, weights, path = current(), digest_weights(model), Path(cache or "")
+    processes.check_equal(weights=weights, layers=layers)
+    text = processes.gather(read_cache(path) if cache and processes.first else b"")[0]
+    if text:
+        kept = open_cache(text, str(path), layers, weights, source)
+        statistics, notes = {layer: kept.statistics[layer] for layer in layers}, kept.notes
+        find_ranges(statistics, calibrator, percentile)  # before the images are read
+        _pass(source, progress, "Reading images", lambda _images: None)  # for their digest
+        check_images(kept, str(path), source)
+    else:
+        observe = AmaxObserver if calibrator == "max" and not cache else HistogramObserver
+        statistics, notes = _run(model, {layer: observe(layer) for layer in layers}, source, progress)
+    if statistics and not any(seen.amax for seen in statistics.values()):
+        msg = (
+            f"The inputs of all {len(layers)} layers are zero on every image: there is nothing to calibrate. "
+            "Check the images and the weights, or build with --precision fp16."
+        )
+        raise DataError(msg)
+    found = Calibration(
         calibrator=calibrator,
-        images=images,
+        percentile=percentile if calibrator == "percentile" else None,
+        images=len(source) - len(source.unreadable),
         unreadable=len(source.unreadable),
         source=source.name,
+        weights_sha256=weights,
         dataset_sha256=source.digest,
-        ranges={path: to_range(seen) if seen.amax > 0 else 0.0 for path, seen in statistics.items()},
-        amax={path: seen.amax for path, seen in statistics.items()},
+        transform=source.transform,
+        statistics=statistics,
+        ranges=find_ranges(statistics, calibrator, percentile),
+        notes=notes,
+    )
+    if cache and not text and processes.first:
+        write_cache(path, found)
+    return found
+
+
+def recalibrate(seen: Calibration, calibrator: str, percentile: float = PERCENTILE) -> Calibration:
+    """Ranges of another calibrator from the same histograms, without a new pass.
+
+    Raises:
+        DataError: If no histograms were kept.
+        OptionError: If the calibrator is unknown or its percentile out of range.
+    """
+    return replace(
+        seen,
+        calibrator=calibrator,
+        percentile=percentile if calibrator == "percentile" else None,
+        ranges=find_ranges(seen.statistics, calibrator, percentile),
     )
 
 
-def _observe(model: nn.Module, observers: dict[str, AmaxObserver], source: ImageSource, progress: Progress) -> int:
+def _run(
+    model: nn.Module, observers: dict[str, AmaxObserver], source: ImageSource, progress: Progress
+) -> tuple[dict[str, Statistics], tuple[str, ...]]:
+    """What all processes saw, and what the user should know of the images."""
+    varied = _observe(model, observers, source, progress)
+    statistics = _merge({layer: each.statistics() for layer, each in observers.items()}, current())
+    return statistics, _notes(source, varied=bool(current().max(np.array([float(varied)]))[0]))
+
+
+def _observe(model: nn.Module, observers: dict[str, AmaxObserver], source: ImageSource, progress: Progress) -> bool:
+    """Run this process's share of the images; returns whether any of them was more than a plain colour."""
+
     def hook(observer: AmaxObserver) -> Any:
         def observe(module: nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
             if isinstance(module, ResidualAdd):
@@ -94,16 +144,56 @@ def _observe(model: nn.Module, observers: dict[str, AmaxObserver], source: Image
         model.get_submodule(path).register_forward_pre_hook(hook(observer), with_kwargs=True)
         for path, observer in observers.items()
     ]
-    done = 0
-    progress("Calibrating", 0, len(source), "images")
+    varied = False
+
+    def run(images: Images) -> None:
+        nonlocal varied
+        varied = varied or bool((images.max((2, 3)) != images.min((2, 3))).any())
+        model(torch.from_numpy(images))
+
     try:
         with torch.inference_mode():
-            for images, _ in source.batches(BATCH):
-                model(torch.from_numpy(images))
-                done += len(images)
-                progress("Calibrating", done, len(source), "images")
+            _pass(source, progress, "Calibrating", run)
     finally:
         for handle in handles:
             handle.remove()
-    progress("Calibrating", len(source), len(source), "images")
-    return done
+    return varied
+
+
+def _pass(source: ImageSource, progress: Progress, step: str, use: Callable[[Images], None]) -> None:
+    """Give this process's batches to `use`."""
+    done, total = 0, len(source)
+    progress(step, 0, total, "images")
+    for images, _ in shared_batches(source, BATCH):
+        use(images)
+        done = min(total, done + len(images) * current().count)
+        progress(step, done, total, "images")
+    progress(step, total, total, "images")
+
+
+def _merge(statistics: dict[str, Statistics], processes: Processes) -> dict[str, Statistics]:
+    """Statistics of all processes, equal to the bit to those of one."""
+    if processes.count == 1 or not statistics:
+        return statistics
+    amax = processes.max(np.array([seen.amax for seen in statistics.values()]))
+    own = [seen.widened(float(largest)) for seen, largest in zip(statistics.values(), amax, strict=True)]
+    counts = processes.sum(np.stack([seen.counts for seen in own]))
+    return {
+        path: Statistics(seen.amax, total, seen.width)
+        for path, seen, total in zip(statistics, own, counts, strict=True)
+    }
+
+
+def _notes(source: ImageSource, *, varied: bool) -> tuple[str, ...]:
+    """What the user should know of the images."""
+    read = source.fingerprints[source.fingerprints.any(axis=1)]
+    count = len(read)
+    notes = []
+    if count < FEW_IMAGES:
+        images = "1 image" if count == 1 else f"{count} images"
+        notes.append(f"only {images}: the ranges are guesses about all others; give a few hundred.")
+    if not varied:
+        notes.append("every calibration image is of one plain colour: the ranges say nothing about real images.")
+    elif count > 1 and len(np.unique(read, axis=0)) == 1:
+        notes.append(f"all {count} calibration images are equal: they tell no more than one.")
+    return tuple(notes)

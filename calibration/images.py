@@ -11,6 +11,7 @@ import hashlib
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ ImageArray = npt.NDArray[np.float32]
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 MAX_UNREADABLE_SHARE = 0.05
 """Above this share of unreadable images a run stops: the set is then not what the user believes it is."""
+
+_SHA256_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,9 @@ class ImageSource:
 
     Attributes:
         unreadable: Names of the image files that could not be read so far.
-        digest: SHA-256 over the transformed images of the last complete pass, as hexadecimal text.
+        fingerprints: SHA-256 of each transformed image of the last pass, uint8 `(len(self), 32)`; zero where it was
+            not read.
+        digest: SHA-256 over the fingerprints of the last complete pass, in order, as hexadecimal text.
 
     Raises:
         DataError: If there are no images, or arrays of an unusable kind.
@@ -63,6 +68,7 @@ class ImageSource:
         self.transform = transform
         self.max_unreadable = max_unreadable
         self.unreadable: list[str] = []
+        self.fingerprints = np.zeros((0, _SHA256_BYTES), np.uint8)
         self.digest = ""
         self._items: Sequence[_File | _Array]
         self.name, self._items = _open(source, transform)
@@ -110,39 +116,74 @@ class ImageSource:
             DataError: If an image has the wrong size or holds NaN or infinity, if none can be read, or if more than
                 the allowed share is unreadable.
         """
-        self.unreadable = []
-        sha = hashlib.sha256()
-        for item in self._items:
-            image = item.read(self.transform)
-            if image is None:
-                self._count_unreadable(item.name)
-                continue
-            self._check(image, item.name)
-            sha.update(image.data)
-            yield Sample(image, item.label)
-        if len(self.unreadable) == len(self._items):
+        self._begin()
+        yield from self._read(range(len(self._items)))
+        self.complete(self.fingerprints)
+
+    def batches(
+        self, size: int, *, part: int = 0, parts: int = 1
+    ) -> Iterator[tuple[ImageArray, npt.NDArray[np.int64] | None]]:
+        """Batches `(n, C, H, W)`, n at most `size`, with labels `(n,)` where all images have one.
+
+        Where one image would be left over alone, the last two batches share theirs: the arithmetic of a batch of one
+        differs from that of others in the last digits, and the outcome would depend on which image is the last.
+
+        Args:
+            size: Most images in a batch.
+            part: Of several processes that share the images, the number of this one.
+            parts: Number of the processes; each takes every `parts`-th batch, and `complete` ends their pass.
+
+        Raises:
+            DataError: As by iteration; for one of several processes, if its own images show it.
+        """
+        self._begin()
+        for start, stop in _bounds(len(self._items), size)[part::parts]:
+            group = list(self._read(range(start, stop)))
+            if group:
+                yield self._stack(group)
+        if parts == 1:
+            self.complete(self.fingerprints)
+
+    def complete(self, fingerprints: npt.NDArray[np.uint8]) -> None:
+        """End a pass, perhaps of several processes.
+
+        Args:
+            fingerprints: Those of all images, as in the attribute.
+
+        Raises:
+            DataError: If none could be read, or more than the allowed share is unreadable.
+        """
+        self.fingerprints = fingerprints
+        read = np.asarray(fingerprints.any(axis=1))
+        self.unreadable = [self._items[index].name for index in np.flatnonzero(~read).tolist()]
+        self._check_unreadable()
+        if not read.any():
             msg = f"None of the {len(self._items)} images in {self.name} can be read."
             raise DataError(msg)
-        self.digest = sha.hexdigest()
+        self.digest = hashlib.sha256(fingerprints[read].tobytes()).hexdigest()
 
-    def batches(self, size: int) -> Iterator[tuple[ImageArray, npt.NDArray[np.int64] | None]]:
-        """Batches `(n, C, H, W)`, n at most `size`, with labels `(n,)` where all images have one."""
-        group: list[Sample] = []
-        for sample in self:
-            group.append(sample)
-            if len(group) == size:
-                yield self._stack(group)
-                group = []
-        if group:
-            yield self._stack(group)
+    def _begin(self) -> None:
+        self.unreadable = []
+        self.fingerprints = np.zeros((len(self._items), _SHA256_BYTES), np.uint8)
+
+    def _read(self, indices: range) -> Iterator[Sample]:
+        for index in indices:
+            item = self._items[index]
+            image = item.read(self.transform)
+            if image is None:
+                self.unreadable.append(item.name)
+                self._check_unreadable()
+                continue
+            self._check(image, item.name)
+            self.fingerprints[index] = np.frombuffer(hashlib.sha256(image.data).digest(), np.uint8)
+            yield Sample(image, item.label)
 
     def _stack(self, group: list[Sample]) -> tuple[ImageArray, npt.NDArray[np.int64] | None]:
         images = np.stack([sample.image for sample in group])
         labels = np.array([sample.label for sample in group], np.int64) if self.has_labels else None
         return images, labels
 
-    def _count_unreadable(self, name: str) -> None:
-        self.unreadable.append(name)
+    def _check_unreadable(self) -> None:
         if len(self.unreadable) > self.max_unreadable * len(self._items):
             msg = (
                 f"{len(self.unreadable)} of {len(self._items)} images in {self.name} cannot be read so far, such as "
@@ -157,6 +198,14 @@ class ImageSource:
         if not np.isfinite(image).all():
             msg = f"{name} holds NaN or infinite values. Remove it, or mend what produced it."
             raise DataError(msg)
+
+
+def _bounds(count: int, size: int) -> list[tuple[int, int]]:
+    """First index and end of each batch."""
+    edges = [*range(0, count, size), count]
+    if size > 2 and count > size and count % size == 1:
+        edges[-2] = count - (size + 1) // 2
+    return list(pairwise(edges))
 
 
 def read_image(path: Path, transform: Transform) -> ImageArray:

@@ -7,36 +7,13 @@ images are grouped or ordered, and statistics of several processes add up exactl
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pcn_deploy.calibration.statistics import BINS, Statistics, bin_width
 from pcn_deploy.errors import DataError
-
-BINS = 4096
-"""Bins of a histogram of magnitudes; between half and all of them are in use, so thresholds resolve to 0.05 %."""
-
-
-_NARROWEST = 2.0**-126
-"""Narrowest bin: its reciprocal is still a float32."""
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What was seen of one tensor.
-
-    Attributes:
-        amax: Largest magnitude.
-        counts: Magnitudes counted in bins of `width`, int64 `(BINS,)`; empty where only `amax` was observed.
-        width: Width of a bin, a power of two, in the unit of the tensor.
-    """
-
-    amax: float
-    counts: npt.NDArray[np.int64]
-    width: float
 
 
 class AmaxObserver:
@@ -88,7 +65,7 @@ class HistogramObserver(AmaxObserver):
 
     def _widen(self) -> None:
         if self._width == 0.0:
-            self._width = max(2.0 ** math.frexp(self.amax)[1] / BINS, _NARROWEST)
+            self._width = bin_width(self.amax)
         while self.amax >= self._width * BINS:
             self._counts = torch.cat((self._counts.view(-1, 2).sum(1), self._counts.new_zeros(BINS // 2)))
             self._width *= 2.0

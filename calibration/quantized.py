@@ -7,18 +7,20 @@ Source: TensorRT documentation, "Explicit quantization".
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pcn_deploy.calibration.calibrators import WEIGHT_CALIBRATORS, check_weight_calibrator
 from pcn_deploy.calibration.plan import PrecisionPlan
+from pcn_deploy.calibration.weights import QMAX, weight_scales
 from pcn_deploy.errors import DataError
 from pcn_deploy.models.deploy import share_weights
 from pcn_deploy.models.layers import ResidualAdd
 
-QMAX = 127
 QUANTIZABLE = (nn.Conv2d, nn.Linear, ResidualAdd)
 
 
@@ -35,7 +37,9 @@ class Quantization:
     weight: npt.NDArray[np.float32]
 
 
-def plan_scales(model: nn.Module, plan: PrecisionPlan) -> dict[str, Quantization]:
+def plan_scales(
+    model: nn.Module, plan: PrecisionPlan, weight_calibrator: str = WEIGHT_CALIBRATORS[0]
+) -> dict[str, Quantization]:
     """Scales of every layer that the plan puts in INT8.
 
     Where the rest of the graph is FP16, scales are stored in FP16 beside it; they are rounded here, before any code is
@@ -44,29 +48,50 @@ def plan_scales(model: nn.Module, plan: PrecisionPlan) -> dict[str, Quantization
     Args:
         model: The deploy form.
         plan: A plan with ranges.
+        weight_calibrator: One of `WEIGHT_CALIBRATORS`.
 
     Returns:
         Scales by the name of the layer.
 
     Raises:
-        DataError: If a range or a weight is not finite, or a planned layer is of a kind that cannot be quantised.
+        DataError: If a range or a weight is not finite, a scale is beyond the type it is stored in, or a planned layer
+            is of a kind that cannot be quantised.
+        OptionError: If the weight calibrator is unknown.
     """
+    check_weight_calibrator(weight_calibrator)
     found = {}
     for path, entry in plan.int8_entries.items():
         layer = model.get_submodule(path)
         if not isinstance(layer, QUANTIZABLE):
             msg = f"The plan quantises {path}, which is a {type(layer).__name__}; only Conv2d and Linear can be."
             raise DataError(msg)
-        weight = torch.empty(0, 1) if isinstance(layer, ResidualAdd) else layer.weight.detach()
-        if entry.input_amax is None or not weight.isfinite().all():
-            msg = f"{path} has no calibrated range or has weights that are NaN or infinite."
+        if not 0 < (entry.input_amax or 0) <= float(np.finfo(np.float32).max):
+            msg = f"{path} has no calibrated range (it is {entry.input_amax}). Calibrate it, or leave it out of INT8."
             raise DataError(msg)
-        amax = weight.abs().flatten(1).amax(1).numpy()
-        scales = np.append(np.where(amax > 0, amax, QMAX), entry.input_amax).astype(np.float32) / np.float32(QMAX)
-        if plan.remainder == "fp16":
-            scales = round_up_to_fp16(scales)
-        found[path] = Quantization(float(scales[-1]), scales[:-1])
+        scale = np.float32(entry.input_amax) / np.float32(QMAX)
+        stored = partial(_stored, path=path, remainder=plan.remainder)
+        weight = np.zeros(0, np.float32)
+        if not isinstance(layer, ResidualAdd):
+            if not layer.weight.isfinite().all():
+                msg = f"{path} has weights that are NaN or infinite: mend the checkpoint."
+                raise DataError(msg)
+            weight = weight_scales(layer.weight, weight_calibrator, stored)
+        found[path] = Quantization(float(stored(np.array([scale]))[0]), weight)
     return found
+
+
+def _stored(scales: npt.NDArray[np.float32], path: str, remainder: str) -> npt.NDArray[np.float32]:
+    """Scales as the graph holds them: above 0, finite, and in FP16 where the rest of the graph is."""
+    scales = np.maximum(scales, np.finfo(np.float32).tiny)
+    if remainder != "fp16":
+        return scales
+    if scales.max() > np.finfo(np.float16).max:
+        msg = (
+            f"{path} needs a scale of {scales.max():.3g}, beyond FP16: its values reach {scales.max() * QMAX:.3g}. "
+            "Build with --remainder fp32, or mend the weights."
+        )
+        raise DataError(msg)
+    return round_up_to_fp16(scales)
 
 
 def round_up_to_fp16(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from pcn_deploy import __version__
+from pcn_deploy.calibration.distributed import is_first
 from pcn_deploy.errors import (
     BuildError,
     BundleError,
@@ -18,6 +19,7 @@ from pcn_deploy.errors import (
     OptionError,
     ParityError,
     PcnDeployError,
+    ProcessError,
 )
 
 COMMANDS = {
@@ -79,7 +81,8 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except PcnDeployError as error:
-            click.echo(f"Error: {error}", err=True)
+            if is_first() or isinstance(error, ProcessError):
+                click.echo(f"Error: {error}", err=True)
             ctx.exit(next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1))
 
 

@@ -5,13 +5,13 @@ Options of the network, of its transform and of calibration: build, analyze.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from pcn_deploy.calibration.calibrators import CALIBRATORS
+from pcn_deploy.calibration.calibrators import CALIBRATORS, PERCENTILE, WEIGHT_CALIBRATORS
 from pcn_deploy.calibration.images import MAX_UNREADABLE_SHARE
 from pcn_deploy.calibration.transform import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Transform
 from pcn_deploy.engines.registry import TARGETS
@@ -97,6 +97,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")
 
 
+def _with(command: Command, decorators: Sequence[Callable[[Any], Any]]) -> Command:
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
 def verbosity_options(command: Command) -> Command:
     """-v and -q."""
     command = click.option("-q", "--quiet", is_flag=True, help="No progress bars, no notes.")(command)
@@ -134,9 +140,7 @@ def transform_options(command: Command) -> Command:
             help="How images are resized.",
         ),
     ]
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
+    return _with(command, decorators)
 
 
 def network_options(command: Command) -> Command:
@@ -155,9 +159,7 @@ def network_options(command: Command) -> Command:
             help="Seed of random weights and images.",
         ),
     ]
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
+    return _with(command, decorators)
 
 
 def calibration_options(command: Command) -> Command:
@@ -181,6 +183,25 @@ def calibration_options(command: Command) -> Command:
             "--calibrator", type=click.Choice(CALIBRATORS), default="entropy", show_default=True, help="Ranges."
         ),
         click.option(
+            "--percentile",
+            type=float,
+            metavar="P",
+            help=f"With --calibrator percentile: share of magnitudes inside the range. [default: {PERCENTILE}]",
+        ),
+        click.option(
+            "--weight-calibrator",
+            type=click.Choice(WEIGHT_CALIBRATORS),
+            default="max",
+            show_default=True,
+            help="Range of each output channel of the weights.",
+        ),
+        click.option(
+            "--calibration-cache",
+            type=click.Path(path_type=Path),
+            metavar="FILE.json",
+            help="Keep what calibration sees in this file; if it is there, run nothing. A bundle can be read too.",
+        ),
+        click.option(
             "--max-unreadable",
             type=click.FloatRange(0, 1),
             default=MAX_UNREADABLE_SHARE,
@@ -189,9 +210,27 @@ def calibration_options(command: Command) -> Command:
             help="Stop if more than this share of the images cannot be read.",
         ),
     ]
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
+    return _with(command, decorators)
+
+
+def calibration_of(given: dict[str, Any]) -> dict[str, Any]:
+    """What `calibration_options` say, as `CompileOptions` takes it.
+
+    Raises:
+        OptionError: If there is a percentile for another calibrator.
+    """
+    percentile = given["percentile"]
+    if percentile is not None and given["calibrator"] != "percentile":
+        msg = "--percentile goes with --calibrator percentile."
+        raise OptionError(msg)
+    return {
+        "calibrator": given["calibrator"],
+        "percentile": PERCENTILE if percentile is None else percentile,
+        "weight_calibrator": given["weight_calibrator"],
+        "calibration_cache": given["calibration_cache"],
+        "calibration_images": given["images"],
+        "max_unreadable": given["max_unreadable"],
+    }
 
 
 def transform_of(given: dict[str, Any]) -> Transform:

@@ -170,18 +170,17 @@ def search_plan(
     return replace(network, plan=plan, scales=scales), found
 
 
-def prove(engine: Engine, target: str, judges: Judges, progress: Progress) -> BudgetProof:
+def prove(engine: Engine, judges: Judges, progress: Progress) -> BudgetProof:
     """Judge a built engine.
 
     Args:
         engine: What answers: the engine, or its graph where it cannot run here.
-        target: The engine that is judged.
         judges: The images.
         progress: Told the number of images done.
     """
-    answers = judges.proof.predict(engine.predict, progress, f"Budget of {target}")
+    answers = judges.proof.predict(engine.predict, progress, f"Judging {engine.target}")
     return BudgetProof(
-        target=target,
+        target=engine.target,
         executed_by=engine.executed_by,
         data=judges.proof.source.name,
         held_out=judges.held_out,
@@ -193,10 +192,9 @@ def prove(engine: Engine, target: str, judges: Judges, progress: Progress) -> Bu
 
 def run_digest(network: Prepared, judges: list[Answers]) -> str:
     """Digest of all that decides a measurement: weights, scales, images and expected answers."""
-    sha = hashlib.sha256()
-    for name, tensor in network.deployed.state_dict().items():
-        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        sha.update(tensor.contiguous().numpy().data)
+    from pcn_deploy.calibration.cache import digest_weights
+
+    sha = hashlib.sha256(digest_weights(network.deployed).encode())
     for path, scales in network.scales.items():
         sha.update(f"{path}{scales.input!r}".encode() + scales.weight.tobytes())
     for answers in judges:

@@ -135,8 +135,10 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     release_unused()
     _build_engines(bundle, backends, spec, options, progress)
     release_unused()
-    reports = _prove(bundle, backends, options.budget, progress)
-    proofs = _prove_budget(bundle, backends, judges, found, progress) if judges else ()
+    reports, proofs = _prove(bundle, backends, options.budget, judges, progress)
+    if proofs:
+        search = found.to_json() if found else None
+        bundle.add_json("budget.json", {"search": search, "proofs": [proof.to_json() for proof in proofs]})
     return CompileResult(bundle=bundle, plan=plan, reports=reports, search=found, proofs=proofs)
 
 
@@ -183,14 +185,13 @@ def _new_bundle(
     network: Prepared, options: CompileOptions, source: ImageSource | None, provenance: dict[str, Any]
 ) -> Bundle:
     """A bundle that holds the decisions: manifest, plan and calibration."""
-    calibration = asdict(network.calibration) if network.calibration else None
-    summary = {key: value for key, value in (calibration or {}).items() if key not in ("ranges", "amax")}
+    calibration = network.calibration
     manifest = {
         "model": provenance.get("model", network.name),
         "precision": options.precision,
         "remainder": options.graph_type,
         "transform": options.transform.to_json(),
-        "calibration": summary or None,
+        "calibration": calibration.summary() if calibration else None,
         "golden": source.name if source else "standard normal noise",
         "rewrites": network.rewrites,
         "parity_budget": asdict(options.budget),
@@ -199,7 +200,7 @@ def _new_bundle(
     bundle = Bundle(manifest)
     bundle.add_json("plan.json", network.plan.to_json())
     if calibration:
-        bundle.add_json("calibration.json", calibration)
+        bundle.add_json("calibration.json", calibration.to_json(network.scales))
     return bundle
 
 
@@ -297,36 +298,26 @@ def _build_engines(
 
 
 def _prove(
-    bundle: Bundle, backends: list[Backend], budget: ParityBudget, progress: Progress
-) -> tuple[ParityReport, ...]:
-    """Run every engine on the golden set; where one cannot run here, ONNX Runtime runs the graph it was built from."""
-    proven: dict[str, ParityReport] = {}
-    reports = []
-    for backend in backends:
-        executed_by = executor(backend, bundle.manifest["remainder"])
-        if executed_by not in proven:
-            with Engine.open(bundle, backend.target, executed_by=executed_by) as engine:
-                proven[executed_by] = verify_golden(engine, budget, progress)
-        reports.append(replace(proven[executed_by], target=backend.target))
-        bundle.add_json(f"parity/{backend.target}.json", reports[-1].to_json())
-    return tuple(reports)
+    bundle: Bundle, backends: list[Backend], budget: ParityBudget, judges: Judges | None, progress: Progress
+) -> tuple[tuple[ParityReport, ...], tuple[BudgetProof, ...]]:
+    """Run every engine on the golden set and on the images that judge the accuracy, if there are any.
 
-
-def _prove_budget(
-    bundle: Bundle, backends: list[Backend], judges: Judges, found: SearchResult | None, progress: Progress
-) -> tuple[BudgetProof, ...]:
-    """Judge every engine on the evaluation images, as `_prove` does on the golden set."""
-    proven: dict[str, BudgetProof] = {}
-    proofs = []
+    Where an engine cannot run here, ONNX Runtime runs the graph it was built from.
+    """
+    reports: dict[str, ParityReport] = {}
+    proofs: dict[str, BudgetProof] = {}
+    by: dict[str, str] = {}
     for backend in backends:
-        executed_by = executor(backend, bundle.manifest["remainder"])
-        if executed_by not in proven:
-            with Engine.open(bundle, backend.target, executed_by=executed_by) as engine:
-                proven[executed_by] = prove(engine, backend.target, judges, progress)
-        proofs.append(replace(proven[executed_by], target=backend.target))
-    search = found.to_json() if found else None
-    bundle.add_json("budget.json", {"search": search, "proofs": [proof.to_json() for proof in proofs]})
-    return tuple(proofs)
+        by[backend.target] = executor(backend, bundle.manifest["remainder"])
+        if by[backend.target] not in reports:
+            with Engine.open(bundle, backend.target, executed_by=by[backend.target]) as engine:
+                reports[engine.executed_by] = verify_golden(engine, budget, progress)
+                if judges is not None:
+                    proofs[engine.executed_by] = prove(engine, judges, progress)
+    found = tuple(replace(reports[executed_by], target=target) for target, executed_by in by.items())
+    for report in found:
+        bundle.add_json(f"parity/{report.target}.json", report.to_json())
+    return found, tuple(replace(proofs[executed_by], target=target) for target, executed_by in by.items() if proofs)
 
 
 def _versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ The tree is shallow, so that a caller can catch by cause::
     ├── IncompatibleError     an engine that does not fit this device or this library version
     ├── BundleError           a bundle that is corrupt, altered, of a newer schema or not trusted
     ├── BuildError            the backend refused or failed to build an engine
+    ├── ProcessError          another process of the same run that died or cannot be reached
     └── DependencyError       a package or library that is missing; the message holds the pip line
 
 A message says what was found, what was expected, and what to do next. Anything that is not a
@@ -57,6 +58,10 @@ class BundleError(PcnDeployError):
 
 class BuildError(PcnDeployError):
     """A backend refused the graph or failed to build an engine from it."""
+
+
+class ProcessError(PcnDeployError):
+    """Another process of the same run died, disagrees or cannot be reached."""
 
 
 class DependencyError(PcnDeployError):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from pcn_deploy.calibration.calibrators import get_calibrator
+from pcn_deploy.calibration.calibrators import PERCENTILE, check_weight_calibrator, get_calibrator
 from pcn_deploy.calibration.images import MAX_UNREADABLE_SHARE
 from pcn_deploy.calibration.plan import PRECISIONS, REMAINDERS
 from pcn_deploy.calibration.recipe import Recipe
@@ -38,6 +39,10 @@ class CompileOptions:
         remainder: Type of what INT8 leaves unquantised, `fp16` or `fp32`; used with `int8` only.
         targets: Names from `engines.registry.TARGETS`, each once.
         calibrator: One of `calibrators.CALIBRATORS`.
+        percentile: For the percentile calibrator, in percent, above 50 and at most 100.
+        weight_calibrator: One of `calibrators.WEIGHT_CALIBRATORS`.
+        calibration_cache: File that keeps what calibration saw, `.json`, or a bundle to take it from; see
+            `calibration/cache.py`.
         calibration_images: Use at most so many images, spread evenly over the source.
         max_unreadable: Share of unreadable image files above which the build stops, 0 to 1.
         golden_images: Images kept in the bundle with the eager outputs, to prove parity anywhere, 1 or more.
@@ -56,6 +61,9 @@ class CompileOptions:
     remainder: str = "fp16"
     targets: tuple[str, ...] = ("cpu",)
     calibrator: str = "entropy"
+    percentile: float = PERCENTILE
+    weight_calibrator: str = "max"
+    calibration_cache: str | Path | None = None
     calibration_images: int = 512
     max_unreadable: float = MAX_UNREADABLE_SHARE
     golden_images: int = 8
@@ -79,7 +87,8 @@ class CompileOptions:
         if not self.targets or len(set(self.targets)) != len(self.targets):
             msg = f"Targets {self.targets}: name at least one, and each only once."
             raise OptionError(msg)
-        get_calibrator(self.calibrator)
+        get_calibrator(self.calibrator, self.percentile)
+        check_weight_calibrator(self.weight_calibrator)
         if min(self.calibration_images, self.golden_images) < 1 or not 0 <= self.max_unreadable <= 1:
             msg = (
                 f"{self.calibration_images} calibration images, {self.golden_images} golden images, unreadable share "

@@ -8,6 +8,7 @@ percentage points. The default budgets are justified in docs/parity.md.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.errors import DataError, OptionError
+from pcn_deploy.exact import ExactSum
 from pcn_deploy.specs import ATTENTION_MAP, LOGITS
 
 Logits = npt.NDArray[np.floating[Any]]
@@ -126,7 +128,7 @@ def report_from_json(data: dict[str, Any]) -> ParityReport:
 
 
 class ParityMeter:
-    """Accumulates the comparison batch by batch, in constant memory.
+    """Accumulates the comparison batch by batch, in constant memory; grouping and order of the images do not matter.
 
     Args:
         output: Name of the output that is compared, for messages.
@@ -137,7 +139,8 @@ class ParityMeter:
         self._images = 0
         self._labelled = 0
         self._cosine_min = 1.0
-        self._signal = self._noise = self._max_abs = 0.0
+        self._max_abs = 0.0
+        self._signal, self._noise = ExactSum(), ExactSum()
         self._agree = self._reference_hits = self._engine_hits = 0
 
     def update(self, reference: Logits, engine: Logits, labels: npt.NDArray[np.int64] | None = None) -> None:
@@ -164,9 +167,9 @@ class ParityMeter:
             msg = f"The reference {self._output} hold NaN or infinite values; there is nothing to be equal to."
             raise DataError(msg)
         self._images += len(ref)
-        self._signal += float((ref**2).sum())
+        self._signal.add((ref**2).sum(1))
         error = np.where(np.isfinite(out), ref - out, np.inf)
-        self._noise += float((error**2).sum())
+        self._noise.add((error**2).sum(1))
         self._max_abs = max(self._max_abs, float(np.abs(error).max(initial=0.0)))
         self._cosine_min = min(self._cosine_min, float(_cosine(ref, out).min(initial=1.0)))
         best_ref, best_out = ref.argmax(1), out.argmax(1)
@@ -179,6 +182,27 @@ class ParityMeter:
             self._reference_hits += int((best_ref == labels).sum())
             self._engine_hits += int((best_out == labels).sum())
 
+    def state(self) -> bytes:
+        """Everything counted so far, as JSON, for `merge` in another process."""
+        sums = {key: [each.units, each.infinite] for key, each in (("signal", self._signal), ("noise", self._noise))}
+        extremes = {"cosine_min": self._cosine_min, "max_abs": self._max_abs}
+        counts = [self._images, self._labelled, self._agree, self._reference_hits, self._engine_hits]
+        return json.dumps({**sums, **extremes, "counts": counts}).encode()
+
+    def merge(self, state: bytes) -> None:
+        """Add what another meter counted. Nothing is rounded: the metrics are those of one meter for all images."""
+        other = json.loads(state)
+        for mine, (units, infinite) in ((self._signal, other["signal"]), (self._noise, other["noise"])):
+            mine.merge(ExactSum(units, infinite=infinite))
+        self._cosine_min = min(self._cosine_min, other["cosine_min"])
+        self._max_abs = max(self._max_abs, other["max_abs"])
+        images, labelled, agree, reference_hits, engine_hits = other["counts"]
+        self._images += images
+        self._labelled += labelled
+        self._agree += agree
+        self._reference_hits += reference_hits
+        self._engine_hits += engine_hits
+
     def metrics(self) -> dict[str, float]:
         """The numbers so far.
 
@@ -190,7 +214,7 @@ class ParityMeter:
             raise DataError(msg)
         found = {
             "cosine_min": self._cosine_min,
-            "sqnr_db": _sqnr_db(self._signal, self._noise),
+            "sqnr_db": _sqnr_db(float(self._signal), float(self._noise)),
             "max_abs_error": min(self._max_abs, float(np.finfo(np.float64).max)),  # JSON has no infinity
             "top1_agreement": 100.0 * self._agree / self._images,
         }

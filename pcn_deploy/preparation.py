@@ -13,14 +13,14 @@ import numpy.typing as npt
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.errors import DataError, ModelError
 from pcn_deploy.options import CompileOptions
-from pcn_deploy.progress import Progress
+from pcn_deploy.progress import Progress, silent
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from pcn_deploy.calibration.collect import Calibration
     from pcn_deploy.calibration.plan import LayerFacts, PrecisionPlan
     from pcn_deploy.calibration.quantized import Quantization
+    from pcn_deploy.calibration.record import Calibration
 
 CalibrationImages = str | Path | Iterable[npt.NDArray[np.float32]] | ImageSource
 
@@ -83,6 +83,15 @@ def open_source(calibration: CalibrationImages | None, options: CompileOptions) 
     return None
 
 
+def take_part(model: nn.Module, options: CompileOptions, calibration: CalibrationImages | None) -> None:
+    """What a process does in a build that another one writes: its share of the calibration images.
+
+    Raises:
+        PcnDeployError: As `prepare`, in all processes alike.
+    """
+    prepare(in_evaluation_mode(model), options, open_source(calibration, options), silent)
+
+
 def open_evaluation(
     evaluation: CalibrationImages | None, calibration: CalibrationImages | None, options: CompileOptions
 ) -> ImageSource | None:
@@ -139,15 +148,24 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     if missing and source is None:
         msg = f"The recipe gives no range for {len(missing)} INT8 layers, such as {missing[0]}. {NO_IMAGES}"
         raise DataError(msg)
-    seen = calibrate(deployed, missing, source, options.calibrator, progress) if missing and source else None
-    if seen is not None:
+    seen = None
+    if missing and source is not None:
+        seen = calibrate(
+            deployed,
+            missing,
+            source,
+            options.calibrator,
+            progress,
+            percentile=options.percentile,
+            cache=options.calibration_cache,
+        )
         plan = plan.with_ranges(seen.ranges)
     return Prepared(
         name=name,
         deployed=deployed,
         layers=tuple(layers),
         plan=plan,
-        scales=plan_scales(deployed, plan),
+        scales=plan_scales(deployed, plan, options.weight_calibrator),
         calibration=seen,
         rewrites=rewrites,
     )

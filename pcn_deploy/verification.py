@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from pcn_deploy.calibration.distributed import current, shared_batches
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.errors import BundleError, DataError
 from pcn_deploy.parity import ParityBudget, ParityMeter, ParityReport
@@ -34,6 +35,8 @@ def verify(
     progress: Progress = silent,
 ) -> ParityReport:
     """Compare an engine with the eager network.
+
+    Within `distributed.join` the processes share the images; all return the same report.
 
     Args:
         engine: An opened engine.
@@ -63,15 +66,25 @@ def verify(
         raise DataError(msg)
     source = data if isinstance(data, ImageSource) else ImageSource(data, engine.transform, limit=limit)
     expected = reference if not hasattr(reference, "eval") else eager(reference)
+    current().check_equal(engine=engine.bundle.engine(engine.target)["sha256"])
     meter, done, step = ParityMeter(), 0, f"Verifying {engine.target}"
     progress(step, 0, len(source), "images")
-    for images, labels in source.batches(engine.spec.batch.max):
+    for images, labels in shared_batches(source, engine.spec.batch.max):
         meter.update(expected(images), engine.predict(images), labels)
-        done += len(images)
+        done = min(len(source), done + len(images) * current().count)
         progress(step, done, len(source), "images")
     progress(step, len(source), len(source), "images")
+    meter = of_all_processes(meter)
     report = meter.report(target=engine.target, executed_by=engine.executed_by, data=source.name, budget=budget)
     return replace(report, unreadable=len(source.unreadable))
+
+
+def of_all_processes(meter: ParityMeter) -> ParityMeter:
+    """What all processes measured together; the same in each of them."""
+    whole = ParityMeter()
+    for state in current().gather(meter.state()):
+        whole.merge(state)
+    return whole
 
 
 def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = silent) -> ParityReport:

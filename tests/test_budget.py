@@ -14,9 +14,9 @@ from small_builds import images, network, options
 import pcn_deploy
 from pcn_deploy import CompileResult
 from pcn_deploy.budget import Judges, check_count
-from pcn_deploy.calibration.collect import Calibration
 from pcn_deploy.calibration.evaluation import Answers
 from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.calibration.record import Calibration
 from pcn_deploy.engines.onnxruntime import _OnnxRuntimeSession
 from pcn_deploy.errors import OptionError, ParityError
 
@@ -31,8 +31,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, layers: set[str] | None) -> None:
 
     real = collect.calibrate
 
-    def spoiled(*given: Any) -> Calibration:
-        seen = real(*given)
+    def spoiled(*given: Any, **named: Any) -> Calibration:
+        seen = real(*given, **named)
         for path in seen.ranges:
             if layers is None or path in layers:
                 seen.ranges[path] *= 300

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,7 @@ from hypothesis.extra.numpy import arrays
 
 from pcn_deploy.calibration.plan import PRECISIONS
 from pcn_deploy.errors import DataError, OptionError
+from pcn_deploy.exact import ExactSum
 from pcn_deploy.parity import (
     BUDGETS,
     SQNR_CEILING_DB,
@@ -64,6 +67,51 @@ def test_batches_do_not_matter(reference: Floats, engine: Floats, cut: int, labe
     for part in (slice(cut), slice(cut, None)):
         meter.update(reference[part], engine[part], labels[part])
     assert meter.metrics() == pytest.approx(measure(reference, engine, labels), abs=1e-9)
+
+
+def test_metrics_are_the_same_to_the_bit_in_any_order_grouping_and_number_of_meters() -> None:
+    random = np.random.default_rng(0)
+    reference = random.standard_normal((33, 300)) * np.logspace(-6, 6, 33)[:, None]
+    engine = reference + random.standard_normal(reference.shape) * 1e-3
+    labels = random.integers(0, 300, 33)
+    whole = ParityMeter()
+    whole.update(reference, engine, labels)
+    for seed in range(5):
+        order = np.random.default_rng(seed).permutation(33)
+        meters = [ParityMeter() for _ in range(3)]
+        for number, part in enumerate(np.array_split(order, 1 + 3 * seed)):
+            meters[number % 3].update(reference[part], engine[part], labels[part])
+        merged = ParityMeter()
+        for meter in meters:
+            merged.merge(meter.state())
+        assert merged.metrics() == whole.metrics()
+
+
+def test_a_broken_image_is_broken_after_merging() -> None:
+    meter, merged = ParityMeter(), ParityMeter()
+    meter.update(np.ones((2, 4)), np.array([[1.0] * 4, [np.nan] * 4]))
+    merged.merge(meter.state())
+    assert merged.metrics() == meter.metrics()
+    assert (merged.metrics()["cosine_min"], merged.metrics()["sqnr_db"]) == (-1, -SQNR_CEILING_DB)
+    merged.merge(ParityMeter().state())
+    assert merged.metrics() == meter.metrics()
+
+
+@given(st.lists(st.floats(allow_nan=False), max_size=30), st.randoms())
+def test_exact_sums(values: list[float], random: Any) -> None:
+    forward, shuffled = ExactSum(), ExactSum()
+    forward.add(np.array(values, np.float64))
+    random.shuffle(values)
+    for value in values:
+        shuffled.merge(part := ExactSum())
+        part.add(np.array([value]))
+        shuffled.merge(part)
+    assert (forward.units, forward.infinite) == (shuffled.units, shuffled.infinite)
+    if any(map(math.isinf, values)):
+        assert float(forward) == math.inf
+    else:
+        with contextlib.suppress(OverflowError):
+            assert float(forward) == math.fsum(values)
 
 
 @given(logits)

@@ -68,9 +68,7 @@ def command(**given: Any) -> None:
     source = options.source_of(given)
     compile_options = CompileOptions(
         precision="int8",
-        calibrator=given["calibrator"],
-        calibration_images=given["images"],
-        max_unreadable=given["max_unreadable"],
+        **options.calibration_of(given),
         transform=options.transform_of(given),
         seed=given["seed"],
     )

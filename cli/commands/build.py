@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from pcn_deploy.bundle import check_output
+from pcn_deploy.calibration.distributed import Processes, join
 from pcn_deploy.calibration.plan import PRECISIONS, REMAINDERS
 from pcn_deploy.calibration.recipe import read_recipe
 from pcn_deploy.choice import compile_fastest
@@ -16,9 +18,9 @@ from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.compiler import CompileResult, compile  # noqa: A004 - our verb
 from pcn_deploy.engines.registry import TARGETS
-from pcn_deploy.errors import OptionError, ParityError
+from pcn_deploy.errors import ModelError, OptionError, ParityError
 from pcn_deploy.options import CompileOptions
-from pcn_deploy.preparation import synthetic_images
+from pcn_deploy.preparation import synthetic_images, take_part
 from pcn_deploy.provenance import ModelSource
 from pcn_deploy.specs import BatchRange
 
@@ -94,15 +96,26 @@ def command(**given: Any) -> None:
       pcn-compile build patchconvnet_s60 --weights s60_224_1k.pth --precision int8 \\
           --calibration imagenet/val --target cpu --target tensorrt-rtx -o s60.pcn
     """  # noqa: D301 - click reads the backspace character
-    quiet = given["quiet"] or given["as_json"]
+    with join() as processes:
+        _build(given, processes)
+
+
+def _build(given: dict[str, Any], processes: Processes) -> None:
+    quiet = given["quiet"] or given["as_json"] or not processes.first
     set_verbosity(given["verbose"], given["quiet"])
-    check_output(given["output"], overwrite=given["overwrite"])
+    if processes.first:
+        check_output(given["output"], overwrite=given["overwrite"])
     source = options.source_of(given)
     compile_options = _options(_with_recipe(given))
     calibration = given["calibration"]
     if calibration is None and compile_options.precision == "int8" and given["random_weights"] and not given["recipe"]:
         display.note("the weights are random, so synthetic images calibrate them.", quiet=quiet)
         calibration = [synthetic_images(compile_options.calibration_images, compile_options)]
+    impossible = (ModelError,) if given["precision"] == AUTO else ()  # process 0 then builds FP16 alone
+    if not processes.first:
+        with suppress(*impossible):
+            take_part(source.create(), compile_options, calibration)
+        return
     choice = None
     with display.progress_bars(quiet=quiet) as progress:
 
@@ -121,6 +134,8 @@ def command(**given: Any) -> None:
             result, choice = compile_fastest(build, compile_options, progress)
         else:
             result = build(compile_options)
+    for text in _notes(result):
+        display.note(text, quiet=quiet)
     if result:
         result.bundle.save(given["output"], overwrite=given["overwrite"])
     if choice and not given["as_json"]:
@@ -161,9 +176,7 @@ def _options(given: dict[str, Any]) -> CompileOptions:
         precision="int8" if given["precision"] == AUTO else given["precision"],
         remainder=given["remainder"],
         targets=given["targets"],
-        calibrator=given["calibrator"],
-        calibration_images=given["images"],
-        max_unreadable=given["max_unreadable"],
+        **options.calibration_of(given),
         transform=options.transform_of(given),
         batch=given["batch"] if isinstance(given["batch"], BatchRange) else BatchRange.parse(given["batch"]),
         max_drop=given["max_drop"],
@@ -171,6 +184,12 @@ def _options(given: dict[str, Any]) -> CompileOptions:
         seed=given["seed"],
         recipe=given["recipe"],
     )
+
+
+def _notes(result: CompileResult) -> list[str]:
+    """What the user should know of the calibration images."""
+    notes: list[str] = (result.bundle.manifest["calibration"] or {}).get("notes", [])
+    return notes
 
 
 def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool) -> None:
@@ -185,6 +204,7 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
                 "choice": bundle.manifest.get("choice"),
                 "engines": bundle.engines,
                 "parity": reports,
+                "notes": _notes(result),
                 "budget": bundle.read_json("budget.json") if result.proofs else None,
                 "layers": result.plan.to_json()["entries"] if explain else None,
             }

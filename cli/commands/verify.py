@@ -7,10 +7,11 @@ from pathlib import Path
 
 import click
 
+from pcn_deploy.calibration.distributed import join
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.errors import ParityError
-from pcn_deploy.parity import ParityBudget, budget_for
+from pcn_deploy.parity import ParityBudget, ParityReport, budget_for
 from pcn_deploy.provenance import ModelSource
 from pcn_deploy.runtime import load
 from pcn_deploy.verification import verify
@@ -50,21 +51,35 @@ def command(
     if data is None and (weights is not None or images is not None):
         message = "--weights and --images go with --data; without it the golden set of the bundle is used."
         raise click.UsageError(message)
-    with load(file, target) as engine, display.progress_bars(quiet=quiet or as_json) as progress:
+    with join() as processes:
+        report = _verify(file, target, data, weights, images, max_drop, quiet=quiet or as_json or not processes.first)
+        if processes.first and as_json:
+            display.print_json(report.to_json())
+        elif processes.first:
+            _print(report.to_json())
+        if not report:
+            message = f"Parity failed: {'; '.join(report.failures)}."
+            raise ParityError(message)
+
+
+def _verify(
+    file: Path,
+    target: str | None,
+    data: Path | None,
+    weights: Path | None,
+    images: int | None,
+    max_drop: float | None,
+    *,
+    quiet: bool,
+) -> ParityReport:
+    with load(file, target) as engine, display.progress_bars(quiet=quiet) as progress:
         engine.bundle.check_members()
         manifest = engine.bundle.manifest
         budget = ParityBudget(**manifest["parity_budget"])
         if max_drop is not None:
             budget = replace(budget, top1_drop=budget_for(manifest["precision"], max_drop).top1_drop)
         reference = ModelSource.from_manifest(manifest, weights).create() if data is not None else None
-        report = verify(engine, data, reference=reference, budget=budget, limit=images, progress=progress)
-    if as_json:
-        display.print_json(report.to_json())
-    else:
-        _print(report.to_json())
-    if not report:
-        message = f"Parity failed: {'; '.join(report.failures)}."
-        raise ParityError(message)
+        return verify(engine, data, reference=reference, budget=budget, limit=images, progress=progress)
 
 
 def _print(report: dict[str, object]) -> None:

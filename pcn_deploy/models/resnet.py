@@ -21,8 +21,6 @@ from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d
 from pcn_deploy.models.augmentation import Augmentation
 from pcn_deploy.models.layers import ResidualAdd, initialise
 
-WIDTHS = (64, 128, 256, 512)
-
 MakeConv = Callable[[int, int, int], nn.Module]
 """Makes the 3x3 convolution of a block from its input channels, output channels and stride."""
 
@@ -91,6 +89,7 @@ class ResNet(nn.Module):
     Args:
         block: `basic` or `bottleneck`.
         depths: Blocks per stage.
+        width: Channels of the stem and of the first stage's 3x3 convolutions; doubled from stage to stage.
         augmentation: How the last three stages are augmented; None for a plain network.
         attention_pool: Attention-based aggregation in the place of average pooling.
         image_size: Side of the images that the tables of relative positions are made for, in pixels. Images of any
@@ -107,6 +106,7 @@ class ResNet(nn.Module):
         *,
         block: str = "bottleneck",
         depths: tuple[int, ...] = (3, 4, 6, 3),
+        width: int = 64,
         augmentation: Augmentation | None = None,
         attention_pool: bool = False,
         image_size: int = 224,
@@ -114,26 +114,27 @@ class ResNet(nn.Module):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        if block not in BLOCKS or len(depths) != 4 or min(*depths, image_size, num_classes, in_channels) < 1:
+        if block not in BLOCKS or len(depths) != 4 or min(*depths, width, image_size, num_classes, in_channels) < 1:
             msg = (
-                f"block={block!r}, depths={depths}, image_size={image_size}, num_classes={num_classes}, "
+                f"block={block!r}, depths={depths}, width={width}, image_size={image_size}, num_classes={num_classes}, "
                 f"in_channels={in_channels}: expected one of {tuple(BLOCKS)}, four stages, and numbers of at least 1."
             )
             raise OptionError(msg)
         self.num_classes = num_classes
-        self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.conv1 = nn.Conv2d(in_channels, width, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         stages: list[nn.Sequential] = []
-        channels = 64
-        for index, (width, depth) in enumerate(zip(WIDTHS, depths, strict=True)):
+        channels = width
+        for index, depth in enumerate(depths):
+            inner = width * 2**index
             reduction = 4 * 2**index
             conv3x3 = _augmented(augmentation, index, -(-image_size // reduction)) if index else plain_conv3x3
             blocks: list[nn.Module] = []
             for position in range(depth):
                 stride = 2 if index and not position else 1
-                blocks.append(BLOCKS[block](channels, width, stride, conv3x3))
-                channels = width * BLOCKS[block].expansion
+                blocks.append(BLOCKS[block](channels, inner, stride, conv3x3))
+                channels = inner * BLOCKS[block].expansion
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.avgpool: nn.Module = AttentionPool2d(channels) if attention_pool else nn.AdaptiveAvgPool2d(1)
@@ -142,7 +143,7 @@ class ResNet(nn.Module):
         initialise(self, [getattr(module, last) for stage in stages for module in stage])
 
     def stem(self, images: Tensor) -> Tensor:
-        """Map `(N, C, H, W)` to `(N, 64, H / 4, W / 4)`, what the first stage reads."""
+        """Map `(N, C, H, W)` to `(N, width, H / 4, W / 4)`, what the first stage reads."""
         reduced: Tensor = self.maxpool(F.relu(self.bn1(self.conv1(images))))
         return reduced
 

@@ -13,7 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pcn_deploy.calibration.calibrators import CALIBRATORS, PERCENTILE, _divergences, get_calibrator
-from pcn_deploy.calibration.observers import HistogramObserver, Statistics
+from pcn_deploy.calibration.observers import HistogramObserver
+from pcn_deploy.calibration.statistics import Statistics
 from pcn_deploy.errors import OptionError
 
 Floats = npt.NDArray[np.float64]
@@ -133,6 +134,23 @@ def test_percentile_brackets_its_share() -> None:
     exact = float(below[int(np.ceil(len(below) * PERCENTILE / 100)) - 1])
     assert exact <= limit <= exact + seen.width
     assert limit < seen.amax / 2
+
+
+@pytest.mark.parametrize("percentile", [50.1, 90.0, 99.9, 100.0])
+def test_the_percentile_is_an_option(percentile: float) -> None:
+    values = samples("student", 6, 10_000)
+    seen = histogram_of(values)
+    limit = get_calibrator("percentile", percentile)(seen)
+    exact = float(np.sort(np.abs(values))[int(np.ceil(len(values) * percentile / 100)) - 1])
+    assert exact <= limit <= exact + seen.width
+    assert (limit == seen.amax) == (percentile == 100)
+
+
+def test_a_percentile_changes_no_other_calibrator() -> None:
+    seen = histogram_of(samples("laplace", 6))
+    assert get_calibrator("entropy", 60.0)(seen) == get_calibrator("entropy")(seen)
+    with pytest.raises(OptionError, match=r"Percentile 50: .*above 50 and at most 100"):
+        get_calibrator("percentile", 50)
 
 
 def test_max_is_the_largest_magnitude() -> None:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor, nn
 
 from pcn_deploy.calibration import collect
-from pcn_deploy.calibration.collect import Calibration, calibrate
+from pcn_deploy.calibration.collect import calibrate
 from pcn_deploy.calibration.facts import inspect_layers
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.plan import make_plan
+from pcn_deploy.calibration.record import Calibration
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.errors import DataError, ModelError, OptionError
+from pcn_deploy.models.augmentation import Augmentation
+from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.patchconvnet import PatchConvNet
+from pcn_deploy.models.resnet import ResNet
 
 MakeNet = Callable[..., PatchConvNet]
 IMAGES = np.random.default_rng(0).standard_normal((11, 3, 32, 48)).astype(np.float32)
@@ -37,6 +44,41 @@ def test_ranges_do_not_depend_on_the_batch_size(monkeypatch: pytest.MonkeyPatch)
     assert found[0] == found[1] == found[2]
     assert found[0].images == 11
     assert found[0].ranges["0"] != found[0].ranges["1"]
+
+
+def real_networks(make_net: MakeNet, fill: ModuleType) -> dict[str, nn.Module]:
+    resnet = ResNet(
+        block="basic",
+        depths=(1, 1, 1, 1),
+        image_size=64,
+        num_classes=5,
+        augmentation=Augmentation(heads=2, min_head_channels=2),
+    )
+    fill.fill_(resnet, 2)
+    return {"PatchConvNet": make_net(depth=2), "AA-ResNet": resnet.eval()}
+
+
+@pytest.mark.parametrize("name", ["PatchConvNet", "AA-ResNet"])
+def test_real_networks_have_the_same_ranges_in_any_order_and_any_arrays(
+    make_net: MakeNet, fill: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the batch nor where an image stands in it changes anything: no digit of any histogram."""
+    net, _ = to_deploy(real_networks(make_net, fill)[name])
+    images = np.random.default_rng(0).standard_normal((17, 3, 32, 48)).astype(np.float32)
+    layers = list(make_plan(inspect_layers(net, torch.zeros(1, 3, 32, 48)), "int8").int8_entries)
+    transform = Transform(resolution=(32, 48))
+    expected = calibrate(net, layers, ImageSource([images], transform), "entropy")
+    grouped = [*np.split(images[:12], 3), images[12], images[13:]]
+    for given in (grouped, list(images)):
+        assert calibrate(net, layers, ImageSource(given, transform), "entropy") == expected
+    for seed in range(3):
+        shuffled = np.random.default_rng(seed).permutation(images)
+        found = calibrate(net, layers, ImageSource([shuffled], transform), "entropy")
+        assert (found.statistics, found.ranges) == (expected.statistics, expected.ranges)
+        assert found.dataset_sha256 != expected.dataset_sha256
+    for size in (3, 5):
+        monkeypatch.setattr(collect, "BATCH", size)
+        assert calibrate(net, layers, ImageSource([images], transform), "entropy") == expected
 
 
 @pytest.mark.parametrize("calibrator", ["max", "entropy", "mse", "percentile"])
@@ -76,6 +118,40 @@ def test_an_input_that_is_always_zero_has_range_zero(calibrator: str) -> None:
 
     net = nn.Sequential(Zeros(), nn.Conv2d(3, 4, 1)).eval()
     assert calibrate(net, ["0", "1"], source(), calibrator).ranges["1"] == 0.0
+
+
+def test_inputs_that_are_all_zero_everywhere_are_an_error() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1)).eval()
+    dark = ImageSource([np.zeros((9, 3, 4, 4), np.float32)], Transform(resolution=(4, 4)))
+    with pytest.raises(DataError, match="inputs of all 1 layers are zero on every image"):
+        calibrate(net, ["0"], dark, "entropy")
+
+
+def notes(images: npt.NDArray[np.floating[Any]]) -> tuple[str, ...]:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1)).eval()
+    given = ImageSource([images.astype(np.float32)], Transform(resolution=(4, 4)))
+    seen = calibrate(net, ["0"], given, "entropy")
+    assert 0 < seen.ranges["0"] <= seen.amax["0"]
+    return seen.notes
+
+
+def test_images_that_tell_little_are_noted() -> None:
+    many = np.random.default_rng(0).standard_normal((33, 3, 4, 4))
+    plain = np.ones_like(many) * np.arange(1, 34)[:, None, None, None] / 10
+    assert notes(many) == notes(many[:32]) == ()
+    for images, *words in (
+        (many[:31], "only 31 images"),
+        (many[:1], "only 1 image:"),
+        (np.repeat(many[:1], 33, axis=0), "all 33 calibration images are equal"),
+        (plain, "every calibration image is of one plain colour"),
+        (plain[:1], "only 1 image:", "every calibration image is of one plain colour"),
+        (np.repeat(many[:1], 2, axis=0), "only 2 images", "all 2 calibration images are equal"),
+    ):
+        found = notes(images)
+        assert [note[: len(word)] for note, word in zip(found, words, strict=True)] == words
+    one_differs = plain.copy()
+    one_differs[20, 0, 1, 2] += 1
+    assert notes(one_differs) == ()
 
 
 def test_activations_that_are_not_numbers_name_the_layer(make_net: MakeNet) -> None:

@@ -82,6 +82,53 @@ def test_npz_of_floats_is_taken_as_it_is(tmp_path: Path) -> None:
     assert [label for _, part in batches if part is not None for label in part] == [3, 1, 4, 1, 5]
 
 
+@pytest.mark.parametrize(
+    ("count", "size", "sizes"),
+    [
+        (16, 8, [8, 8]),
+        (17, 8, [8, 5, 4]),
+        (9, 8, [5, 4]),
+        (10, 8, [8, 2]),
+        (1, 8, [1]),
+        (7, 3, [3, 2, 2]),
+        (3, 2, [2, 1]),
+    ],
+)
+def test_no_image_is_left_over_alone(count: int, size: int, sizes: list[int]) -> None:
+    """Its activations would differ in the last digits from what they are in any batch of several."""
+    given = floats(count)
+    batches = [images for images, _ in ImageSource(given, TRANSFORM).batches(size)]
+    assert [len(images) for images in batches] == sizes
+    np.testing.assert_array_equal(np.concatenate(batches), given)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_parts_share_the_very_batches(tmp_path: Path, parts: int) -> None:
+    root = spoilt_folder(tmp_path, 20, 1)
+    whole = ImageSource(root, TRANSFORM)
+    expected = [images for images, _ in whole.batches(4)]
+    sources = [ImageSource(root, TRANSFORM) for _ in range(parts)]
+    found: list[npt.NDArray[np.float32] | None] = [None] * len(expected)
+    for part, source in enumerate(sources):
+        found[part::parts] = [images for images, _ in source.batches(4, part=part, parts=parts)]
+        assert (source.digest == "") == (parts > 1), "unknown until all parts are there"
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    together = np.stack([source.fingerprints for source in sources]).max(0)
+    for source in sources:
+        source.complete(together)
+        assert (source.digest, source.unreadable) == (whole.digest, whole.unreadable)
+
+
+def test_parts_together_are_stopped_by_too_many_unreadable_images(tmp_path: Path) -> None:
+    source = ImageSource(spoilt_folder(tmp_path, 7, 3), TRANSFORM, max_unreadable=0.2)
+    list(source.batches(2, part=1, parts=2))  # files 2, 3, 6 and 7; file 2 is unreadable
+    together = np.ones((10, 32), np.uint8)
+    together[:3] = 0
+    with pytest.raises(DataError, match="3 of 10 images"):
+        source.complete(together)
+
+
 def test_iterables_of_images_and_of_batches() -> None:
     given = floats(4)
     mixed = ImageSource((part for part in (given[0], given[1:3], given[3].astype(np.float64))), TRANSFORM)
@@ -186,7 +233,8 @@ def digest(given: npt.NDArray[np.float32]) -> str:
 
 def test_digest_is_that_of_the_transformed_images_in_order() -> None:
     given = floats(4)
-    assert digest(given) == hashlib.sha256(given.tobytes()).hexdigest() == digest(given.copy())
+    each = b"".join(hashlib.sha256(image.tobytes()).digest() for image in given)
+    assert digest(given) == hashlib.sha256(each).hexdigest() == digest(given.copy())
     changed = given.copy()
     changed[2, 0, 0, 0] += 1e-3
     assert len({digest(given), digest(given[::-1]), digest(given[:3]), digest(changed)}) == 4

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pcn_deploy.calibration.observers import BINS, AmaxObserver, HistogramObserver, Statistics
+from pcn_deploy.calibration.observers import AmaxObserver, HistogramObserver
+from pcn_deploy.calibration.statistics import BINS, Statistics, bin_width
 from pcn_deploy.errors import DataError
 
 VALUES = st.lists(
@@ -60,6 +61,25 @@ def test_statistics_do_not_depend_on_grouping_or_order(values: list[float], data
         assert math.frexp(whole.width)[0] == 0.5, "a power of two"
         assert amax < whole.width * BINS
         np.testing.assert_array_equal(whole.counts, literal(values, whole.width))
+
+
+@settings(max_examples=150, deadline=None)
+@given(parts=st.lists(st.one_of(VALUES, st.just([0.0])), min_size=2, max_size=4))
+def test_widened_counts_add_up_to_those_of_one_observer(parts: list[list[float]]) -> None:
+    each = [observed(part) for part in parts]
+    amax = max(one.amax for one in each)
+    widened = [one.widened(amax) for one in each]
+    assert {one.width for one in widened} == {bin_width(amax)}
+    total = Statistics(amax, np.sum([one.counts for one in widened], axis=0), widened[0].width)
+    assert total == observed([value for part in parts for value in part])
+
+
+def test_statistics_are_equal_where_every_count_is() -> None:
+    one = observed([1.0, 2.0])
+    assert one == observed([2.0, 1.0])
+    assert one != observed([2.0, 1.5])
+    assert one != observed([2.0, 1.0, 0.0])
+    assert one != "statistics"
 
 
 @pytest.mark.parametrize("amax", [1.0, 0.99, 7.3, 1e-3, 1e30])

@@ -25,7 +25,7 @@ from pcn_deploy.calibration.quantized import (
     plan_scales,
     round_up_to_fp16,
 )
-from pcn_deploy.errors import DataError
+from pcn_deploy.errors import DataError, OptionError
 from pcn_deploy.graph.torchscript import to_torchscript
 from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.patchconvnet import PatchConvNet
@@ -139,6 +139,51 @@ def test_the_model_given_is_left_alone_and_its_other_weights_are_shared(make_net
     assert shared == state.keys() - replaced
     assert not any(isinstance(module, QuantConv2d | QuantLinear) for module in plain.modules())
     assert not quantized.training
+
+
+@pytest.mark.parametrize("amax", [1e-45, 1e-40, 3e38])
+def test_no_scale_is_zero_or_infinite(amax: float) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 3, 1))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([1e-45, 1.0, 3e38])[:, None, None, None])  # type: ignore[operator]
+    scales = plan_scales(net, plan_for("0", amax, "fp32"), "mse")["0"]
+    every = np.append(scales.weight, np.float32(scales.input))
+    assert np.isfinite(every).all()
+    assert (every >= np.finfo(np.float32).tiny).all()
+    assert torch.isfinite(apply_scales(net, {"0": scales})(torch.zeros(1, 1, 2, 2))).all()
+
+
+def test_a_scale_beyond_fp16_is_refused() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1))
+    with pytest.raises(DataError, match=r"0 needs a scale of 7\.87e\+04, beyond FP16.*--remainder fp32"):
+        plan_scales(net, plan_for("0", 1e7))
+    with torch.no_grad():
+        net[0].weight[1, 1] = 1e8  # type: ignore[operator]
+    with pytest.raises(DataError, match="beyond FP16"):
+        plan_scales(net, plan_for("0", 1.0))
+    assert plan_scales(net, plan_for("0", 1e7, "fp32"))["0"].input == pytest.approx(1e7 / 127)
+
+
+@pytest.mark.parametrize("amax", [math.nan, math.inf, 0.0, -1.0, 1e39])
+def test_a_range_that_is_none_is_refused(amax: float) -> None:
+    with pytest.raises(DataError, match="0 has no calibrated range"):
+        plan_scales(nn.Sequential(nn.Conv2d(3, 4, 1)), plan_for("0", amax))
+
+
+def test_weights_are_clipped_where_that_is_asked_for() -> None:
+    net = nn.Sequential(nn.Linear(20_000, 3))
+    with torch.no_grad():
+        net[0].weight.normal_(generator=torch.Generator().manual_seed(0))  # type: ignore[operator]
+        net[0].weight[:, 0] = 9.0  # type: ignore[operator]
+    errors = {}
+    for calibrator in ("max", "mse"):
+        scales = plan_scales(net, plan_for("0", 1.0), calibrator)
+        np.testing.assert_array_equal(scales["0"].weight, scales["0"].weight.astype(np.float16))
+        quantized = apply_scales(net, scales).get_submodule("0")
+        errors[calibrator] = ((quantized.weight - net[0].weight) ** 2).sum(1)  # type: ignore[operator]
+    assert (errors["mse"] < errors["max"]).all()
+    with pytest.raises(OptionError, match="Unknown weight calibrator 'entropy'"):
+        plan_scales(net, plan_for("0", 1.0), "entropy")
 
 
 def test_what_cannot_be_quantised_is_refused() -> None:

@@ -62,6 +62,7 @@ EXPECTED = {
     errors.CheckpointError: 1,
     errors.DataError: 1,
     errors.OutputError: 1,
+    errors.ProcessError: 1,
     errors.OptionError: 2,
     errors.ParityError: 3,
     errors.IncompatibleError: 4,

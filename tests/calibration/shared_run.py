@@ -1,0 +1,123 @@
+"""What each process of `test_distributed.py` runs; not a test itself.
+
+Usage: python -m torch.distributed.run --nproc-per-node 4 shared_run.py OUT TASK...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import pcn_deploy
+from pcn_deploy import ImageSource, Transform
+from pcn_deploy.calibration.calibrators import CALIBRATORS
+from pcn_deploy.calibration.collect import calibrate, recalibrate
+from pcn_deploy.calibration.distributed import current, join, shared_batches
+from pcn_deploy.errors import PcnDeployError
+from pcn_deploy.models.deploy import to_deploy
+from pcn_deploy.parity import ParityMeter
+from pcn_deploy.verification import of_all_processes
+
+LAYERS = ["patch_embed.proj.2.0", "blocks.1.attn.qkv_pos.5", "head"]
+IMAGES = 45
+"""Six batches: two processes of four take two each, the others one."""
+
+
+def network() -> torch.nn.Module:
+    net = pcn_deploy.create_model(
+        "patchconvnet", random_weights=True, width=32, depth=2, patch=4, num_classes=5, layer_scale=0.5
+    )
+    return to_deploy(net.eval())[0]
+
+
+def source(count: int = IMAGES) -> ImageSource:
+    images = np.random.default_rng(0).standard_normal((count, 3, 32, 32), dtype=np.float32)
+    images *= np.linspace(0.1, 3, count, dtype=np.float32)[:, None, None, None]  # so that ranges grow on the way
+    return ImageSource(images, Transform(resolution=(32, 32)))
+
+
+def ranges(out: Path) -> dict[str, object]:
+    """Calibrations by every calibrator, and with a cache."""
+    net = network()
+    found = {name: calibrate(net, LAYERS, source(), name).to_json() for name in CALIBRATORS}
+    cache = out / f"cache_{current().count}.json"
+    written = calibrate(net, LAYERS, source(), "max", cache=cache)
+    again = calibrate(net, LAYERS, source(), "mse", cache=cache)
+    assert recalibrate(written, "mse") == again
+    return {**found, "cached": again.to_json()}
+
+
+def parity(_out: Path) -> dict[str, object]:
+    random = np.random.default_rng(0)
+    reference = random.standard_normal((IMAGES, 1000)) * np.logspace(-8, 8, IMAGES)[:, None]
+    engine = reference + random.standard_normal(reference.shape) * 1e-3 * np.abs(reference)
+    labels = reference.argmax(1)
+    labels[::3] = 7
+    meter, index = ParityMeter(), np.arange(IMAGES, dtype=np.float32)[:, None, None, None]
+    rows = ImageSource(np.broadcast_to(index, (IMAGES, 3, 2, 2)).copy(), Transform(resolution=(2, 2)))
+    for images, _ in shared_batches(rows, 4):
+        part = images[:, 0, 0, 0].astype(int)
+        meter.update(reference[part], engine[part], labels[part])
+    return {"metrics": of_all_processes(meter).metrics()}
+
+
+def bad_image(_out: Path) -> dict[str, object]:
+    """An image of the second batch, which process 1 reads, is not a number."""
+    images = np.zeros((IMAGES, 3, 32, 32), np.float32)
+    images[9] = np.nan
+    calibrate(network(), LAYERS, ImageSource(images, Transform(resolution=(32, 32))), "max")
+    return {}
+
+
+def bug(_out: Path) -> dict[str, object]:
+    if current().rank == 2:
+        msg = "a bug"
+        raise TypeError(msg)
+    return ranges(_out)
+
+
+def other_images(_out: Path) -> dict[str, object]:
+    calibrate(network(), LAYERS, source(IMAGES - (current().rank == 3)), "max")
+    return {}
+
+
+def unreadable(out: Path) -> dict[str, object]:
+    """A folder in which one file of the third batch is no image."""
+    from PIL import Image
+
+    folder = out / "images"
+    if current().first:
+        folder.mkdir()
+        for index in range(24):
+            Image.effect_noise((40, 40), 4.0 * index + 5).save(folder / f"{index:02}.png")
+        (folder / "17.png").write_bytes(b"no image")
+    current().gather(b"")
+    return calibrate(network(), LAYERS, ImageSource(folder, Transform(resolution=(32, 32))), "entropy").to_json()
+
+
+def dies(_out: Path) -> dict[str, object]:
+    if current().rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ranges(_out)
+
+
+def main() -> None:
+    out, found = Path(sys.argv[1]), {}
+    torch.set_num_threads(1)
+    for task in sys.argv[2:]:
+        try:
+            with join():
+                found[task] = globals()[task](out)
+        except (PcnDeployError, TypeError) as error:
+            found[task] = [type(error).__name__, str(error)]
+    (out / f"{os.environ.get('RANK', 'alone')}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
