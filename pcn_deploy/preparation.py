@@ -177,7 +177,7 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
         msg = f"The recipe gives no range for {len(missing)} INT8 layers, such as {missing[0]}. {NO_IMAGES}"
         raise DataError(msg)
     seen = None
-    if missing and source:
+    if missing and source is not None:
         seen = calibrate(
             deployed,
             missing,

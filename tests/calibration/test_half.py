@@ -36,10 +36,9 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self, *gammas: float, residual: bool = False) -> None:
+    def __init__(self, *gammas: float) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*(Block(gamma) for gamma in gammas))
-        self.add = ResidualAdd() if residual else None
         self.norm = nn.LayerNorm(16)
         self.head = nn.Linear(16, 3)
 

@@ -79,7 +79,7 @@ def test_an_addition_leaves_int8_with_its_branch() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('precision="int8"\nprecision="int8"', "not valid TOML"),
+        ('precision="int8"\nprecision="int8"\n', "line 2"),
         ("[layers]", "precision is missing; expected fp32 or fp16"),
         ('precision="int4"', "precision is 'int4'; expected fp32"),
         ('precision="int8"\nremainder="bf16"', "remainder is 'bf16'; expected fp16 or fp32"),

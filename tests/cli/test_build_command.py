@@ -162,6 +162,40 @@ def test_int8_without_images_is_refused(weights: Path, out: Path) -> None:
     refused(result, 1, "INT8 needs calibration images", "--calibration DIR", out=out)
 
 
+def test_a_printed_recipe_builds_the_same_graph(weights: Path, out: Path, tmp_path: Path) -> None:
+    npz, recipe = tmp_path / "images.npz", tmp_path / "plan.toml"
+    np.savez(npz, images=np.random.default_rng(0).standard_normal((4, 3, 32, 32), dtype=np.float32))
+    first, common = tmp_path / "first.pcn", ["patchconvnet", "--weights", weights, *SMALL[:4]]
+    assert invoke(*common, "--precision", "int8", "--calibration", npz, "-o", first).exit_code == 0
+    printed = CliRunner().invoke(main, ["inspect", str(first), "--recipe"])
+    assert (printed.exit_code, printed.stderr) == (0, "")
+    recipe.write_text(printed.stdout)
+    result = invoke(*common, "--recipe", recipe, "-o", out)
+    assert result.exit_code == 0, result.output
+    assert "Ranges: all from the recipe" in result.stdout
+    members = [Bundle.open(path).manifest["members"]["model.onnx"]["sha256"] for path in (first, out)]
+    assert members[0] == members[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "extra", "words"),
+    [
+        ('precision = "fp16"\nprecsion = "fp32"\n', [], ["plan.toml", "unknown key 'precsion'"]),
+        ("precision = ", [], ["plan.toml is not valid TOML"]),
+        ('precision = "fp16"\n[layers.none]\nprecision = "fp32"\n', [], ['[layers."none"]', "no such module"]),
+        ('precision = "fp16"\n', ["--precision", "fp32"], ["is for fp16", "asked for is fp32"]),
+        ('precision = "fp16"\n', ["--precision", "auto"], ["leave --precision auto out"]),
+    ],
+)
+def test_a_bad_recipe_is_named(
+    weights: Path, out: Path, tmp_path: Path, text: str, extra: list[str], words: list[str]
+) -> None:
+    recipe = tmp_path / "plan.toml"
+    recipe.write_text(text)
+    result = invoke("patchconvnet", "--weights", weights, *SMALL[:4], "--recipe", recipe, *extra, "-o", out)
+    refused(result, 2, *words, out=out)
+
+
 def test_weights_must_be_chosen(weights: Path, out: Path) -> None:
     words = ["Give exactly one of", "--weights FILE", "--random-weights"]
     refused(invoke("patchconvnet_s60", *SMALL, "-o", out), 2, *words, out=out)

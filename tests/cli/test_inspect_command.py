@@ -11,6 +11,7 @@ import pytest
 from helpers import invoke, refused
 
 from pcn_deploy import Bundle
+from pcn_deploy.calibration.recipe import parse_recipe
 
 pytest.importorskip("torch")
 
@@ -40,6 +41,14 @@ def test_json_keeps_its_keys(path: Path) -> None:
     assert found["parity"]["torchscript"]["passed"] is True
     assert found["layers"]
     assert found["provenance"]["built_by"]["torch"]
+
+
+def test_the_recipe_is_all_there_is_on_stdout(path: Path) -> None:
+    result = invoke("inspect", path, "--recipe")
+    assert (result.exit_code, result.stderr) == (0, "")
+    recipe = parse_recipe(result.stdout)
+    assert (recipe.precision, {entry.precision for entry in recipe.entries}) == ("fp32", {"fp32"})
+    assert invoke("inspect", path, "--recipe", "--json").exit_code == 2
 
 
 def rewrite(path: Path, change: Any) -> None:

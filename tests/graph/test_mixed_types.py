@@ -92,14 +92,14 @@ def test_casts_stand_only_between_types(layers: dict[str, str], operations: dict
     assert casts(typed(layers, operations)) == count
 
 
-def scales() -> dict[str, Quantization]:
+def int8_scales() -> dict[str, Quantization]:
     return {
         path: Quantization(2.0**-5, np.full(16, 2.0**-9, np.float32)) for path in ("blocks.0.second", "blocks.1.first")
     }
 
 
 def test_scales_take_the_type_of_what_they_dequantise_to() -> None:
-    data = typed({"blocks.0.first": "fp32"}, {"blocks.0": "fp32"}, scales())
+    data = typed({"blocks.0.first": "fp32"}, {"blocks.0": "fp32"}, int8_scales())
     graph = onnx.shape_inference.infer_shapes(onnx.load_from_string(data), strict_mode=True).graph
     kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
     readers = [node for node in graph.node if node.op_type == "DequantizeLinear"]
@@ -112,7 +112,7 @@ def test_scales_take_the_type_of_what_they_dequantise_to() -> None:
 )
 def test_tensorrt_builds_it() -> None:
     torch.manual_seed(0)
-    graph = to_onnx(Net().eval(), SHAPE, BatchRange(max=4), scales())
+    graph = to_onnx(Net().eval(), SHAPE, BatchRange(max=4), int8_scales())
     reduce_precision(graph, "fp16", {"blocks.0.first": "fp32"}, {"blocks.0": "fp32"})
     source = GraphSource(onnx=serialise(graph), torchscript=b"", spec=engine_spec(graph, BatchRange(max=4)))
     built_with = get_backend("tensorrt-rtx").build(source).built_with
