@@ -24,7 +24,8 @@ from trained import Task, tasks
 
 from pcn_deploy import CompileOptions, ImageSource
 from pcn_deploy.calibration.bound import PairedCounts
-from pcn_deploy.calibration.calibrators import CALIBRATORS
+from pcn_deploy.calibration.calibrators import AUTO, CALIBRATORS
+from pcn_deploy.calibration.recovery import RECOVERIES
 from pcn_deploy.graph.export import serialise, to_onnx
 from pcn_deploy.parity import ParityMeter
 from pcn_deploy.preparation import Prepared, prepare
@@ -35,9 +36,11 @@ HERE = Path(__file__).parent
 BATCH = BatchRange(min=1, opt=8, max=64)
 
 
-def ours(task: Task, calibrator: str) -> Prepared:
+def ours(task: Task, calibrator: str, recovery: tuple[str, ...] = ()) -> Prepared:
     """Our plan and scales."""
-    options = CompileOptions(precision="int8", remainder="fp32", calibrator=calibrator, transform=task.transform)
+    options = CompileOptions(
+        precision="int8", remainder="fp32", calibrator=calibrator, transform=task.transform, recovery=recovery
+    )
     source = ImageSource([task.calibration], task.transform)
     return prepare(task.network, options, source, silent)
 
@@ -147,9 +150,11 @@ def run(task: Task, folder: Path, python: Path) -> Iterator[list[str]]:
     onnx.save(fp32, folder / "fp32.onnx")
     nodes = planned_nodes(fp32, network)
     yield judge(task, expected, fp32, "FP32 graph")
-    for calibrator in CALIBRATORS:
+    for calibrator in (*CALIBRATORS, AUTO):
         model = onnx.load_from_string(graph(task, ours(task, calibrator), quantized=True))
         yield judge(task, expected, model, f"ours, {calibrator}")
+    model = onnx.load_from_string(graph(task, ours(task, AUTO, RECOVERIES), quantized=True))
+    yield judge(task, expected, model, "ours, auto, --recover all")
     for method in ("MinMax", "Entropy", "Percentile"):
         path = onnxruntime_static(task, folder, nodes, method)
         yield judge(task, expected, onnx.load(path), f"ONNX Runtime, {method}")

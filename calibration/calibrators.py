@@ -130,6 +130,8 @@ _CALIBRATORS: dict[str, Callable[[Histogram], float]] = {
     "mse": calibrate_mse,
 }
 CALIBRATORS = tuple(_CALIBRATORS)
+AUTO = "auto"
+"""Asks for the one of `CALIBRATORS` that costs the network least, see `calibration.choose`."""
 
 
 def get_calibrator(name: str, percentile: float = PERCENTILE) -> Callable[[Histogram], float]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from pcn_deploy.calibration.calibrators import CALIBRATORS, PERCENTILE, WEIGHT_CALIBRATORS
+from pcn_deploy.calibration.calibrators import AUTO, CALIBRATORS, PERCENTILE, WEIGHT_CALIBRATORS
 from pcn_deploy.calibration.images import MAX_UNREADABLE_SHARE
 from pcn_deploy.calibration.recovery import RECOVERIES
 from pcn_deploy.calibration.transform import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Transform
@@ -183,7 +183,11 @@ def calibration_options(command: Command) -> Command:
             help="Use at most so many calibration images, spread evenly.",
         ),
         click.option(
-            "--calibrator", type=click.Choice(CALIBRATORS), default="entropy", show_default=True, help="Ranges."
+            "--calibrator",
+            type=click.Choice((*CALIBRATORS, AUTO)),
+            default="entropy",
+            show_default=True,
+            help="Ranges; auto tries them all and takes the one of largest SQNR of the logits.",
         ),
         click.option(
             "--percentile",

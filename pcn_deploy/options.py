@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pcn_deploy.calibration.calibrators import PERCENTILE, check_weight_calibrator, get_calibrator
+from pcn_deploy.calibration.calibrators import AUTO, PERCENTILE, check_weight_calibrator, get_calibrator
 from pcn_deploy.calibration.images import MAX_UNREADABLE_SHARE
 from pcn_deploy.calibration.plan import PRECISIONS, REMAINDERS
 from pcn_deploy.calibration.recipe import Recipe
@@ -39,7 +39,7 @@ class CompileOptions:
         precision: One of `PRECISIONS`.
         remainder: Type of what INT8 leaves unquantised, `fp16` or `fp32`; used with `int8` only.
         targets: Names from `engines.registry.TARGETS`, each once.
-        calibrator: One of `calibrators.CALIBRATORS`.
+        calibrator: One of `calibrators.CALIBRATORS`, or `auto`: the one of largest SQNR on the calibration images.
         percentile: For the percentile calibrator, in percent, above 50 and at most 100.
         weight_calibrator: One of `calibrators.WEIGHT_CALIBRATORS`.
         calibration_cache: File that keeps what calibration saw, `.json`, or a bundle to take it from; see
@@ -90,7 +90,7 @@ class CompileOptions:
         if not self.targets or len(set(self.targets)) != len(self.targets):
             msg = f"Targets {self.targets}: name at least one, and each only once."
             raise OptionError(msg)
-        get_calibrator(self.calibrator, self.percentile)
+        get_calibrator("percentile" if self.calibrator == AUTO else self.calibrator, self.percentile)
         check_weight_calibrator(self.weight_calibrator)
         check_recovery(self.recovery)
         if self.recovery and self.precision != "int8":

@@ -140,6 +140,8 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     """
     import torch
 
+    from pcn_deploy.calibration.calibrators import AUTO, CALIBRATORS
+    from pcn_deploy.calibration.choose import choose_calibrator
     from pcn_deploy.calibration.collect import calibrate
     from pcn_deploy.calibration.facts import inspect_layers
     from pcn_deploy.calibration.quantized import plan_scales
@@ -178,15 +180,26 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
         raise DataError(msg)
     seen = None
     if missing and source is not None:
+        automatic = options.calibrator == AUTO
         seen = calibrate(
             deployed,
             missing,
             source,
-            options.calibrator,
+            CALIBRATORS[-1] if automatic else options.calibrator,
             progress,
             percentile=options.percentile,
             cache=options.calibration_cache,
         )
+        if automatic:
+            seen = choose_calibrator(
+                deployed,
+                plan,
+                seen,
+                source,
+                percentile=options.percentile,
+                weight_calibrator=options.weight_calibrator,
+                progress=progress,
+            )
         plan = plan.with_ranges(seen.ranges)
     scales = plan_scales(deployed, plan, options.weight_calibrator)
     rounded = deployed

@@ -1,0 +1,76 @@
+"""The calibrator that costs this network least: every one is tried on calibration images, from the same histograms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from pcn_deploy.calibration.calibrators import CALIBRATORS
+from pcn_deploy.calibration.collect import BATCH, recalibrate
+from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.calibration.plan import PrecisionPlan
+from pcn_deploy.calibration.quantized import apply_scales, plan_scales
+from pcn_deploy.calibration.record import Calibration
+from pcn_deploy.parity import ParityMeter
+from pcn_deploy.progress import Progress, silent
+
+IMAGES = 64
+"""Images that judge, spread evenly over the calibration images."""
+STEP = "Choosing the calibrator"
+
+
+def choose_calibrator(
+    deployed: nn.Module,
+    plan: PrecisionPlan,
+    seen: Calibration,
+    source: ImageSource,
+    *,
+    percentile: float,
+    weight_calibrator: str,
+    progress: Progress = silent,
+) -> Calibration:
+    """Take the ranges with the largest SQNR of the logits.
+
+    Args:
+        deployed: The deploy form.
+        plan: A plan whose ranges are still to be filled in.
+        seen: A calibration with histograms.
+        source: Calibration images.
+        percentile: That of the percentile calibrator.
+        weight_calibrator: One of `WEIGHT_CALIBRATORS`.
+        progress: Told the number of calibrators tried.
+
+    Returns:
+        The calibration by the calibrator chosen, with a note that holds the SQNR of each.
+
+    Raises:
+        DataError: If no histograms were kept.
+    """
+    found: dict[str, tuple[float, Calibration]] = {}
+    for done, name in enumerate(CALIBRATORS):
+        progress(STEP, done, len(CALIBRATORS))
+        candidate = recalibrate(seen, name, percentile)
+        planned = plan.with_ranges(candidate.ranges)
+        quantized = apply_scales(deployed, plan_scales(deployed, planned, weight_calibrator))
+        found[name] = (_sqnr_db(deployed, quantized, source), candidate)
+    progress(STEP, len(CALIBRATORS), len(CALIBRATORS))
+    chosen = max(found, key=lambda name: found[name][0])
+    figures = ", ".join(f"{name} {sqnr:.1f}" for name, (sqnr, _) in found.items())
+    note = f"calibrator {chosen} was chosen by the SQNR of the logits, in dB: {figures}."
+    return replace(found[chosen][1], notes=(*seen.notes, note))
+
+
+def _sqnr_db(deployed: nn.Module, quantized: nn.Module, source: ImageSource) -> float:
+    meter = ParityMeter()
+    with torch.inference_mode():
+        for images, _ in source.subset(IMAGES).batches(BATCH):
+            expected, answered = (_logits(network, torch.from_numpy(images)) for network in (deployed, quantized))
+            meter.update(expected.numpy(), answered.numpy())
+    return meter.metrics()["sqnr_db"]
+
+
+def _logits(network: nn.Module, images: Tensor) -> Tensor:
+    outputs: Tensor | tuple[Tensor, ...] = network(images)
+    return outputs if isinstance(outputs, Tensor) else outputs[0]
