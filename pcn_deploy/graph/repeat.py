@@ -237,6 +237,7 @@ class _Repetition:
 
     def copy(self, node: ir.Node) -> ir.Node:
         """The counterpart of a node."""
+        noted = node.metadata_props.get(SCOPES)
         copied = ir.Node(
             node.domain,
             node.op_type,
@@ -245,7 +246,7 @@ class _Repetition:
             overload=node.overload,
             num_outputs=len(node.outputs),
             version=node.version,
-            metadata_props={SCOPES: node.metadata_props.get(SCOPES, "").replace(f"'{self.first}", f"'{self.path}")},
+            metadata_props={SCOPES: noted.replace(f"'{self.first}", f"'{self.path}")} if noted else {},
         )
         for old, new in zip(node.outputs, copied.outputs, strict=True):
             new.name, new.shape, new.type = f"{self.path}:{old.name}", old.shape, old.type
