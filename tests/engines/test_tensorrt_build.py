@@ -161,7 +161,7 @@ def test_progress_grows_and_ends_once() -> None:
     assert len(steps) > 10
 
 
-def test_ctrl_c_stops_the_build_and_leaves_the_library_usable() -> None:
+def test_ctrl_c_stops_the_build_and_leaves_the_library_usable(interruptible: None) -> None:
     rtx()
     told = []
 

@@ -80,7 +80,7 @@ def test_a_stopped_build_is_told_to_stop() -> None:
     assert told_by(events, stop_after=2)[1] == [True, False, False]
 
 
-def test_ctrl_c_is_held_back_until_the_library_has_returned() -> None:
+def test_ctrl_c_is_held_back_until_the_library_has_returned(interruptible: None) -> None:
     reached = []
     with pytest.raises(KeyboardInterrupt):  # noqa: SIM117 - the point is where it is raised
         with interrupt_deferred() as pressed:
