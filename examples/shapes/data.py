@@ -1,8 +1,8 @@
 """Drawn images, harder than digits: sixteen shapes on cluttered backgrounds, 64x64 pixels, in colour.
 
-Every image is drawn from its split and its index alone, so the same image comes out on every machine and no file is
-downloaded. The shape of the class is the largest of the picture; smaller shapes of other classes, stripes, an opaque
-bar, noise, blur and little contrast stand in the way.
+Every image is drawn from its split and its index alone, and no file is downloaded; versions of Pillow differ in a few
+pixels of some images. The shape of the class is the largest of the picture; smaller shapes of other classes, stripes,
+an opaque bar, noise, blur and little contrast stand in the way.
 
     python examples/shapes/data.py --split test --output out/shapes-test.npz
     python examples/shapes/data.py --split calibration --output out/shapes-calibration   # a folder of PNGs
