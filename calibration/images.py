@@ -46,6 +46,7 @@ class ImageSource:
         transform: Applied to image files and to uint8 arrays `(N, H, W, C)`; float arrays must fit its shape.
         limit: Use at most so many images, spread evenly over the source; all of them if None.
         max_unreadable: Share of unreadable image files above which the run stops.
+        name: What reports call the images; by default the path, or that they are arrays.
 
     Attributes:
         unreadable: Names of the image files that could not be read so far.
@@ -64,6 +65,7 @@ class ImageSource:
         *,
         limit: int | None = None,
         max_unreadable: float = MAX_UNREADABLE_SHARE,
+        name: str = "",
     ) -> None:
         self.transform = transform
         self.max_unreadable = max_unreadable
@@ -71,7 +73,8 @@ class ImageSource:
         self.fingerprints = np.zeros((0, _SHA256_BYTES), np.uint8)
         self.digest = ""
         self._items: Sequence[_File | _Array]
-        self.name, self._items = _open(source, transform)
+        found, self._items = _open(source, transform)
+        self.name = name or found
         self.has_labels = bool(self._items) and all(item.label is not None for item in self._items)
         if not self._items:
             msg = f"No images in {self.name}. Expected files such as .png or .jpg, or an .npz with 'images'."

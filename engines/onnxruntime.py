@@ -61,8 +61,11 @@ def _session(data: bytes, *, optimise: bool = True) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    if not optimise:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    levels = onnxruntime.GraphOptimizationLevel
+    # All levels but the last one, which executes FP16 operations in FP32, so that less is rounded than the graph says,
+    # and in which 1.31.1 ends the process on some attention in FP16. Before it had that level, "all" was without it.
+    full = getattr(levels, "ORT_ENABLE_LAYOUT", levels.ORT_ENABLE_ALL)
+    options.graph_optimization_level = full if optimise else levels.ORT_DISABLE_ALL
     options.log_severity_level = 3
     # Convolutions have no kernel that takes INT8 in and gives float out: left to itself, the runtime dequantises
     # their weights on every run. Told not to look for such kernels, it does so once.

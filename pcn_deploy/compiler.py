@@ -23,8 +23,9 @@ from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DataError, DependencyError, ModelError
 from pcn_deploy.memory import release_unused
 from pcn_deploy.options import CompileOptions
-from pcn_deploy.parity import ParityBudget, ParityMeter, ParityReport
+from pcn_deploy.parity import ParityBudget, ParityReport, least_sqnr_db
 from pcn_deploy.preparation import (
+    NOISE,
     CalibrationImages,
     Prepared,
     in_evaluation_mode,
@@ -192,7 +193,7 @@ def _new_bundle(
         "remainder": options.graph_type,
         "transform": options.transform.to_json(),
         "calibration": {**calibration.summary(), **_recovery(network)} if calibration else None,
-        "golden": source.name if source else "standard normal noise",
+        "golden": source.name if source else NOISE,
         "rewrites": network.rewrites,
         "parity_budget": asdict(options.budget),
         "provenance": {**provenance, "built_by": _versions(), "host": platform.platform()},
@@ -210,13 +211,16 @@ def _recovery(network: Prepared) -> dict[str, Any]:
 
 def _add_graphs(bundle: Bundle, network: Prepared, options: CompileOptions, progress: Progress) -> EngineSpec:
     """Add the TorchScript module and the typed ONNX graph; returns their interface."""
+    import torch
+
     from pcn_deploy.calibration.quantized import apply_scales
     from pcn_deploy.graph.export import engine_spec, serialise, to_onnx
     from pcn_deploy.graph.torchscript import to_torchscript
     from pcn_deploy.graph.typed import reduce_precision
 
     progress("Scripting", 0, 1)
-    bundle.add("model.ts", to_torchscript(apply_scales(network.deployed, network.scales)))
+    images = torch.from_numpy(bundle.read_arrays("golden.npz")["images"][:1])
+    bundle.add("model.ts", to_torchscript(apply_scales(network.deployed, network.scales), images))
     progress("Scripting", 1, 1)
     graph = to_onnx(
         network.deployed,
@@ -256,9 +260,9 @@ def _check_agreement(
     expected = _outputs("torchscript", bundle.read("model.ts"), spec, images)
     if options.graph_type == "bf16":  # ONNX Runtime has no BF16 on the CPU
         return
-    found = _agreement(expected, _outputs("cpu", bundle.read("model.onnx"), spec, images))
+    found = least_sqnr_db(expected, _outputs("cpu", bundle.read("model.onnx"), spec, images))
     if found < AGREEMENT_DB and as_fp32 is not None:
-        found = _agreement(expected, _outputs("cpu", as_fp32(), spec, images))
+        found = least_sqnr_db(expected, _outputs("cpu", as_fp32(), spec, images))
     if found < AGREEMENT_DB:
         msg = (
             f"TorchScript and ONNX were made from one module but differ ({found:.1f} dB): the network does something "
@@ -267,25 +271,16 @@ def _check_agreement(
         raise ModelError(msg)
 
 
-def _outputs(target: str, graph: bytes, spec: EngineSpec, images: npt.NDArray[np.float32]) -> dict[str, Array]:
-    """What a portable graph returns."""
+def _outputs(target: str, graph: bytes, spec: EngineSpec, images: npt.NDArray[np.float32]) -> list[Array]:
+    """What a portable graph returns, in the order of its interface."""
     backend = get_backend(target)
     try:
         with backend.open(graph, spec) as session:
-            return session.run({spec.inputs[0].name: images})
+            found = session.run({spec.inputs[0].name: images})
+            return [found[tensor.name] for tensor in spec.outputs]
     except RuntimeError as error:  # what a scripted module raises when it runs
         msg = f"{backend.member} cannot be executed: {str(error).strip().splitlines()[-1]}"
         raise ModelError(msg) from error
-
-
-def _agreement(first: dict[str, Array], second: dict[str, Array]) -> float:
-    """Least SQNR between two sets of outputs, in dB."""
-    found = []
-    for name, values in first.items():
-        meter = ParityMeter(name)
-        meter.update(values, second[name])
-        found.append(meter.metrics()["sqnr_db"])
-    return min(found)
 
 
 def _build_engines(

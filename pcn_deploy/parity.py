@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -250,6 +251,20 @@ class ParityMeter:
             budget=budget,
             failures=tuple(failures),
         )
+
+
+def least_sqnr_db(expected: Iterable[Logits], found: Iterable[Logits]) -> float:
+    """The least SQNR, in dB, between two lists of outputs `(N, ...)`, each compared with its counterpart.
+
+    Raises:
+        DataError: If shapes differ, or what is expected is not finite.
+    """
+    ratios = []
+    for first, second in zip(expected, found, strict=True):
+        meter = ParityMeter("output")
+        meter.update(first, second)
+        ratios.append(meter.metrics()["sqnr_db"])
+    return min(ratios)
 
 
 def _cosine(ref: npt.NDArray[np.float64], out: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

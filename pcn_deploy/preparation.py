@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CalibrationImages = str | Path | Iterable[npt.NDArray[np.float32]] | ImageSource
 
+NOISE = "standard normal noise"
 NO_IMAGES = (
     "INT8 needs calibration images: without them the ranges would be guesses. "
     "Give --calibration DIR or FILE.npz with a few hundred images like those the network will see."
@@ -72,10 +73,18 @@ class Prepared:
 
 
 def in_evaluation_mode(model: nn.Module) -> nn.Module:
-    """A copy that shares the weights: the caller's network keeps its mode and its running statistics."""
-    from pcn_deploy.models.deploy import share_weights
+    """A copy that shares the weights: the caller's network keeps its mode and its running statistics.
 
-    return share_weights(model).eval()
+    What `torch.compile` wrapped is unwrapped.
+
+    Raises:
+        ModelError: If no graph can be made from the network as it is defined.
+    """
+    from pcn_deploy.graph.preconditions import check_definition
+    from pcn_deploy.models.deploy import share_weights, without_compile
+
+    check_definition(model)
+    return without_compile(share_weights(model)).eval()
 
 
 def as_source(images: CalibrationImages, options: CompileOptions, limit: int | None = None) -> ImageSource:
@@ -136,7 +145,7 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     Raises:
         CheckpointError: If weights are NaN or infinite.
         DataError: If images are unusable.
-        ModelError: If the network cannot run at this resolution, or returns no logits.
+        ModelError: If the network cannot run at this resolution, returns no logits, or is no function of the image.
     """
     import torch
 
@@ -146,6 +155,7 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     from pcn_deploy.calibration.facts import inspect_layers
     from pcn_deploy.calibration.quantized import plan_scales
     from pcn_deploy.calibration.recovery import apply_after, apply_before
+    from pcn_deploy.graph.preconditions import check_behaviour
     from pcn_deploy.models.attention_map import output_attention_map
     from pcn_deploy.models.checkpoint import check_finite
     from pcn_deploy.models.deploy import to_deploy
@@ -155,12 +165,14 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     check_finite(model.state_dict(), "The network")
     if isinstance(model, PatchConvNet):
         model.check_resolution(*options.transform.resolution)
-    progress("Rewriting and planning", 0, 2)
+    progress("Rewriting and planning", 0, 3)
+    check_behaviour(model, torch.from_numpy(synthetic_images(2, options)), batched=options.batch.max > 1)
+    progress("Rewriting and planning", 1, 3)
     deployed, rewrites = to_deploy(model)
-    progress("Rewriting and planning", 1, 2)
-    layers = inspect_layers(deployed, torch.zeros(1, *options.transform.shape), expect_logits=True)
+    progress("Rewriting and planning", 2, 3)
+    layers = inspect_layers(deployed, torch.zeros(1, *options.transform.shape))
     plan = _plan(deployed, layers, options, source)
-    progress("Rewriting and planning", 2, 2)
+    progress("Rewriting and planning", 3, 3)
     recovered: dict[str, int] = {}
     if source is not None:
         deployed, recovered = apply_before(deployed, list(plan.int8_entries), source, options.recovery, progress)
@@ -237,6 +249,11 @@ def _plan(
     count = affordable_images(layers)
     images = synthetic_images(count, options) if source is None else next(source.subset(count).batches(count))[0]
     return keep_in_range(plan, deployed, observe_magnitudes(deployed, images), layers, decided)
+
+
+def synthetic_source(options: CompileOptions) -> ImageSource:
+    """As many synthetic images as would calibrate: what stands in for images where the weights are random too."""
+    return ImageSource([synthetic_images(options.calibration_images, options)], options.transform, name=NOISE)
 
 
 def synthetic_images(count: int, options: CompileOptions) -> npt.NDArray[np.float32]:

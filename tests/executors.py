@@ -23,7 +23,7 @@ def eager(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def torchscript(model: nn.Module, images: Tensor) -> Tensor:
-    frozen = torch.jit.load(io.BytesIO(to_torchscript(model)))  # type: ignore[no-untyped-call]
+    frozen = torch.jit.load(io.BytesIO(to_torchscript(model, images)))  # type: ignore[no-untyped-call]
     assert not list(frozen.named_parameters()), "freezing turns weights into constants"
     return eager(frozen, images)
 

@@ -250,8 +250,8 @@ def test_graphs_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
     """A unit test of our own check: the TorchScript module is replaced by that of another network, a fake."""
     from pcn_deploy.graph import torchscript
 
-    other = torchscript.to_torchscript(network(seed=7))
-    monkeypatch.setattr(torchscript, "to_torchscript", lambda _model: other)
+    other = torchscript.to_torchscript(network(seed=7), torch.from_numpy(images(1)))
+    monkeypatch.setattr(torchscript, "to_torchscript", lambda *_: other)
     with pytest.raises(ModelError, match="made from one module but differ"):
         pcn_deploy.compile(network(), options(precision="fp32"))
 
@@ -262,7 +262,7 @@ def test_a_typed_graph_that_differs_is_judged_in_fp32(
 ) -> None:
     """Rounding to FP16 moves INT8 codes: pytorchcv's mobilenetv2_w1 came to 22.5 dB. The measurements are fakes."""
     found = iter([20.0, in_fp32])
-    monkeypatch.setattr("pcn_deploy.compiler._agreement", lambda *_: next(found))
+    monkeypatch.setattr("pcn_deploy.compiler.least_sqnr_db", lambda *_: next(found))
     given = {"options": options(precision="int8"), "calibration": images()}
     if accepted:
         assert pcn_deploy.compile(network(), **given)

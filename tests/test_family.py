@@ -51,8 +51,9 @@ def test_the_smallest_are_registered() -> None:
 def test_eager_torchscript_and_onnx_runtime_agree(info: ModelInfo, fill: ModuleType) -> None:
     network = filled(info, fill)
     deployed, _ = to_deploy(network)
-    frozen = torch.jit.load(io.BytesIO(to_torchscript(deployed)))  # type: ignore[no-untyped-call]
     height, width = info.resolution
+    example = torch.from_numpy(fill.images_for((1, 3, height, width), 0))
+    frozen = torch.jit.load(io.BytesIO(to_torchscript(deployed, example)))  # type: ignore[no-untyped-call]
     for resolution in ((height, width), (height // 2, width * 3 // 4)):
         images = fill.images_for((2, 3, *resolution), 1)
         with torch.inference_mode():

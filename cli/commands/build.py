@@ -20,7 +20,7 @@ from pcn_deploy.compiler import CompileResult, compile  # noqa: A004 - our verb
 from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.errors import ModelError, OptionError, ParityError
 from pcn_deploy.options import CompileOptions
-from pcn_deploy.preparation import synthetic_images, take_part
+from pcn_deploy.preparation import synthetic_source, take_part
 from pcn_deploy.provenance import ModelSource
 from pcn_deploy.specs import BatchRange
 
@@ -110,7 +110,7 @@ def _build(given: dict[str, Any], processes: Processes) -> None:
     calibration = given["calibration"]
     if calibration is None and compile_options.precision == "int8" and given["random_weights"] and not given["recipe"]:
         display.note("the weights are random, so synthetic images calibrate them.", quiet=quiet)
-        calibration = [synthetic_images(compile_options.calibration_images, compile_options)]
+        calibration = synthetic_source(compile_options)
     impossible = (ModelError,) if given["precision"] == AUTO else ()  # process 0 then builds FP16 alone
     if not processes.first:
         with suppress(*impossible):

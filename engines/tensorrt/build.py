@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -24,6 +25,8 @@ _NEXT = (
     "If memory ran out, close other programs or build for a smaller batch. If an operator is refused, "
     "try a newer TensorRT, or keep the part of the network that holds it in FP32."
 )
+_NO_OPERATOR = re.compile(r"operator: (\w+) \(checkFallbackPluginImporter\)")
+"""How TensorRT's parser says that it knows no operator of this name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +125,14 @@ class _Build:
     def _refuse(self, what: str, parser: Any = None, cause: Exception | None = None) -> NoReturn:
         said = [str(parser.get_error(index)) for index in range(parser.num_errors)] if parser else []
         reason = self.messages.summary(said)
-        msg = f"{self.flavour.title} {version(self.trt)} {what}:{reason}\n{_NEXT}"
+        absent = _NO_OPERATOR.search(reason)
+        advice = _NEXT
+        if absent:
+            advice = (
+                f"It has no operator {absent[1]}. Express that part of the network with others, run it before or after "
+                "the engine, or build for --target cpu alone."
+            )
+        msg = f"{self.flavour.title} {version(self.trt)} {what}:{reason}\n{advice}"
         raise BuildError(msg) from cause
 
     def _target(self, config: Any, options: BuildOptions) -> dict[str, str]:

@@ -64,10 +64,15 @@ CAUSES: tuple[Cause, ...] = (
         "network and run it after the engine.",
     ),
     Cause(
-        r"numpy|from_numpy|tolist\(\)|item\(\)|can't be converted to (an? )?Python",
+        r"numpy|from_numpy|np\.ndarray|tolist\(\)|item\(\)|can't be converted to (an? )?Python",
         "a tensor becomes a number, a list or a NumPy array, which leaves the graph.",
         "stay with tensors: torch functions instead of NumPy's, x.mean() instead of x.mean().item(), and "
         "register_buffer for constants.",
+    ),
+    Cause(
+        r"Cannot infer concrete type of torch.nn.Module|module is not installed as a submodule",
+        "modules are kept in a plain list, tuple or dict, where torch does not see them.",
+        "keep them in an nn.ModuleList or nn.ModuleDict.",
     ),
     Cause(
         r"variable number of arguments",
@@ -90,9 +95,15 @@ CAUSES: tuple[Cause, ...] = (
         "keep what forward computes in local variables and return it; a network that is deployed has no state.",
     ),
     Cause(
-        r"Inferred '.*' to be of type 'Tensor' because it was not annotated",
+        r"Inferred '.*' to be of type 'Tensor' because it was not annotated|"
+        r"Expected a value of type 'Tensor \(inferred\)'",
         "an argument that is no tensor has no annotation, so TorchScript takes it for one.",
         "annotate it: def inner(self, x: torch.Tensor, k: int) -> torch.Tensor.",
+    ),
+    Cause(
+        r"Expected a value of type",
+        "an argument is of another type than the signature of the function that is called has.",
+        "write the type that it names: 2.0 where it takes a float, a list or tuple where it takes one.",
     ),
     Cause(
         r"is not defined in the (true|false) branch",

@@ -26,15 +26,42 @@ from pcn_deploy.graph.places import (
 
 log = logging.getLogger(__name__)
 
+SCRIPTING = "The network cannot be scripted"
 _GENERAL = "rewrite that line with plain tensor operations, or leave the part out of the network."
 
 
 def scripting_error(model: nn.Module, error: Exception, traced: Exception) -> ModelError:
     """Explain why TorchScript refuses a module, and why its symbolic trace is no help either."""
-    first = report("The network cannot be scripted", error, safely(place_in_source, model, error))
+    first = report(SCRIPTING, error, safely(place_in_source, model, error))
+    if _first_line(_without_source(str(error))) == _first_line(_without_source(str(traced))):
+        return ModelError(f"{first}\nIts symbolic trace (torch.fx) cannot be scripted for the same reason.")
     place = safely(place_in_traceback, model, traced)
     second = report("Nor can it be traced symbolically (torch.fx)", traced, place)
     return ModelError(f"{first}\n{second}\nOne of the two ways is enough.")
+
+
+def difference_error(model: nn.Module, sqnr_db: float, refusal: Exception | None) -> ModelError:
+    """Explain that the scripted network computes something else than the network itself.
+
+    Args:
+        model: The network.
+        sqnr_db: SQNR of the logits of the scripted one.
+        refusal: Why it was traced symbolically first; None if it was not.
+    """
+    if refusal is None:
+        return obstacle(
+            f"The scripted network computes something else than the network itself ({sqnr_db:.1f} dB)",
+            None,
+            "forward decides something by how it is run, such as torch.jit.is_scripting(), or TorchScript reads a line "
+            "in another way than Python.",
+            "leave the decision out; build with -v, look for warnings of TorchScript.",
+        )
+    first = report(SCRIPTING, refusal, safely(place_in_source, model, refusal))
+    return ModelError(
+        f"{first}\nIts symbolic trace (torch.fx) runs, but computes something else ({sqnr_db:.1f} dB): forward decides "
+        "something by what Python knows of a tensor, such as type(x), isinstance or try, and a trace has symbols "
+        "instead of tensors.\nWay round: leave that decision out, or make the definition one that TorchScript compiles."
+    )
 
 
 def export_error(model: nn.Module, error: Exception, replay: Callable[[], Any]) -> ModelError:
@@ -50,15 +77,26 @@ def running_error(model: nn.Module, error: Exception, headline: str) -> ModelErr
     return ModelError(report(headline, error, safely(place_in_traceback, model, error)))
 
 
+def obstacle(headline: str, place: Place | None, reason: str, advice: str) -> ModelError:
+    """Explain what was found without an error of torch."""
+    where = f"{headline}: {place}" if place else f"{headline}."
+    return ModelError(f"{where}\nCause: {reason}\nWay round: {advice}")
+
+
 def output_error(output: Any) -> ModelError:
-    """Explain that a network returns something else than one tensor of logits."""
+    """Explain that a network returns, for one image, something else than one tensor of logits."""
     found = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
     names = list(output) if isinstance(output, dict) else []
     if names:
         found += f" with {', '.join(map(str, names[:6]))}"
     pick = f"[{names[0]!r}]" if names else "[0]" if isinstance(output, tuple | list) else ".logits"
     advice = "end it with a pooling over the positions and a linear layer"
-    if not isinstance(output, Tensor):
+    if isinstance(output, Tensor) and not output.is_floating_point():
+        found += f" of {str(output.dtype).removeprefix('torch.')}"
+        advice = "return the logits, and take argmax or topk of what the engine returns"
+    elif isinstance(output, Tensor) and output.ndim == 1:
+        advice = "keep the axis of the batch: x.flatten(1) for x.squeeze(), which drops it where there is one image"
+    elif not isinstance(output, Tensor):
         advice = f"wrap it in an nn.Module whose forward is `return self.net(x){pick}`, and let the factory return that"
     return ModelError(f"The network returns {found}; expected one tensor of logits, (N, K).\nWay round: {advice}.")
 
@@ -92,6 +130,7 @@ def _without_source(message: str) -> str:
 def _first_line(words: str) -> str:
     kind, _, rest = words.partition(": ")
     lines = [line.strip() for line in rest.splitlines() if line.strip()]
+    lines = [line for line in lines if line.startswith("Expected a value of type")] or lines  # of many signatures
     if len(lines) > 1 and re.search(r"\) -> .*:$", lines[0]):  # the signature that a call did not fit
         lines = lines[1:]
     return f"{kind}: {lines[0].removesuffix(':').strip() if lines else 'no message'}"

@@ -66,6 +66,11 @@ def chain_of(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def place_of_module(path: str, module: nn.Module) -> Place:
+    """A module as a whole."""
+    return Place(_name(path, module))
+
+
 def _name(path: str, module: nn.Module) -> str:
     return f"{path or 'the network itself'} (class {type(module).__name__})"
 

@@ -6,16 +6,24 @@ import logging
 import warnings
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 
-from pcn_deploy.graph.diagnosis import scripting_error
+from pcn_deploy.graph.diagnosis import difference_error, scripting_error
 from pcn_deploy.memory import output_error, temporary_path
+from pcn_deploy.parity import least_sqnr_db
 
 log = logging.getLogger(__name__)
 
 
-def to_torchscript(model: nn.Module) -> bytes:
+EQUAL_DB = 60.0
+"""Least SQNR between a module and what was scripted from it. Both do the same operations, in float32, in the same
+order: where they do, they are equal to the bit."""
+
+
+def to_torchscript(model: nn.Module, images: Tensor) -> bytes:
     """Script and freeze a module in evaluation mode.
 
     A definition that TorchScript cannot compile is traced symbolically first: that runs its Python code, so that what
@@ -23,12 +31,14 @@ def to_torchscript(model: nn.Module) -> bytes:
 
     Args:
         model: The module; its definition must be scriptable, or traceable by `torch.fx`.
+        images: What the scripted module is compared on with the module itself, float32 `(N, C, H, W)`.
 
     Returns:
         The serialised frozen module, as `torch.jit.save` writes it.
 
     Raises:
-        ModelError: If it is neither; the message names the module, the line, the cause and the way round.
+        ModelError: If it is neither, or computes something else when it is scripted; the message names the module, the
+            line, the cause and the way round.
         OutputError: If there is no room for temporary files.
     """
     with warnings.catch_warnings(), temporary_path("model.ts") as path:
@@ -42,10 +52,23 @@ def to_torchscript(model: nn.Module) -> bytes:
             refusal = error
         if refusal is not None:
             scripted = _script_traced(model, refusal)
+        found = _least_sqnr_db(model, scripted, images)
+        if found < EQUAL_DB:
+            raise difference_error(model, found, refusal)
         _save(scripted, path)
         del scripted
         _save(torch.jit.freeze(torch.jit.load(path)), path)  # type: ignore[no-untyped-call]
         return path.read_bytes()
+
+
+def _least_sqnr_db(model: nn.Module, scripted: torch.jit.ScriptModule, images: Tensor) -> float:
+    """SQNR of the outputs of the scripted module; those of the module itself are what is right."""
+    outputs: list[list[npt.NDArray[np.float32]]] = []
+    with torch.no_grad():
+        for form in (model, scripted):
+            found = form(images)
+            outputs.append([tensor.numpy() for tensor in ((found,) if isinstance(found, Tensor) else found)])
+    return least_sqnr_db(*outputs)
 
 
 def _save(module: torch.jit.ScriptModule, path: Path) -> None:

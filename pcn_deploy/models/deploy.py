@@ -22,6 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from pcn_deploy.models.aggregation import Aggregation, AttentionPool2d, TokenBlock
 from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d, RelativeSelfAttention2d
 from pcn_deploy.models.patchconvnet import PatchConvNet, TrunkBlock
+from pcn_deploy.models.reparametrization import fuse_reparametrizations
 
 log = logging.getLogger(__name__)
 
@@ -198,6 +199,7 @@ def _channels_of(norm: nn.BatchNorm2d, part: slice) -> nn.BatchNorm2d:
 
 
 REWRITES: tuple[Callable[[nn.Module], int], ...] = (
+    fuse_reparametrizations,  # first: what computes a weight hides it from the others
     fold_batch_norm,
     fold_layer_scale,
     fold_attention_scale,
@@ -215,7 +217,27 @@ def share_weights(model: nn.Module) -> nn.Module:
     memo.update(
         (id(parameter), nn.Parameter(parameter.detach(), requires_grad=False)) for parameter in model.parameters()
     )
+    for module in model.modules():  # weights that were computed from parameters cannot be copied with their history
+        memo.update(
+            (id(value), value.detach())
+            for value in vars(module).values()
+            if isinstance(value, Tensor) and value.grad_fn is not None
+        )
     return copy.deepcopy(model, memo)
+
+
+def without_compile(model: nn.Module) -> nn.Module:
+    """Take away what `torch.compile` put around a network, or in place around its parts: its code, as written, stays.
+
+    Returns:
+        The network itself.
+    """
+    model = getattr(model, "_orig_mod", model)
+    for path, module in list(model.named_modules()):
+        module._compiled_call_impl = None
+        if path and hasattr(module, "_orig_mod"):
+            model.set_submodule(path, module._orig_mod)
+    return model
 
 
 def to_deploy(model: nn.Module) -> tuple[nn.Module, dict[str, int]]:

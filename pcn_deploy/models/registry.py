@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,7 +143,14 @@ def _call_user_factory(spec: str, arguments: dict[str, Any]) -> nn.Module:
         sys.path.append(str(Path.cwd()))  # the console script, unlike `python -m`, does not look there
     try:
         module = _import_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-        factory = getattr(module, attribute)
+    except (Exception, SystemExit) as error:
+        msg = f"{spec!r}: {where} cannot be imported: {type(error).__name__}: {error}"
+        raise ModelError(msg) from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        raise ModelError(_no_factory(spec, module, attribute))
+    _check_signature(spec, factory, arguments)
+    try:
         model = factory(**arguments)
     except (Exception, SystemExit) as error:
         msg = f"{spec!r} could not be made into a network: {type(error).__name__}: {error}"
@@ -151,6 +159,34 @@ def _call_user_factory(spec: str, arguments: dict[str, Any]) -> nn.Module:
         msg = f"{spec!r} returned {type(model).__name__}; a factory must return a torch.nn.Module."
         raise ModelError(msg)
     return model
+
+
+def _no_factory(spec: str, module: Any, attribute: str) -> str:
+    own = sorted(
+        name
+        for name, value in vars(module).items()
+        if callable(value) and not name.startswith("_") and getattr(value, "__module__", "") == module.__name__
+    )
+    close = difflib.get_close_matches(attribute, own, n=5, cutoff=0.5) or own[:10]
+    there = f"it has {', '.join(close)}" if close else "it defines no function or class"
+    return f"{spec!r}: there is no function or class {attribute!r}; {there}."
+
+
+def _check_signature(spec: str, factory: Any, arguments: dict[str, Any]) -> None:
+    """Refuse a factory that does not take the arguments, before it is called: its own errors look the same."""
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):  # of code without Python source
+        return
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items()) or "no arguments"
+        msg = (
+            f"{spec!r} takes {signature}, but is called with {given}: {error}.\nWay round: write a function that takes "
+            f"just that and calls it, and name the function instead: def net(): return {spec.rpartition(':')[2]}(...)"
+        )
+        raise ModelError(msg) from error
 
 
 def _import_file(path: Path) -> Any:

@@ -118,7 +118,7 @@ def quantised_net(make_net: MakeNet, **form: Any) -> tuple[nn.Module, nn.Module]
 def test_it_scripts_and_freezes(make_net: MakeNet, form: dict[str, Any]) -> None:
     plain, quantized = quantised_net(make_net, **form)
     images = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, 32, 48)).astype(np.float32))
-    frozen = torch.jit.load(io.BytesIO(to_torchscript(quantized)))  # type: ignore[no-untyped-call]
+    frozen = torch.jit.load(io.BytesIO(to_torchscript(quantized, images)))  # type: ignore[no-untyped-call]
     with torch.inference_mode():
         expected: Tensor = quantized(images)
         torch.testing.assert_close(frozen(images), expected, atol=1e-4, rtol=0)

@@ -207,6 +207,7 @@ def test_random_weights_say_so_when_they_replace_images(factory: str, out: Path)
     result = invoke(factory, *words)
     assert result.exit_code == 0, result.output
     assert "Note: the weights are random, so synthetic images calibrate them." in result.stderr
+    assert "from standard normal noise." in result.output and "given arrays" not in result.output
     assert Bundle.open(out).manifest["provenance"]["weights"] is None
 
 
@@ -268,6 +269,15 @@ def test_an_unknown_model_and_the_closest_names(out: Path) -> None:
 def test_a_factory_that_fails(factory: str, out: Path, name: str) -> None:
     spec = name.format(file=factory.rpartition(":")[0])
     refused(invoke(spec, "--random-weights", *SMALL, "-o", out), 1, spec, out=out)
+
+
+def test_a_factory_that_is_not_there_or_takes_arguments(factory: str, out: Path) -> None:
+    where = factory.rpartition(":")[0]
+    result = invoke(f"{where}:Nett", "--random-weights", *SMALL, "-o", out)
+    refused(result, 1, "there is no function or class 'Nett'; it has Net.", out=out)
+    Path(where).write_text(FACTORY + "\n\ndef make(width):\n    return Net()\n")
+    result = invoke(f"{where}:make", "--random-weights", *SMALL, "-o", out)
+    refused(result, 1, ":make' takes (width), but is called with no arguments", "def net(): return make(...)", out=out)
 
 
 def test_the_output_is_looked_at_before_the_long_work(

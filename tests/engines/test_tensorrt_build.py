@@ -196,6 +196,7 @@ def test_an_unknown_operator_is_named_in_tensorrts_words() -> None:
     with pytest.raises(BuildError, match=r"did not accept the ONNX graph:\n.*NoSuchOperator") as caught:
         TensorRTRTXBackend().build(broken)
     assert "INVALID_NODE" in str(caught.value)
+    assert "It has no operator NoSuchOperator. Express" in str(caught.value)
 
 
 def test_rubbish_is_refused_without_echo_of_earlier_messages() -> None:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pcn_deploy.calibration.facts import inspect_layers
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.diagnosis import output_error, report, scripting_error
 from pcn_deploy.graph.export import to_onnx
@@ -21,6 +20,7 @@ from pcn_deploy.graph.torchscript import to_torchscript
 from pcn_deploy.specs import BatchRange
 
 ANY_BATCH = BatchRange(min=1, opt=2, max=4)
+IMAGES = torch.rand(2, 3, 4, 4)
 
 
 class Whole(nn.Module):
@@ -178,7 +178,7 @@ class Tries(nn.Module):
 def test_what_cannot_be_scripted(kind: Callable[[], nn.Module], advice: str) -> None:
     part = kind()
     with pytest.raises(ModelError) as caught:
-        to_torchscript(Whole(part).eval())
+        to_torchscript(Whole(part).eval(), IMAGES)
     message = str(caught.value)
     assert message.startswith("The network cannot be scripted: ")
     assert_place(message, part)
@@ -200,7 +200,7 @@ class Scaled(nn.Module):
 def test_of_equal_modules_the_one_whose_settings_fail_is_named() -> None:
     part = Scaled(Config())
     with pytest.raises(ModelError) as caught:
-        to_torchscript(Whole(nn.Sequential(Scaled(2.0), part)).eval())
+        to_torchscript(Whole(nn.Sequential(Scaled(2.0), part)).eval(), IMAGES)
     assert_place(str(caught.value), part, "stage.1.1")
 
 
@@ -219,7 +219,7 @@ def test_a_definition_that_does_not_script_is_traced() -> None:
             return x * self.config.factor if double else x
 
     net = Whole(Settled()).eval()
-    module = torch.jit.load(io.BytesIO(to_torchscript(net)))
+    module = torch.jit.load(io.BytesIO(to_torchscript(net, IMAGES)))
     for shape in ((1, 3, 4, 4), (3, 3, 5, 7)):
         images = torch.randn(shape)
         torch.testing.assert_close(module(images), net(images))
@@ -310,17 +310,6 @@ def test_a_network_for_one_image_only() -> None:
     assert to_onnx(Whole(part).eval(), (3, 4, 4), BatchRange(min=1, opt=1, max=1), {})
 
 
-def test_what_cannot_be_executed() -> None:
-    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    with pytest.raises(ModelError, match=r"shape \(1, 3, 4, 4\): 1 \(class Linear\)\nCause: .*\n.*\n.*--resolution"):
-        inspect_layers(net, torch.zeros(1, 3, 4, 4))
-    part = Elsewhere()
-    with pytest.raises(ModelError) as caught:
-        inspect_layers(Whole(part).eval(), torch.zeros(1, 3, 4, 4, device="cpu"))
-    assert_place(str(caught.value), part)
-    assert "register_buffer" in str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("output", "found", "advice"),
     [
@@ -328,6 +317,8 @@ def test_what_cannot_be_executed() -> None:
         ((0, 1), "tuple", "self.net(x)[0]`"),
         (Config(), "Config", "self.net(x).logits`"),
         (torch.zeros(1, 3, 4, 4), "a tensor (1, 3, 4, 4)", "a pooling over the positions"),
+        (torch.zeros(5), "a tensor (5,)", "x.flatten(1) for x.squeeze()"),
+        (torch.zeros(1, dtype=torch.int64), "a tensor (1,) of int64", "take argmax or topk"),
     ],
 )
 def test_outputs_that_are_no_logits(output: Any, found: str, advice: str) -> None:

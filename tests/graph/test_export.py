@@ -86,12 +86,12 @@ def test_a_network_that_cannot_be_exported_is_a_model_error() -> None:
 
 def test_a_network_that_cannot_be_scripted_is_a_model_error() -> None:
     with pytest.raises(ModelError, match=r"cannot be scripted: the network itself \(class Unscriptable\)"):
-        to_torchscript(Unscriptable().eval())
+        to_torchscript(Unscriptable().eval(), torch.rand(1, 3, 4, 4))
 
 
 def test_torchscript_takes_any_size(make_net: MakeNet) -> None:
     net = make_net()
-    frozen = torch.jit.load(io.BytesIO(to_torchscript(net)))  # type: ignore[no-untyped-call]
+    frozen = torch.jit.load(io.BytesIO(to_torchscript(net, torch.rand(1, 3, 32, 32))))  # type: ignore[no-untyped-call]
     for shape in ((1, 3, 32, 32), (2, 3, 37, 61)):
         images = torch.rand(shape)
         with torch.inference_mode():
@@ -102,7 +102,7 @@ def test_scripting_keeps_no_weights() -> None:
     """Torch keeps whatever it freezes, unless it was loaded from a file."""
     layer = nn.Conv2d(3, 4, 1).requires_grad_(False)
     weight = weakref.ref(layer.weight)
-    to_torchscript(nn.Sequential(layer).eval())
+    to_torchscript(nn.Sequential(layer).eval(), torch.rand(1, 3, 4, 4))
     del layer
     gc.collect()
     assert weight() is None

@@ -122,7 +122,7 @@ def torch_outputs(function: Callable[[Tensor], Any]) -> Arrays:
 
 
 def scripted_outputs(network: nn.Module) -> Arrays:
-    return torch_outputs(torch.jit.load(io.BytesIO(to_torchscript(deployed(network)))))  # type: ignore[no-untyped-call]
+    return torch_outputs(torch.jit.load(io.BytesIO(to_torchscript(deployed(network), images()))))  # type: ignore[no-untyped-call]
 
 
 def onnx_outputs(network: nn.Module) -> Arrays:

@@ -179,7 +179,13 @@ def test_to_deploy_leaves_the_given_model_alone(make_net: MakeNet, fill: ModuleT
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     needs = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
     deployed, applied = to_deploy(plain)
-    assert applied == {"fold_batch_norm": 0, "fold_layer_scale": 5, "fold_attention_scale": 1, "absorb_key_value": 1}
+    assert applied == {
+        "fuse_reparametrizations": 0,
+        "fold_batch_norm": 0,
+        "fold_layer_scale": 5,
+        "fold_attention_scale": 1,
+        "absorb_key_value": 1,
+    }
     assert plain.training
     assert {name: parameter.requires_grad for name, parameter in plain.named_parameters()} == needs
     after = plain.state_dict()
@@ -304,7 +310,13 @@ def test_attention_pooling_is_absorbed(fill: ModuleType) -> None:
     assert (attn.query.shape, attn.attend_token, attn.project_first) == ((1, 16), True, False)
     check_equal(plain, rewritten, fill)
     folded, applied = to_deploy(plain)
-    assert applied == {"fold_batch_norm": 0, "fold_layer_scale": 2, "fold_attention_scale": 1, "absorb_key_value": 1}
+    assert applied == {
+        "fuse_reparametrizations": 0,
+        "fold_batch_norm": 0,
+        "fold_layer_scale": 2,
+        "fold_attention_scale": 1,
+        "absorb_key_value": 1,
+    }
     check_equal(plain, folded, fill)
 
 
@@ -328,6 +340,7 @@ def test_to_deploy_of_the_convolutional_networks(fill: ModuleType, name: str) ->
     plain = make()
     fill.fill_(plain, 2)
     deployed, applied = to_deploy(plain.eval())
+    assert applied.pop("fuse_reparametrizations") == 0
     assert list(applied.values()) == counts
     assert sum(isinstance(module, nn.BatchNorm2d) for module in deployed.modules()) == norms_left
     assert all(module.scale == 1.0 for module in deployed.modules() if isinstance(module, RelativeSelfAttention2d))

@@ -1,0 +1,139 @@
+"""What must hold of a network before it is compiled; checked first, since a build that ends in a refusal is long."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from pcn_deploy.graph.diagnosis import obstacle, output_error, running_error
+from pcn_deploy.graph.places import place_of_module
+from pcn_deploy.models.reparametrization import is_reparametrization
+from pcn_deploy.parity import least_sqnr_db
+
+HEADLINE = "The network cannot be compiled"
+REPEATABLE_DB = 100.0
+"""Least SQNR between two runs on one image: the order of sums in float32 leaves 120 dB and more."""
+
+INDEPENDENT_DB = 60.0
+"""Least SQNR between the logits of an image alone and beside another: kernels differ with the size of the batch, and
+deep networks enlarge their rounding."""
+
+
+def check_definition(model: nn.Module) -> None:
+    """Refuse what no graph can be made from.
+
+    Args:
+        model: The network as its author made it.
+
+    Raises:
+        ModelError: If it is a ScriptModule, has forward hooks, or weights that are missing, on the meta device, or of
+            another floating-point type than float32; the message names the module and the way round.
+    """
+    for path, module in model.named_modules():
+        found = next(_obstacles(module), None)
+        if found is not None:
+            raise obstacle(HEADLINE, place_of_module(path, module), *found)
+
+
+def _obstacles(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Reasons against a module, and the ways round them."""
+    if isinstance(module, torch.jit.ScriptModule):
+        yield (
+            "it is a ScriptModule, whose layers can be neither rewritten nor quantised.",
+            "let the factory return the network as it is before torch.jit.script or torch.jit.trace.",
+        )
+    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            yield (
+                f"its {name} has no shape before the first run (a lazy module).",
+                "run the network once on an image in the factory, or name the number of channels.",
+            )
+        elif tensor.is_meta:
+            yield (
+                f"its {name} is on the meta device: it has a shape and no values.",
+                "make the network on the CPU and load its weights in the factory, or give them with --weights.",
+            )
+        elif tensor.is_floating_point() and tensor.dtype != torch.float32:
+            yield (
+                f"its {name} is {str(tensor.dtype).removeprefix('torch.')}; the network that is compiled, and that "
+                "engines are compared with, is float32.",
+                "return net.float() from the factory; the type of the engine is chosen with --precision.",
+            )
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    if not all(is_reparametrization(hook) for hook in hooks):
+        yield (
+            "it has a forward hook, which is no part of its definition and would be lost.",
+            "do in forward what the hook does, or remove the hook in the factory.",
+        )
+
+
+def check_behaviour(model: nn.Module, images: Tensor, *, batched: bool) -> None:
+    """Refuse a network whose logits are no function of the image alone: no engine could be equal to it.
+
+    Args:
+        model: The network in evaluation mode; buffers that it changes are put back.
+        images: Two different images, float32 `(2, C, H, W)`.
+        batched: Whether more than one image at a time will be given to it.
+
+    Raises:
+        ModelError: If it cannot run, returns anything but logits `(N, K)`, changes a buffer, returns something else
+            when it is run again, or gives an image other logits when another one is in its batch.
+    """
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    first = _run(model, images[:1])
+    if not (isinstance(first, Tensor) and first.ndim == 2 and first.is_floating_point()):
+        raise output_error(first)
+    again = _run(model, images[:1])
+    changed = [(name, buffer) for name, buffer in model.named_buffers() if not _equal(buffer, before[name])]
+    for name, buffer in changed:
+        buffer.copy_(before[name])
+        path, _, attribute = name.rpartition(".")
+        place = place_of_module(path, model.get_submodule(path))
+        raise obstacle(
+            HEADLINE,
+            place,
+            f"forward changes its buffer {attribute}: an engine has no state from one image to the next.",
+            "keep what forward computes in local variables, or leave the change out when self.training is false.",
+        )
+    if not _agree(first, again, REPEATABLE_DB):
+        raise obstacle(
+            HEADLINE,
+            None,
+            "two runs on the same image give different logits.",
+            "leave random numbers out of evaluation: F.dropout(x, training=self.training) or nn.Dropout, no rand or "
+            "randn in forward; keep no state from one run to the next.",
+        )
+    if batched and not _agree(first, _run(model, images)[:1], INDEPENDENT_DB):
+        raise obstacle(
+            HEADLINE,
+            None,
+            "the logits of an image change when another image is in its batch.",
+            "compute per image: no mean or normalisation over the first axis, no decision on x.shape[0]; "
+            "or build for one image at a time (--batch 1).",
+        )
+
+
+def _run(model: nn.Module, images: Tensor) -> Tensor:
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said again when the network is compiled
+            output: Tensor = model(images)
+    except Exception as error:  # the network's own code may fail in any way
+        headline = f"The network cannot run on one input of shape {tuple(images.shape)}"
+        raise running_error(model, error, headline) from error
+    return output
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and bool(torch.all((first == second) | ((first != first) & (second != second))))
+
+
+def _agree(first: Tensor, second: Tensor, least_db: float) -> bool:
+    """Whether two outputs agree; NaN and infinite logits are reported elsewhere."""
+    if not (first.isfinite().all() and second.isfinite().all()):
+        return True
+    return first.shape == second.shape and least_sqnr_db([first.numpy()], [second.numpy()]) >= least_db

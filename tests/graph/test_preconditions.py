@@ -1,0 +1,253 @@
+"""What is refused before anything long is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcn_deploy.errors import ModelError
+from pcn_deploy.graph.preconditions import check_behaviour, check_definition
+from pcn_deploy.graph.torchscript import to_torchscript
+
+IMAGES = torch.rand(2, 3, 8, 8)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear(4, 5)
+
+    def features(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x).abs().mean((2, 3))
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.features(x))
+        return y
+
+
+def scripted() -> nn.Module:
+    return torch.jit.script(Net())
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return Net()
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyConv2d(4, 3))
+
+
+def hooked() -> nn.Module:
+    net = Net()
+    net.conv.register_forward_hook(lambda _module, _inputs, output: output * 1.15)
+    return net
+
+
+def hooked_before() -> nn.Module:
+    net = Net()
+    net.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * 1.15,))
+    return net
+
+
+def partly_half() -> nn.Module:
+    net = Net()
+    net.head.half()
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "place", "found", "advice"),
+    [
+        (scripted, "the network itself (class RecursiveScriptModule)", "it is a ScriptModule", "before torch.jit.sc"),
+        (on_meta, "conv (class Conv2d)", "its weight is on the meta device", "--weights"),
+        (lazy, "0 (class LazyConv2d)", "its weight has no shape", "run the network once"),
+        (hooked, "conv (class Conv2d)", "it has a forward hook", "do in forward"),
+        (hooked_before, "the network itself (class Net)", "it has a forward hook", "do in forward"),
+        (partly_half, "head (class Linear)", "its weight is float16", "net.float()"),
+        (lambda: Net().double(), "conv (class Conv2d)", "its weight is float64", "net.float()"),
+        (lambda: Net().bfloat16(), "conv (class Conv2d)", "its weight is bfloat16", "net.float()"),
+    ],
+)
+def test_definitions_that_no_graph_can_be_made_from(
+    make: Callable[[], nn.Module], place: str, found: str, advice: str
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        check_definition(make())
+    first, cause, way_round = str(caught.value).splitlines()
+    assert first == f"The network cannot be compiled: {place}"
+    assert cause.startswith(f"Cause: {found}")
+    assert way_round.startswith("Way round: ") and advice in way_round
+
+
+def test_an_ordinary_network_is_let_through() -> None:
+    net = Net().eval()
+    check_definition(net)
+    check_behaviour(net, IMAGES, batched=True)
+
+
+class Counts(Net):
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return super().forward(x)
+
+
+def test_a_network_with_a_state_is_refused_and_its_state_put_back() -> None:
+    net = Counts().eval()
+    with pytest.raises(ModelError, match=r"the network itself \(class Counts\)\nCause: .* buffer count: "):
+        check_behaviour(net, IMAGES, batched=False)
+    assert net.count == 0
+
+
+class Normalises(Net):
+    """Trained statistics are not used: the batch's own are, and the buffers updated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def features(self, x: Tensor) -> Tensor:
+        mean, var = self.norm.running_mean, self.norm.running_var
+        return F.batch_norm(super().features(x.repeat(2, 1, 1, 1)), mean, var, training=True)[: len(x)]
+
+
+def test_the_buffer_that_changes_is_named_with_its_module() -> None:
+    with pytest.raises(ModelError, match=r"norm \(class BatchNorm1d\)\nCause: .* buffer running_mean: "):
+        check_behaviour(Normalises().eval(), IMAGES, batched=False)
+
+
+class Drops(Net):
+    def features(self, x: Tensor) -> Tensor:
+        return F.dropout(super().features(x))
+
+
+class Noisy(Net):
+    def features(self, x: Tensor) -> Tensor:
+        y = super().features(x)
+        return y + 1e-3 * torch.randn_like(y)
+
+
+@pytest.mark.parametrize("kind", [Drops, Noisy])
+def test_random_logits_are_refused(kind: Callable[[], nn.Module]) -> None:
+    with pytest.raises(ModelError, match="two runs on the same image"):
+        check_behaviour(kind().eval(), IMAGES, batched=False)
+
+
+class ByBatch(Net):
+    def features(self, x: Tensor) -> Tensor:
+        y = super().features(x)
+        return y * 1.5 if x.shape[0] > 1 else y
+
+
+class Centred(Net):
+    def features(self, x: Tensor) -> Tensor:
+        y = super().features(x)
+        return y - 0.1 * y.mean(0)
+
+
+@pytest.mark.parametrize("kind", [ByBatch, Centred])
+def test_logits_that_depend_on_other_images_are_refused(kind: Callable[[], nn.Module]) -> None:
+    with pytest.raises(ModelError, match="when another image is in its batch"):
+        check_behaviour(kind().eval(), IMAGES, batched=True)
+    check_behaviour(kind().eval(), IMAGES, batched=False)
+
+
+class Squeezed(Net):
+    def features(self, x: Tensor) -> Tensor:
+        return super().features(x).squeeze()
+
+
+class Answers(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).argmax(1)
+
+
+@pytest.mark.parametrize(("kind", "advice"), [(Squeezed, r"x\.flatten\(1\)"), (Answers, "take argmax or topk")])
+def test_outputs_that_are_no_logits(kind: Callable[[], nn.Module], advice: str) -> None:
+    with pytest.raises(ModelError, match=advice):
+        check_behaviour(kind().eval(), IMAGES, batched=True)
+
+
+def test_what_cannot_be_executed() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    with pytest.raises(ModelError, match=r"shape \(1, 3, 8, 8\): 1 \(class Linear\)\nCause: .*\n.*\n.*--resolution"):
+        check_behaviour(net, IMAGES, batched=True)
+    with pytest.raises(ModelError, match=r"Bilinear[\s\S]*one batch of images"):
+        check_behaviour(nn.Bilinear(3, 3, 2), IMAGES, batched=True)
+
+
+class OnOtherDevices(Net):
+    def features(self, x: Tensor) -> Tensor:
+        return super().features(x) + torch.zeros(1, device="meta")
+
+
+def test_the_place_of_what_cannot_be_executed_is_named() -> None:
+    with pytest.raises(ModelError) as caught:
+        check_behaviour(OnOtherDevices().eval(), IMAGES, batched=True)
+    message = str(caught.value)
+    assert f"the network itself (class OnOtherDevices), {__file__}:" in message
+    assert '    return super().features(x) + torch.zeros(1, device="meta")\n' in message
+    assert "register_buffer" in message
+
+
+def test_infinite_logits_are_left_to_those_who_compare_them() -> None:
+    net = Net().eval()
+    net.head.weight.data[:] = torch.inf
+    check_behaviour(net, IMAGES, batched=True)
+
+
+# Scripted or traced, a network must compute what it computes.
+
+
+class AsksForTheType(Net):
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        y = self.features(x)
+        if type(y) is torch.Tensor:
+            y = y * 1.15
+        logits: Tensor = self.head(y)
+        return logits
+
+
+class AsksForTheClass(Net):
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        y = self.features(x)
+        logits: Tensor = self.head(y * 1.15 if isinstance(y, Tensor) else y)
+        return logits
+
+
+@pytest.mark.parametrize("kind", [AsksForTheType, AsksForTheClass])
+def test_a_trace_that_decides_otherwise_is_refused(kind: Callable[[], nn.Module]) -> None:
+    with pytest.raises(ModelError) as caught:
+        to_torchscript(kind().eval(), IMAGES)
+    message = str(caught.value)
+    assert message.startswith(
+        f"The network cannot be scripted: the network itself (class {kind.__name__}), {__file__}:"
+    )
+    assert "Its symbolic trace (torch.fx) runs, but computes something else (" in message
+
+
+class AsksHowItRuns(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).abs().mean((2, 3))
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            y = y * 1.15
+        logits: Tensor = self.head(y)
+        return logits
+
+
+def test_a_script_that_decides_otherwise_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"computes something else than the network itself \(\d+\.\d dB\)"):
+        to_torchscript(AsksHowItRuns().eval(), IMAGES)
