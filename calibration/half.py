@@ -1,4 +1,4 @@
-"""What FP16 cannot hold stays FP32: operations that would overflow, weights that would underflow where it matters."""
+"""What FP16 cannot hold stays FP32: operations that would overflow, weights and outputs that would underflow."""
 
 from __future__ import annotations
 
@@ -27,9 +27,6 @@ SMALLEST_STEP = 2.0**-24
 WORST_ERROR = 2.0**-8
 """Root mean square error of rounding, relative to the tensor, from which it counts as lost: the unit roundoff of BF16,
 16 times what FP16 itself loses on a tensor within its range."""
-
-UNIT_ROUNDOFF = 2.0**-11
-"""Of FP16: what is smaller than a sum by this factor vanishes in it. Source: IEEE 754-2008, binary16."""
 
 
 def keep_in_range(
@@ -60,7 +57,7 @@ def keep_in_range(
     listed = {entry.op for entry in entries}
     for path, magnitudes in seen.items():
         module = model.get_submodule(path)
-        reason = "" if path in listed else _too_large(module, magnitudes) or _lost_weight(module, magnitudes)
+        reason = "" if path in listed else _too_large(module, magnitudes) or _lost_weight(module)
         if reason:
             kind = type(module).__name__
             entries.append(PlanEntry(op=path, kind=kind, precision="fp32", reason=reason, operations=True))
@@ -75,7 +72,7 @@ def _judged(entry: PlanEntry, model: nn.Module, seen: dict[str, Magnitudes]) -> 
         return replace(entry, precision="fp32", reason=reason, input_amax=None)
     if entry.precision != "fp16":
         return entry  # INT8 weights are codes; what FP16 does to their scales is in `plan_scales`
-    reason = _lost_weight(module, magnitudes) or _lost_output(magnitudes)
+    reason = _lost_weight(module) or _lost_output(magnitudes)
     return replace(entry, precision="fp32", reason=reason) if reason else entry
 
 
@@ -88,26 +85,20 @@ def _too_large(module: nn.Module, seen: Magnitudes) -> str:
     return ""
 
 
-def _lost_weight(module: nn.Module, seen: Magnitudes) -> str:
-    """Why a weight does not survive FP16, if that matters. A bias survives: it is a term of a sum."""
+def _lost_weight(module: nn.Module) -> str:
+    """Why a weight does not survive FP16. A bias always does: it is a term of a sum."""
     for name, weight in _weights(module):
         error = 0.0 if name == "bias" else _rounding_error(weight)
-        if error > WORST_ERROR and not _vanishes(error * seen.output, seen):
+        if error > WORST_ERROR:
             smallest = float(weight.abs()[weight != 0].min())
             return f"{name} goes down to {smallest:.2g}, subnormal in FP16, which loses {error:.1%} of it"
     return ""
 
 
 def _lost_output(seen: Magnitudes) -> str:
-    error = SMALLEST_STEP / 2
-    if 0 < seen.output < error / WORST_ERROR and not _vanishes(error, seen):
+    if 0 < seen.output < SMALLEST_STEP / 2 / WORST_ERROR:
         return f"outputs reach only {seen.output:.2g}, subnormal in FP16"
     return ""
-
-
-def _vanishes(error: float, seen: Magnitudes) -> bool:
-    """Whether an error is below the rounding of the sum that follows: LayerScale at 1e-6 beside a residual of 1."""
-    return error < UNIT_ROUNDOFF * seen.total
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -28,12 +28,10 @@ class Magnitudes:
     Attributes:
         activation: Largest finite magnitude that they read or make.
         output: Largest finite magnitude that they make.
-        total: Largest magnitude of a sum that something they made is added into; 0 if nothing is.
     """
 
     activation: float = 0.0
     output: float = 0.0
-    total: float = 0.0
 
 
 def affordable_images(layers: Iterable[LayerFacts]) -> int:
@@ -76,9 +74,9 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: dict[str, Magnitudes] = {}
         self._stack: list[str] = []
-        self._known: dict[int, tuple[weakref.ref[Tensor], float, str | None]] = {}
+        self._known: dict[int, tuple[weakref.ref[Tensor], float]] = {}
         for weight in (*model.parameters(), *model.buffers()):
-            self._note(weight, 0.0, None)  # weights are judged by their values, not as activations
+            self._note(weight, 0.0)  # weights are judged by their values, not as activations
 
     def follow(self, path: str, module: nn.Module) -> Iterable[Any]:
         """Hooks that keep track of the module at work."""
@@ -104,35 +102,28 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         returned = func._schema.returns
         alias = returned[0].alias_info if returned else None
         if alias is not None and not alias.is_write and read:  # a view: nothing is computed
-            _, amax, maker = self._lookup(read[0])
             for tensor in made:
-                self._note(tensor, amax, maker)
+                self._note(tensor, self._lookup(read[0]))
             return outputs
         seen = self.found.setdefault(self._stack[-1], Magnitudes())
         amax_read = [self._lookup(tensor) for tensor in read]
         for tensor in made:
             amax = _amax(tensor)
-            self._note(tensor, amax, self._stack[-1])
+            self._note(tensor, amax)
             seen.output = max(seen.output, amax)
-        seen.activation = max(seen.activation, seen.output, *(amax for _, amax, _ in amax_read), 0.0)
-        if func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_) and made:
-            total = self._lookup(made[0])[1]
-            for _, _, maker in amax_read:
-                if maker is not None:
-                    known = self.found.setdefault(maker, Magnitudes())
-                    known.total = max(known.total, total)
+        seen.activation = max(seen.activation, seen.output, *amax_read, 0.0)
         return outputs
 
-    def _note(self, tensor: Tensor, amax: float, maker: str | None) -> None:
-        self._known[id(tensor)] = (weakref.ref(tensor), amax, maker)
+    def _note(self, tensor: Tensor, amax: float) -> None:
+        self._known[id(tensor)] = (weakref.ref(tensor), amax)
 
-    def _lookup(self, tensor: Tensor) -> tuple[Tensor, float, str | None]:
-        """A tensor with its magnitude and the module that made it."""
-        reference, amax, maker = self._known.get(id(tensor), (None, 0.0, None))
+    def _lookup(self, tensor: Tensor) -> float:
+        """The magnitude of a tensor."""
+        reference, amax = self._known.get(id(tensor), (None, 0.0))
         if reference is None or reference() is not tensor:
-            amax, maker = _amax(tensor), None
-            self._note(tensor, amax, maker)
-        return tensor, amax, maker
+            amax = _amax(tensor)
+            self._note(tensor, amax)
+        return amax
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

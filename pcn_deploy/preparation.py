@@ -18,6 +18,7 @@ from pcn_deploy.progress import Progress, silent
 if TYPE_CHECKING:
     from torch import nn
 
+    from pcn_deploy.calibration.magnitudes import Magnitudes
     from pcn_deploy.calibration.plan import LayerFacts, PrecisionPlan
     from pcn_deploy.calibration.quantized import Quantization
     from pcn_deploy.calibration.record import Calibration
@@ -37,7 +38,7 @@ class Prepared:
 
     `unrounded` is the same network before any recovery changed weights and biases for INT8: what a layer is that is
     not quantised after all. It is `deployed` itself where none did. `recovered` tells how many INT8 layers each
-    recovery changed.
+    recovery changed. `magnitudes` is what `observe_magnitudes` saw, where the graph is FP16.
     """
 
     name: str
@@ -49,9 +50,11 @@ class Prepared:
     calibration: Calibration | None
     rewrites: dict[str, int]
     recovered: dict[str, int] = field(default_factory=dict)
+    magnitudes: dict[str, Magnitudes] = field(default_factory=dict)
 
     def leave_out(self, layers: frozenset[str], reason: str) -> Prepared:
-        """The network with some of its INT8 layers left unquantised."""
+        """The network with some of its INT8 layers left unquantised, and in FP32 where FP16 cannot hold them."""
+        from pcn_deploy.calibration.half import keep_in_range
         from pcn_deploy.models.deploy import share_weights
 
         deployed = self.deployed
@@ -60,7 +63,11 @@ class Prepared:
             for path in layers:
                 deployed.set_submodule(path, self.unrounded.get_submodule(path))
         scales = {path: scale for path, scale in self.scales.items() if path not in layers}
-        return replace(self, deployed=deployed, plan=self.plan.leave_out(layers, reason), scales=scales)
+        plan = self.plan.leave_out(layers, reason)
+        if self.magnitudes:
+            others = {entry.op for entry in plan.entries} - layers
+            plan = keep_in_range(plan, self.unrounded, self.magnitudes, self.layers, others)
+        return replace(self, deployed=deployed, plan=plan, scales=scales)
 
     def units(self) -> dict[str, tuple[str, ...]]:
         """The INT8 layers, each with the residual additions that are INT8 because it is, by its name."""
@@ -171,7 +178,7 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     deployed, rewrites = to_deploy(model)
     progress("Rewriting and planning", 2, 3)
     layers = inspect_layers(deployed, torch.zeros(1, *options.transform.shape))
-    plan = _plan(deployed, layers, options, source)
+    plan, magnitudes = _plan(deployed, layers, options, source)
     progress("Rewriting and planning", 3, 3)
     recovered: dict[str, int] = {}
     if source is not None:
@@ -180,7 +187,7 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
         msg = f"Recovery {', '.join(options.recovery)} needs calibration images, also where a recipe has the ranges."
         raise DataError(msg)
     if any(recovered.values()):  # other weights, other magnitudes
-        plan = _plan(deployed, layers, options, source)
+        plan, magnitudes = _plan(deployed, layers, options, source)
     if options.with_attention_map:
         deployed = output_attention_map(deployed)
     if options.precision == "int8" and not plan.int8_entries:
@@ -228,13 +235,14 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
         calibration=seen,
         recovered=recovered,
         rewrites=rewrites,
+        magnitudes=magnitudes,
     )
 
 
 def _plan(
     deployed: nn.Module, layers: list[LayerFacts], options: CompileOptions, source: ImageSource | None
-) -> PrecisionPlan:
-    """Precision by the recipe and the rules; in an FP16 graph, what FP16 cannot hold stays FP32."""
+) -> tuple[PrecisionPlan, dict[str, Magnitudes]]:
+    """Precision by the recipe and the rules; in an FP16 graph, what FP16 cannot hold stays FP32, by what was seen."""
     from pcn_deploy.calibration.half import keep_in_range
     from pcn_deploy.calibration.magnitudes import affordable_images, observe_magnitudes
     from pcn_deploy.calibration.plan import make_plan
@@ -245,10 +253,11 @@ def _plan(
         plan = recipe.apply(plan, layers, [path for path, _ in deployed.named_modules()])
     decided = recipe.layers if recipe else {}
     if options.graph_type != "fp16" or len(decided) == len(layers):
-        return plan
+        return plan, {}
     count = affordable_images(layers)
     images = synthetic_images(count, options) if source is None else next(source.subset(count).batches(count))[0]
-    return keep_in_range(plan, deployed, observe_magnitudes(deployed, images), layers, decided)
+    magnitudes = observe_magnitudes(deployed, images)
+    return keep_in_range(plan, deployed, magnitudes, layers, decided), magnitudes
 
 
 def synthetic_source(options: CompileOptions) -> ImageSource:

@@ -19,6 +19,8 @@ from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.record import Calibration
 from pcn_deploy.engines.onnxruntime import _OnnxRuntimeSession
 from pcn_deploy.errors import OptionError, ParityError
+from pcn_deploy.preparation import in_evaluation_mode, prepare
+from pcn_deploy.progress import silent
 
 torch = pytest.importorskip("torch")
 
@@ -69,6 +71,18 @@ def test_a_harmful_layer_is_left_out_and_the_engine_is_proven(monkeypatch: pytes
     assert [proof["passed"] for proof in saved["proofs"]] == [True, True]
     assert saved["proofs"][0]["drop_bound"] == result.proofs[0].counts.drop_bound <= 6.0
     assert not record.exists()
+
+
+def test_a_layer_given_up_is_judged_by_the_rules_of_fp16() -> None:
+    chosen = options(precision="int8")
+    net = network()
+    net.blocks[0].gamma_1.data *= 1e-6
+    prepared = prepare(in_evaluation_mode(net), chosen, ImageSource(images(4), chosen.transform), silent)
+    assert HARMFUL in prepared.scales, "INT8 weights are codes"
+    left = {entry.op: entry for entry in prepared.leave_out(frozenset({HARMFUL}), "why").plan.entries}
+    assert left[HARMFUL].precision == "fp32"
+    assert "subnormal in FP16" in left[HARMFUL].reason
+    assert {left[op] for op in left if op != HARMFUL} <= set(prepared.plan.entries)
 
 
 def test_every_layer_harmful(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,8 +85,13 @@ def test_a_weight_beyond_fp16_stays_fp32() -> None:
     assert "weight reaches 7e+04, FP16 ends at 65504" in found["norm", False].reason
 
 
-def test_subnormal_weights_stay_fp32_where_they_matter() -> None:
-    assert moved(Net(1e-6)) == {}, "beside a residual of 1 they vanish in any FP16 sum"
+def test_a_layer_scale_of_a_millionth_stays_fp32() -> None:
+    (op, _), entry = next(iter(moved(Net(1e-6)).items()))
+    assert (op, entry.precision) == ("blocks.0.conv", "fp32")
+    assert entry.reason.startswith("weight goes down to 1e-06, subnormal in FP16, which loses ")
+
+
+def test_subnormal_weights_stay_fp32() -> None:
     net = Net(1.0)
     net.norm.weight.data[:] = torch.linspace(1e-7, 1e-6, 16)
     entry = moved(net)["norm", False]
