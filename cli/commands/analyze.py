@@ -11,11 +11,12 @@ import click
 from pcn_deploy.analysis import SAMPLE, Analysis, analyze
 from pcn_deploy.analysis_picture import draw
 from pcn_deploy.bundle import check_output
+from pcn_deploy.calibration.distributed import Processes, join
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.errors import DataError
 from pcn_deploy.options import CompileOptions
-from pcn_deploy.preparation import synthetic_images
+from pcn_deploy.preparation import synthetic_source, take_part
 
 SHOWN = 15
 """Layers in the printed table; the file holds all of them."""
@@ -60,9 +61,14 @@ def command(**given: Any) -> None:
       pcn-compile analyze patchconvnet_s60 --weights s60_224_1k.pth --calibration imagenet/val \\
           -o s60.json --picture s60.png
     """  # noqa: D301 - click reads the backspace character
-    quiet = given["quiet"] or given["as_json"]
+    with join() as processes:
+        _analyze(given, processes)
+
+
+def _analyze(given: dict[str, Any], processes: Processes) -> None:
+    quiet = given["quiet"] or given["as_json"] or not processes.first
     set_verbosity(given["verbose"], given["quiet"])
-    for path in (given["output"], given["picture"]):
+    for path in (given["output"], given["picture"]) if processes.first else ():
         if path is not None:
             check_output(path, overwrite=given["overwrite"])
     source = options.source_of(given)
@@ -75,10 +81,13 @@ def command(**given: Any) -> None:
     calibration = given["calibration"]
     if calibration is None and given["random_weights"]:
         display.note("the weights are random, so synthetic images calibrate them.", quiet=quiet)
-        calibration = [synthetic_images(compile_options.calibration_images, compile_options)]
+        calibration = synthetic_source(compile_options)
     if calibration is None:
         message = "Give images to calibrate with: --calibration DIR or FILE.npz."
         raise DataError(message)
+    if not processes.first:
+        take_part(source.create(), compile_options, calibration)
+        return
     with display.progress_bars(quiet=quiet) as progress:
         found = analyze(
             source.create(),
