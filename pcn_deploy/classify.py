@@ -10,7 +10,7 @@ import numpy as np
 
 from pcn_deploy.calibration.images import read_image
 from pcn_deploy.errors import DataError, OptionError
-from pcn_deploy.heatmap import overlay, save
+from pcn_deploy.heatmap import MapRange, choose_map, overlay, save
 from pcn_deploy.runtime import Engine
 from pcn_deploy.specs import ATTENTION_MAP, LOGITS
 
@@ -25,6 +25,7 @@ class Prediction:
         names: Their names; the indices as text where no names were given.
         probabilities: Softmax of the logits, 0 to 1.
         heatmap: The picture of where the network looked, if one was asked for.
+        attention: What its colours stand for, and whose class the map is.
     """
 
     image: str
@@ -32,6 +33,7 @@ class Prediction:
     names: tuple[str, ...]
     probabilities: tuple[float, ...]
     heatmap: str | None = None
+    attention: MapRange | None = None
 
 
 def classify(
@@ -41,6 +43,7 @@ def classify(
     top: int = 5,
     class_names: Sequence[str] | None = None,
     heatmaps: Sequence[Path] | None = None,
+    heatmap_class: int | None = None,
 ) -> list[Prediction]:
     """Classify image files.
 
@@ -51,18 +54,22 @@ def classify(
         class_names: Name of every class, in order.
         heatmaps: Where to write, for each image, the attention map over it: that of the most likely class where every
             class has its own.
+        heatmap_class: The class whose map is drawn instead.
 
     Returns:
         One prediction per image.
 
     Raises:
         DataError: If an image cannot be read, or the names are not as many as the classes.
-        OptionError: If heatmaps are asked of a bundle without attention map.
+        OptionError: If heatmaps are asked of a bundle without attention map, or for a class without one of its own.
         OutputError: If a picture cannot be written.
         DependencyError: If Pillow is missing.
     """
     if heatmaps is not None and len(engine.spec.outputs) == 1:
         msg = "The bundle holds no attention map. Build it with --with-attention-map."
+        raise OptionError(msg)
+    if heatmaps is None and heatmap_class is not None:
+        msg = f"Class {heatmap_class} was chosen for a picture that is not drawn. Give --heatmap, or leave --class out."
         raise OptionError(msg)
     results = []
     for index, path in enumerate(images):
@@ -74,9 +81,10 @@ def classify(
             raise DataError(msg)
         weights = np.exp(logits - logits.max())
         best = np.argsort(-logits, kind="stable")[:top]
+        attention = None
         if heatmaps is not None:
-            maps = outputs[ATTENTION_MAP][0]
-            save(overlay(image, maps[best[0] if len(maps) > 1 else 0], engine.transform), heatmaps[index])
+            drawn, attention = choose_map(outputs[ATTENTION_MAP][0], int(best[0]), heatmap_class)
+            save(overlay(image, drawn, engine.transform), heatmaps[index])
         results.append(
             Prediction(
                 image=str(path),
@@ -84,6 +92,7 @@ def classify(
                 names=tuple(str(index) if class_names is None else class_names[index] for index in best),
                 probabilities=tuple(float(value) for value in (weights / weights.sum())[best]),
                 heatmap=None if heatmaps is None else str(heatmaps[index]),
+                attention=attention,
             )
         )
     return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,69 @@ _COLOURS = np.array([[13, 8, 60], [110, 10, 120], [205, 60, 90], [250, 140, 40],
 _LEAST_OPAQUE, _MOST_OPAQUE = 0.15, 0.75
 _COLOUR_KEPT = 0.3  # of the image, so that the colours of the map are told from its own
 _ROUNDING = 1e-5  # of the largest weight: weights that differ by less are equal
+FLAT = 1.0
+"""A map is nearly flat, and drawn faintly, if its weights differ by less than so many times their mean (our choice)."""
+
 _LIGHT_KEPT = 0.75  # of the image, so that what is white in it is not taken for much attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapRange:
+    """What the colours of a picture stand for.
+
+    Attributes:
+        class_index: The class that the map belongs to; None where one map serves all classes.
+        smallest: Smallest weight of a position, 0 to 1.
+        largest: Largest weight of a position.
+        uniform: What each weight would be if all N positions had the same: 1 / N.
+        nearly_flat: Whether the weights differ by less than `FLAT` times their mean.
+    """
+
+    class_index: int | None
+    smallest: float
+    largest: float
+    uniform: float
+    nearly_flat: bool
+
+
+def choose_map(
+    maps: npt.NDArray[np.floating[Any]], top: int, wanted: int | None
+) -> tuple[npt.NDArray[np.floating[Any]], MapRange]:
+    """The map to draw of one image, and its range.
+
+    Args:
+        maps: Attention maps, `(T, H, W)`: one, or one for each class.
+        top: The most likely class.
+        wanted: The class whose map is asked for; None for the most likely one.
+
+    Raises:
+        OptionError: If a class is asked for that has no map of its own.
+    """
+    count = len(maps)
+    if wanted is not None and count == 1:
+        msg = (
+            "The network has one attention map for all classes (one class token), so a class cannot be chosen. "
+            "Leave --class out."
+        )
+        raise OptionError(msg)
+    if wanted is not None and not 0 <= wanted < count:
+        msg = f"Class {wanted} has no map: the network has {count} classes. Give --class 0 to {count - 1}."
+        raise OptionError(msg)
+    index = None if count == 1 else top if wanted is None else wanted
+    chosen = maps[index or 0]
+    return chosen, MapRange(
+        class_index=index,
+        smallest=float(chosen.min()),
+        largest=float(chosen.max()),
+        uniform=1 / chosen.size,
+        nearly_flat=_contrast(chosen) < 1,
+    )
+
+
+def _contrast(attention: npt.NDArray[np.floating[Any]]) -> float:
+    """How far the weights differ, in units of what is nearly flat; 0 where they differ by rounding only."""
+    spread = float(np.ptp(attention))
+    return 0.0 if spread <= _ROUNDING * float(attention.max()) else spread / (FLAT * float(attention.mean()))
 
 
 def picture_paths(where: Path, images: Sequence[Path], *, overwrite: bool) -> list[Path]:
@@ -87,7 +150,8 @@ def overlay(
 
     Args:
         image: A transformed image, float32 `(C, H, W)` of 1 or 3 channels.
-        attention: Weight of each position, `(H', W')`; drawn relative to its own smallest and largest.
+        attention: Weight of each position, `(H', W')`; drawn relative to its own smallest and largest, and the more
+            faintly the less they differ where the map is nearly flat.
         transform: The transform of the image, undone for the picture.
 
     Returns:
@@ -103,9 +167,8 @@ def overlay(
     picture = Image.fromarray(np.rint(255 * seen).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
     faded = Image.blend(picture.convert("L").convert("RGB"), picture, _COLOUR_KEPT)
     base = _LIGHT_KEPT * np.asarray(faded, np.float64)
-    spread = float(np.ptp(attention))
-    equal = spread <= _ROUNDING * float(attention.max())
-    relative = np.zeros_like(attention) if equal else (attention - attention.min()) / spread
+    contrast = _contrast(attention)
+    relative = min(1.0, contrast) * (attention - attention.min()) / (float(np.ptp(attention)) if contrast else 1.0)
     smooth = Image.fromarray(relative.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
     strength = np.asarray(smooth, np.float64).clip(0, 1)[..., None]
     stops = np.linspace(0, 1, len(_COLOURS))

@@ -189,7 +189,7 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     if any(recovered.values()):  # other weights, other magnitudes
         plan, magnitudes = _plan(deployed, layers, options, source)
     if options.with_attention_map:
-        deployed = output_attention_map(deployed)
+        deployed = output_attention_map(deployed, options.transform.shape)
     if options.precision == "int8" and not plan.int8_entries:
         msg = "The plan leaves no layer in INT8. Build it with --precision fp16, or put layers in INT8 in the recipe."
         raise ModelError(msg)

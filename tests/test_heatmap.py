@@ -11,7 +11,7 @@ from PIL import Image
 
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.errors import OptionError, OutputError
-from pcn_deploy.heatmap import SHORT_SIDE, overlay, picture_paths, save
+from pcn_deploy.heatmap import SHORT_SIDE, choose_map, overlay, picture_paths, save
 
 TRANSFORM = Transform(resolution=(32, 48), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 GREY = Transform(resolution=(32, 48), mean=(0.5,), std=(0.25,))
@@ -97,6 +97,36 @@ def test_equal_weights_show_no_place() -> None:
     for attention in (uniform, rounded, np.zeros((4, 6), np.float32), np.ones((1, 1), np.float32)):
         found = colours(overlay(flat(0.5), attention, TRANSFORM))
         assert np.ptp(found, axis=(0, 1)).max() == 0
+
+
+def test_a_nearly_flat_map_looks_flat() -> None:
+    """Weights that differ by a few percent glow by a few percent, and not as if one were all."""
+    low, shades = 1 / 24, []
+    for share in (0.02, 0.2, 0.6, 2.0, 4.0):
+        attention = np.full((4, 6), low, np.float32)
+        attention[1, 4] += share * low
+        chosen, seen = choose_map(attention[None], 0, None)
+        assert seen.nearly_flat == (share < 1)
+        assert seen.smallest == pytest.approx(low)
+        assert seen.largest == pytest.approx(low * (1 + share))
+        shades.append(float(np.ptp(yellow(overlay(flat(0.5), chosen, TRANSFORM)))))
+    assert shades[0] < 0.1 * shades[3]
+    assert shades[0] < shades[1] < shades[2] < shades[3]
+    assert shades[3] == shades[4], "beyond that, the range is the map's own"
+
+
+def test_whose_map_is_drawn() -> None:
+    maps = np.stack([spot(0, 1), spot(1, 2), spot(2, 3)])
+    chosen, seen = choose_map(maps, 2, None)
+    assert (seen.class_index, chosen.argmax()) == (2, maps[2].argmax())
+    chosen, seen = choose_map(maps, 2, 1)
+    assert (seen.class_index, chosen.argmax()) == (1, maps[1].argmax())
+    assert seen.uniform == 1 / 24
+    assert choose_map(maps[:1], 2, None)[1].class_index is None
+    with pytest.raises(OptionError, match=r"Class 3 has no map: the network has 3 classes"):
+        choose_map(maps, 2, 3)
+    with pytest.raises(OptionError, match=r"one attention map for all classes.*Leave --class out"):
+        choose_map(maps[:1], 2, 0)
 
 
 def test_an_image_of_one_channel() -> None:

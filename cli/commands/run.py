@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from pcn_deploy.classify import classify
+from pcn_deploy.classify import Prediction, classify
 from pcn_deploy.cli import display, options
 from pcn_deploy.errors import DataError
 from pcn_deploy.heatmap import picture_paths
@@ -32,6 +32,13 @@ from pcn_deploy.runtime import load
     help="Write a picture of where the network looked, laid over the image: PATH is a .png, .jpg or .webp for one "
     "image, or a folder for any number. The bundle must have been built with --with-attention-map.",
 )
+@click.option(
+    "--class",
+    "heatmap_class",
+    type=click.IntRange(min=0),
+    metavar="K",
+    help="Draw the map of class K where every class has its own. [default: the most likely class]",
+)
 @options.overwrite_option
 @options.json_option
 def command(
@@ -41,6 +48,7 @@ def command(
     top: int,
     labels: Path | None,
     heatmap: Path | None,
+    heatmap_class: int | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -48,7 +56,9 @@ def command(
     names = _read_names(labels) if labels else None
     pictures = picture_paths(heatmap, images, overwrite=overwrite) if heatmap else None
     with load(file, target) as engine:
-        predictions = classify(engine, images, top=top, class_names=names, heatmaps=pictures)
+        predictions = classify(
+            engine, images, top=top, class_names=names, heatmaps=pictures, heatmap_class=heatmap_class
+        )
         used = engine.target
     if as_json:
         display.print_json({"target": used, "predictions": [asdict(prediction) for prediction in predictions]})
@@ -60,8 +70,20 @@ def command(
             rows.append([shown, str(rank + 1), name, f"{100 * prediction.probabilities[rank]:.2f}"])
     display.print_table(f"Most likely classes, by {used}", ["image", "rank", "class", "probability %"], rows)
     for prediction in predictions:
-        if prediction.heatmap:
-            click.echo(f"Wrote {prediction.heatmap}.")
+        _tell_picture(prediction, names)
+
+
+def _tell_picture(prediction: Prediction, names: list[str] | None) -> None:
+    seen = prediction.attention
+    if seen is None:
+        return
+    whose = "all classes" if seen.class_index is None else f"class {seen.class_index}"
+    if names and seen.class_index is not None:
+        whose += f" ({names[seen.class_index]})"
+    weights = f"weights {seen.smallest:.2g} to {seen.largest:.2g}, {seen.uniform:.2g} if all were equal"
+    click.echo(f"Wrote {prediction.heatmap}: the map of {whose}, {weights}.")
+    if seen.nearly_flat:
+        display.note(f"the map of {prediction.image} is nearly flat: it singles out no place.", quiet=False)
 
 
 def _read_names(path: Path) -> list[str]:

@@ -4,9 +4,14 @@ Source: Touvron et al., "Augmenting Convolutional networks with attention-based 
 section 3.3. The key layout of the block is the official one.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pcn_deploy.errors import OptionError
+from pcn_deploy.models.augmentation import is_count
 
 NORM_EPS = 1e-6
 
@@ -115,16 +120,40 @@ class AttentionPool2d(nn.Module):
         mlp_ratio: Hidden width of the token MLP over C.
         layer_scale: Initial value of LayerScale.
 
+    Raises:
+        OptionError: If a number is out of its range; when called, if the feature map is not `(N, C, H, W)`.
+
     Source: arXiv 2112.13692, section 3.3: the token block of PatchConvNet. The paper gives no layout of weights for
     other networks; this one is ours.
     """
 
     def __init__(self, channels: int, mlp_ratio: float = 3.0, layer_scale: float = 1e-4) -> None:
         super().__init__()
+        if not is_count(channels) or not 1 / channels <= mlp_ratio < math.inf or not math.isfinite(layer_scale):
+            msg = (
+                f"AttentionPool2d with channels={channels!r}, mlp_ratio={mlp_ratio!r}, layer_scale={layer_scale!r}: "
+                "expected the number of channels of the feature map, a ratio that leaves the MLP a channel, and a "
+                "finite LayerScale."
+            )
+            raise OptionError(msg)
+        self.channels = channels
         self.cls_token = nn.Parameter(torch.empty(1, 1, channels))
         self.block = TokenBlock(channels, mlp_ratio, layer_scale, attend_token=True)
         self.norm = nn.LayerNorm(channels, eps=NORM_EPS)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Check the feature map, then aggregate it. The check is here so that `forward` stays free of conditions."""
+        if type(features) is Tensor and (features.ndim != 4 or features.shape[1] != self.channels):
+            msg = (
+                f"AttentionPool2d({self.channels}) was given {tuple(features.shape)}; expected a feature map "
+                f"(N, {self.channels}, H, W)."
+            )
+            if features.ndim == 4:
+                msg += f" Make it AttentionPool2d({features.shape[1]})."
+            raise OptionError(msg)
+        pooled: Tensor = super().__call__(features)
+        return pooled
 
     def forward(self, features: Tensor) -> Tensor:
         """Aggregate a feature map `(N, C, H, W)` into `(N, C, 1, 1)`."""

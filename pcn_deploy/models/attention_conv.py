@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcn_deploy.errors import OptionError
-from pcn_deploy.models.augmentation import ORDERS, POOLINGS, Augmentation
+from pcn_deploy.models.augmentation import ORDERS, POOLINGS, Augmentation, as_number, as_pair, is_count
 
 
 def fit_table(table: Tensor, size: int) -> Tensor:
@@ -50,13 +50,13 @@ class RelativeSelfAttention2d(nn.Module):
         dk: Channels of keys and of queries, all heads together.
         dv: Channels of values, all heads together: the channels of the output.
         heads: Number of heads; divides both.
-        size: Height and width of the attended map that the tables of positions are made for.
-        stride: Stride of the projections.
+        size: Height and width of the attended map that the tables of positions are made for, or one number for both.
+        stride: Stride of the projections, the same for height and width.
         order: Order of the projections in `conv_qkv`.
         transposed_heads: See `Augmentation`.
 
     Raises:
-        OptionError: If the heads do not divide the channels, or the order is unknown.
+        OptionError: If the heads do not divide the channels, a number is none, or the order is unknown.
     """
 
     def __init__(
@@ -66,16 +66,19 @@ class RelativeSelfAttention2d(nn.Module):
         dk: int,
         dv: int,
         heads: int,
-        size: tuple[int, int],
+        size: int | tuple[int, int],
         stride: int = 1,
         order: str = "qkv",
         transposed_heads: bool = False,
     ) -> None:
         super().__init__()
-        if heads < 1 or dk < 1 or dv < 1 or dk % heads or dv % heads or order not in ORDERS or min(size) < 1:
+        size, stride = as_pair("size", size), as_number("stride", stride)
+        counts = all(is_count(number) for number in (in_channels, dk, dv, heads))
+        if not counts or dk % heads or dv % heads or order not in ORDERS:
             msg = (
-                f"Attention with dk={dk}, dv={dv}, heads={heads}, size={size}, order={order!r}: both widths must be "
-                f"multiples of the heads, the size positive, the order one of {ORDERS}."
+                f"Attention with in_channels={in_channels!r}, dk={dk!r}, dv={dv!r}, heads={heads!r}, order={order!r}: "
+                "all must be whole numbers from 1 on, dk and dv "
+                f"multiples of the heads, the order one of {ORDERS}."
             )
             raise OptionError(msg)
         self.dk, self.dv, self.heads = dk, dv, heads
@@ -121,15 +124,15 @@ class AttentionAugmentedConv2d(nn.Module):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output; `out_channels - dv` of them come from the convolution.
-        kernel_size: Side of the convolution's kernel; its padding keeps the size at stride 1.
+        kernel_size: Side of the convolution's kernel, odd: its padding keeps the size at stride 1.
         augmentation: Heads, widths and variants.
-        size: Height and width of the *output* map that the tables of positions are made for.
-        stride: Stride of both branches.
+        size: Height and width of the *output* map that the tables of positions are made for, or one number for both.
+        stride: Stride of both branches, the same for height and width.
         pooling: `none`; `attention`: the input of the attention is averaged over 3x3 with stride 2 and its output
             returned to full size bilinearly; `layer`: the same around both branches.
 
     Raises:
-        OptionError: If the widths do not fit, or the pooling is unknown.
+        OptionError: If the widths do not fit, the kernel is even, a number is none, or the pooling is unknown.
     """
 
     def __init__(
@@ -139,11 +142,22 @@ class AttentionAugmentedConv2d(nn.Module):
         kernel_size: int,
         augmentation: Augmentation,
         *,
-        size: tuple[int, int],
+        size: int | tuple[int, int],
         stride: int = 1,
         pooling: str = "none",
     ) -> None:
         super().__init__()
+        size, stride = as_pair("size", size), as_number("stride", stride)
+        kernel_size = as_number("kernel_size", kernel_size)
+        if kernel_size % 2 == 0:
+            msg = (
+                f"kernel_size={kernel_size}: both branches must give maps of one size, which takes an odd kernel. "
+                f"Give {kernel_size - 1} or {kernel_size + 1}."
+            )
+            raise OptionError(msg)
+        if not is_count(out_channels):
+            msg = f"out_channels={out_channels!r}: expected a whole number from 1 on."
+            raise OptionError(msg)
         if pooling not in POOLINGS:
             msg = f"Pooling {pooling!r} is unknown; known are {POOLINGS}."
             raise OptionError(msg)

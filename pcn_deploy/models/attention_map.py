@@ -9,10 +9,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, fx, nn
 
 from pcn_deploy.errors import ModelError
+from pcn_deploy.graph.diagnosis import running_error
+from pcn_deploy.graph.symbolic import trace
 from pcn_deploy.models.aggregation import TokenBlock
+
+_TOLERANCE = 1e-3  # relative and absolute; the same operations in the same order differ by rounding at most
+_WITHOUT = "The network may still build without --with-attention-map."
 
 
 def find_token_block(model: nn.Module) -> str:
@@ -38,24 +44,12 @@ def find_token_block(model: nn.Module) -> str:
     return found[0]
 
 
-class _AroundTheBlock(fx.Tracer):
-    """Looks only into the modules that hold the block."""
-
-    def __init__(self, block: str) -> None:
-        super().__init__()
-        self.block = block
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        """Whether a module is one node of the graph."""
-        around: bool = self.block.startswith(f"{qualified_name}.")
-        return not around
-
-
-def output_attention_map(model: nn.Module) -> nn.Module:
+def output_attention_map(model: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
     """Make the attention map a second output.
 
     Args:
         model: A network that returns logits `(N, K)` and holds one attention-based aggregation; left as it is.
+        shape: C, H and W of the images, in pixels: what the code around the aggregation decides by them is decided.
 
     Returns:
         A network with the same modules under the same names that returns the logits and the map `(N, T, H, W)`: the
@@ -65,26 +59,44 @@ def output_attention_map(model: nn.Module) -> nn.Module:
         ModelError: If there is no such aggregation, or the code around it cannot be traced.
     """
     path = find_token_block(model)
+    headline = f"The attention map of {path} cannot be made an output"
     try:
-        graph = _AroundTheBlock(path).trace(model)
+        traced = trace(model, shape, lambda _module, name: not path.startswith(f"{name}."))
     except Exception as error:  # the network's own code may fail in any way
-        msg = (
-            f"The attention map of {path} cannot be made an output, because the code of the modules around it "
-            f"depends on values that are known only when it runs ({type(error).__name__}: {error}). Leave "
-            "--with-attention-map out, or take the condition out of their forward."
-        )
+        msg = f"{running_error(model, error, headline)}\n{_WITHOUT}"
         raise ModelError(msg) from error
+    graph = traced.graph
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target == path]
     (result,) = (node for node in graph.nodes if node.op == "output")
     if len(calls) != 1:
-        msg = f"{path} is executed {len(calls)} times for one image; an attention map needs exactly one."
+        msg = f"{path} is executed {len(calls)} times for one image; an attention map needs exactly one. {_WITHOUT}"
         raise ModelError(msg)
     with graph.inserting_before(result):
         attention_map = graph.call_function(operator.getitem, (calls[0], 1))
     result.args = ((result.args[0], attention_map),)
-    for node in graph.nodes:
-        node.type = None  # annotations of the original no longer hold, and scripting takes their absence for tensors
-    return _plain_module(fx.GraphModule(model, graph)).eval()
+    traced.recompile()
+    mapped = _plain_module(traced).eval()
+    _check_same(model, mapped, shape, headline)
+    return mapped
+
+
+def _check_same(model: nn.Module, mapped: nn.Module, shape: tuple[int, int, int], headline: str) -> None:
+    """Compare the trace with the network on noise: code that asks what a tensor *is* goes another way for a symbol.
+
+    Raises:
+        ModelError: If they differ.
+    """
+    images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        pairs = zip(with_attention_map(model)(images), mapped(images), strict=True)
+        same = all(torch.allclose(found, wanted, rtol=_TOLERANCE, atol=_TOLERANCE) for wanted, found in pairs)
+    if not same:
+        msg = (
+            f"{headline}: its symbolic trace gives other numbers than the network itself. The modules around "
+            "it contain randomness, or code that asks for the type of a tensor.\n"
+            f"Way round: take isinstance, type(...), torch.is_tensor and try out of their forward. {_WITHOUT}"
+        )
+        raise ModelError(msg)
 
 
 def _plain_module(traced: fx.GraphModule) -> nn.Module:

@@ -6,12 +6,44 @@ states shares of the output channels; with these rules of rounding its published
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pcn_deploy.errors import OptionError
 
 ORDERS = ("qkv", "kqv")
 POOLINGS = ("none", "attention", "layer")
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number from 1 on; `True` and `2.0` are not."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def as_pair(name: str, value: object) -> tuple[int, int]:
+    """A height and width given as such, or as one number for both.
+
+    Raises:
+        OptionError: If it is neither.
+    """
+    sides = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    if len(sides) != 2 or not all(is_count(side) for side in sides):
+        msg = f"{name}={value!r}: expected a whole number from 1 on, or a pair of them, height and width, as (14, 14)."
+        raise OptionError(msg)
+    return int(sides[0]), int(sides[1])
+
+
+def as_number(name: str, value: object) -> int:
+    """A number that is the same for height and width, given once or as a pair.
+
+    Raises:
+        OptionError: If the two differ, or are no whole numbers from 1 on.
+    """
+    height, width = as_pair(name, value)
+    if height != width:
+        msg = f"{name}={value!r}: height and width must have the same here. Give one number, such as {name}={height}."
+        raise OptionError(msg)
+    return height
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +79,13 @@ class Augmentation:
     nearest_multiple: bool = False
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or not self.kappa > 0 or not 0 < self.upsilon < 1 or self.min_head_channels < 1:
+        counts = is_count(self.heads) and is_count(self.min_head_channels)
+        shares = all(isinstance(share, int | float) for share in (self.kappa, self.upsilon))
+        if not counts or not shares or not 0 < self.kappa < math.inf or not 0 < self.upsilon < 1:
             msg = (
-                f"heads={self.heads}, kappa={self.kappa}, upsilon={self.upsilon}, "
-                f"min_head_channels={self.min_head_channels}: expected at least 1 head and 1 channel per head, kappa "
-                "above 0 and upsilon between 0 and 1."
+                f"heads={self.heads!r}, kappa={self.kappa!r}, upsilon={self.upsilon!r}, "
+                f"min_head_channels={self.min_head_channels!r}: expected whole numbers from 1 on of heads and of "
+                "channels per head, a finite kappa above 0 and upsilon between 0 and 1."
             )
             raise OptionError(msg)
         if self.order not in ORDERS or self.pooled not in POOLINGS:

@@ -7,6 +7,7 @@ the authors used is accepted (facebookresearch/deit: `model`, `state_dict`, `mod
 from __future__ import annotations
 
 import argparse
+import logging
 import pickle
 import re
 import zipfile
@@ -19,12 +20,16 @@ from torch import Tensor, nn
 
 from pcn_deploy.errors import CheckpointError
 
+log = logging.getLogger(__name__)
+
 StateDict = dict[str, Tensor]
 
 CONTAINERS = ("model", "state_dict", "model_ema")
 """Keys under which a state dict may be wrapped, first match wins."""
 
 COUNTER = ".num_batches_tracked"
+"""Of batches that a BatchNorm saw in training: nothing reads it in evaluation, and a file halved as a whole has it in
+float16, where it may have become infinite."""
 
 _SHOWN = 20
 
@@ -61,7 +66,7 @@ def check_finite(state: StateDict, origin: str) -> None:
     if odd:
         msg = f"{origin} holds tensors that are not plain numbers: {listed(odd)}. Export dense, unquantised weights."
         raise CheckpointError(msg)
-    floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    floats = {name: value for name, value in state.items() if value.is_floating_point() and not name.endswith(COUNTER)}
     broken = [name for name, tensor in floats.items() if not tensor.float().isfinite().all()]
     if broken:
         msg = f"{origin} holds NaN or infinite values in {len(broken)} tensors: {listed(broken)}. Export it again."
@@ -136,6 +141,27 @@ def _unwrap(content: Any, path: Path) -> StateDict:
     return tensors
 
 
+def without_prefix(state: StateDict, expected: Iterable[str] = ()) -> StateDict:
+    """Take off what all keys begin with and what is expected does not.
+
+    Such are `module.` (DataParallel), `_orig_mod.` (torch.compile), `model.` and `backbone.` (a network in another).
+
+    Args:
+        state: Tensors by name.
+        expected: Names that the network has.
+
+    Returns:
+        The same tensors; strict loading then judges whether they fit.
+    """
+    while len(state) > 1 and len(heads := {name.partition(".")[0] for name in state}) == 1:
+        prefix = f"{heads.pop()}."
+        if not all(name.startswith(prefix) for name in state) or any(name.startswith(prefix) for name in expected):
+            break
+        log.info("All tensors of the checkpoint are under %r: taken off.", prefix)
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
 def load_strict(model: nn.Module, state: StateDict, origin: str) -> None:
     """Load a state dict whose keys and shapes must match exactly; weights become float32.
 
@@ -147,30 +173,45 @@ def load_strict(model: nn.Module, state: StateDict, origin: str) -> None:
     Raises:
         CheckpointError: If a key is missing, extra or misshapen; all three lists are in the message.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    counters = {name: torch.zeros((), dtype=torch.long) for name in expected if name.endswith(COUNTER)}
-    state = counters | state  # files older than PyTorch 0.4.1 lack them, and nothing reads them in evaluation
-    missing = expected.keys() - state.keys()
-    extra = state.keys() - expected.keys()
-    misshapen = [
-        f"{name} {tuple(state[name].shape)} instead of {shape}"
-        for name, shape in expected.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
-    misshapen += [
-        f"{name} is {state[name].dtype} instead of {tensor.dtype}"
-        for name, tensor in model.state_dict().items()
-        if name in state and tensor.is_floating_point() != state[name].is_floating_point()
-    ]
-    if missing or extra or misshapen:
-        lines = [f"{origin} does not fit this network:"]
-        for kind, names in (("missing", sorted(missing)), ("extra", sorted(extra)), ("misshapen", misshapen)):
-            if names:
-                lines.append(f"  {len(names)} {kind}: {listed(names)}")
+    state = _with_counters(model, without_prefix(state, model.state_dict()))
+    found = differences(model, state)
+    if found:
+        lines = [f"{origin} does not fit this network:", *(f"  {line}" for line in found)]
         lines.append("Check the model name, --num-classes and that the file belongs to this architecture.")
         raise CheckpointError("\n".join(lines))
     full = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     model.load_state_dict(full, strict=True, assign=True)
+
+
+def differences(model: nn.Module, state: StateDict) -> list[str]:
+    """In what a state dict differs from that of a network: nothing, or a line for each of missing, extra, misshapen."""
+    state = _with_counters(model, state)
+    expected = model.state_dict()
+    missing = sorted(expected.keys() - state.keys())
+    extra = sorted(state.keys() - expected.keys())
+    both = [(name, state[name], tensor) for name, tensor in expected.items() if name in state]
+    misshapen = [
+        f"{name} {tuple(found.shape)} instead of {tuple(tensor.shape)}"
+        for name, found, tensor in both
+        if found.shape != tensor.shape
+    ]
+    misshapen += [
+        f"{name} is {found.dtype} instead of {tensor.dtype}"
+        for name, found, tensor in both
+        if found.is_floating_point() != tensor.is_floating_point()
+    ]
+    kinds = (("missing", missing), ("extra", extra), ("misshapen", misshapen))
+    return [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds if names]
+
+
+def _with_counters(model: nn.Module, state: StateDict) -> StateDict:
+    """Whole numbers for the counters of batches: files older than PyTorch 0.4.1 lack them."""
+    counters = {name for name in model.state_dict() if name.endswith(COUNTER)}
+    lacking = {name: torch.zeros((), dtype=torch.long) for name in counters}
+    return lacking | {
+        name: value.nan_to_num(0.0, 0.0, 0.0).long() if name in counters and value.is_floating_point() else value
+        for name, value in state.items()
+    }
 
 
 def listed(names: Iterable[str]) -> str:

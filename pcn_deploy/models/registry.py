@@ -7,14 +7,18 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pcn_deploy.errors import DependencyError, ModelError, OptionError
+from pcn_deploy.errors import CheckpointError, DependencyError, ModelError, OptionError
 from pcn_deploy.models.catalogue import MODELS, ModelInfo
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from pcn_deploy.models.checkpoint import StateDict
 
 _DECIDED_BY_FILE = {"num_classes", "in_channels", "image_size"}
 """What a checkpoint may decide about an architecture whose name fixes the rest."""
@@ -91,16 +95,60 @@ def create_model(
         torch.manual_seed(seed)
         if info is None:
             model = _call_user_factory(name, architecture)
-        else:
-            read: dict[str, Any] = {}
             if state is not None:
-                state, read = _load(info.reader)(state)
-            arguments = _arguments(info, read, architecture)
-            with torch.device("meta" if state is not None else "cpu"):
-                model = _make(info, arguments)
-    if state is not None:
-        checkpoint.load_strict(model, state, str(weights))
+                checkpoint.load_strict(model, state, str(weights))
+        elif state is None:
+            model = _make(info, _arguments(info, {}, architecture))
+        else:
+            state = checkpoint.without_prefix(state)
+            try:
+                model, state = _shaped_by(info, state, architecture)
+                checkpoint.load_strict(model, state, str(weights))
+            except CheckpointError as error:
+                raise CheckpointError("\n".join([str(error), *_advice(info, state)])) from error
     return model.eval()
+
+
+def _shaped_by(info: ModelInfo, state: StateDict, given: dict[str, Any]) -> tuple[nn.Module, StateDict]:
+    """A registered network without values, of the shape that a checkpoint tells, and the checkpoint in our layout."""
+    import torch
+
+    state, read = _load(info.reader)(state)
+    with torch.device("meta"):
+        return _make(info, _arguments(info, read, given)), state
+
+
+def _advice(info: ModelInfo, state: StateDict) -> list[str]:
+    """What a checkpoint that does not fit is: another registered network, or one of them beside other tensors."""
+    fitting = _that_fit(state)
+    if info.name in fitting:
+        return [f"It fits {info.name} as it is: leave --num-classes and arguments of the architecture out."]
+    if fitting:
+        return [f"It fits {' and '.join(fitting)}: give that as the model."]
+    heads = Counter(key.partition(".")[0] for key in state)
+    for head, count in heads.most_common(2):
+        inner = {key.removeprefix(f"{head}."): value for key, value in state.items() if key.startswith(f"{head}.")}
+        fitting = _that_fit(inner) if 2 * count > len(state) else []
+        if fitting:
+            return [f"Its {count} tensors under '{head}.' fit {' and '.join(fitting)}: save those only."]
+    return []
+
+
+def _that_fit(state: StateDict) -> list[str]:
+    """Names of the registered networks that load a state dict."""
+    from pcn_deploy.models.checkpoint import differences
+
+    names: list[str] = []
+    for info in MODELS.values():
+        if names and not info.arguments:  # `patchconvnet` takes what its named forms take
+            continue
+        with suppress(CheckpointError, OptionError):
+            if "num_classes" not in _load(info.reader)(state)[1]:  # of another family: the ends have other names
+                continue
+            model, renamed = _shaped_by(info, state, {})
+            if not differences(model, renamed):
+                names.append(info.name)
+    return names
 
 
 def check_weights_choice(info: ModelInfo | None, weights: object, *, random_weights: bool) -> None:

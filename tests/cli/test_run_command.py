@@ -114,7 +114,7 @@ def test_heatmaps_of_several_images(path_with_map: Path, dark: Path, image: Path
     folder = tmp_path / "new" / "maps"
     result = invoke("run", path_with_map, dark, image, "--heatmap", folder, "--top", 1)
     assert result.exit_code == 0, result.output
-    assert f"Wrote {folder / 'dark.png'}." in result.stdout
+    assert f"Wrote {folder / 'dark.png'}: the map of class " in result.stdout
     assert sorted(place.name for place in folder.iterdir()) == ["dark.png", "picture.png"]
     first = (folder / "dark.png").read_bytes()
     assert first != (folder / "picture.png").read_bytes()
@@ -127,10 +127,57 @@ def test_heatmaps_of_several_images(path_with_map: Path, dark: Path, image: Path
     assert (folder / "dark.png").read_bytes() == first
 
 
+def test_what_the_colours_stand_for(path_with_map: Path, dark: Path, tmp_path: Path) -> None:
+    out = tmp_path / "map.png"
+    given = ["run", path_with_map, dark, "--heatmap", out, "--overwrite"]
+    (top,) = json.loads(invoke(*given, "--json").stdout)["predictions"]
+    assert top["attention"]["class_index"] == top["classes"][0]
+    other = top["classes"][-1]
+    pictures = {top["classes"][0]: out.read_bytes()}
+    (found,) = json.loads(invoke(*given, "--class", other, "--json").stdout)["predictions"]
+    pictures[other] = out.read_bytes()
+    with pcn_deploy.load(path_with_map) as engine, Image.open(dark) as opened:
+        maps = engine.outputs(engine.transform(opened)[None])["attention_map"][0]
+    assert found["attention"] == {
+        "class_index": other,
+        "smallest": float(maps[other].min()),
+        "largest": float(maps[other].max()),
+        "uniform": 1 / 96,
+        "nearly_flat": False,
+    }
+    assert found["classes"] == top["classes"], "only the picture is of another class"
+    assert pictures[other] != pictures[top["classes"][0]]
+    labels = tmp_path / "labels.txt"
+    labels.write_text("ant\nbee\ncat\n")
+    said = " ".join(invoke(*given, "--class", other, "--labels", labels).stdout.split())
+    low, high = maps[other].min(), maps[other].max()
+    name = ("ant", "bee", "cat")[other]
+    assert f"map.png: the map of class {other} ({name}), weights {low:.2g} to {high:.2g}, 0.01 if all" in said
+
+
+def test_a_class_that_has_no_map(path: Path, path_with_map: Path, dark: Path, tmp_path: Path) -> None:
+    given = ["run", path_with_map, dark, "--heatmap", tmp_path / "map.png"]
+    refused(invoke(*given, "--class", 3), 2, "Class 3 has no map: the network has 3 classes. Give --class 0 to 2")
+    refused(invoke(*given, "--class", -1), 2, "not in the range x>=0")
+    refused(invoke("run", path_with_map, dark, "--class", 1), 2, "a picture that is not drawn. Give --heatmap")
+    refused(invoke("run", path, dark, "--class", 1), 2, "Give --heatmap")
+    assert not (tmp_path / "map.png").exists()
+
+
+def test_a_nearly_flat_map_is_called_so(path_with_map: Path, dark: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 96), (9, 9, 9)).save(tmp_path / "even.png")
+    result = invoke("run", path_with_map, dark, tmp_path / "even.png", "--heatmap", tmp_path / "maps")
+    assert result.stderr == f"Note: the map of {tmp_path / 'even.png'} is nearly flat: it singles out no place.\n"
+    found = invoke("run", path_with_map, tmp_path / "even.png", "--heatmap", tmp_path / "maps", "--overwrite", "--json")
+    assert json.loads(found.stdout)["predictions"][0]["attention"]["nearly_flat"]
+    assert found.stderr == ""
+
+
 def test_no_heatmap_where_none_was_asked_for(path_with_map: Path, dark: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.iterdir())
     found = json.loads(invoke("run", path_with_map, dark, "--json").stdout)
     assert found["predictions"][0]["heatmap"] is None
+    assert found["predictions"][0]["attention"] is None
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -258,7 +258,7 @@ def test_no_table_of_all_pairs_is_made(size: tuple[int, int], pooling: str) -> N
 
 @pytest.mark.parametrize(
     "choices",
-    [{"dk": 9}, {"heads": 0}, {"dv": 5}, {"dk": 0}, {"order": "vkq"}, {"size": (0, 3)}],
+    [{"dk": 9}, {"heads": 0}, {"dv": 5}, {"dk": 0}, {"order": "vkq"}, {"dv": 4.0}],
 )
 def test_widths_that_do_not_fit_are_refused(choices: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="multiples of the heads"):
@@ -268,3 +268,35 @@ def test_widths_that_do_not_fit_are_refused(choices: dict[str, Any]) -> None:
 def test_unknown_pooling_is_refused() -> None:
     with pytest.raises(OptionError, match=r"'max'.*'attention'"):
         AttentionAugmentedConv2d(6, 16, 3, exact(8, 4, 12, heads=2), size=(3, 3), pooling="max")
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"kernel_size": 2}, r"kernel_size=2.*odd kernel\. Give 1 or 3"),
+        ({"kernel_size": (3, 5)}, r"kernel_size=\(3, 5\): height and width must have the same"),
+        ({"kernel_size": 3.0}, r"kernel_size=3\.0: expected a whole number"),
+        ({"stride": (2, 1)}, r"stride=\(2, 1\): .*such as stride=2"),
+        ({"stride": 0}, "stride=0: expected a whole number"),
+        ({"size": (0, 3)}, r"size=\(0, 3\): .*a pair of them, height and width"),
+        ({"size": (3, 3, 3)}, r"size=\(3, 3, 3\)"),
+        ({"size": 7.5}, r"size=7\.5"),
+        ({"out_channels": 16.0}, r"out_channels=16\.0"),
+    ],
+)
+def test_what_is_no_size_is_refused(choices: dict[str, Any], words: str) -> None:
+    given = {"out_channels": 16, "kernel_size": 3, "size": (3, 3), **choices}
+    with pytest.raises(OptionError, match=words):
+        AttentionAugmentedConv2d(6, augmentation=exact(8, 4, 12, heads=2), **given)
+
+
+def test_one_number_or_an_equal_pair() -> None:
+    """Sizes, strides and kernels as PyTorch's own convolutions take them."""
+    torch.manual_seed(0)
+    one = AttentionAugmentedConv2d(6, 16, 3, exact(8, 4, 12, heads=2), size=5, stride=2)
+    pairs: Any = {"kernel_size": (3, 3), "stride": (2, 2)}
+    other = AttentionAugmentedConv2d(6, 16, augmentation=exact(8, 4, 12, heads=2), size=(5, 5), **pairs)
+    other.load_state_dict(one.state_dict())
+    x = torch.rand(2, 6, 9, 7)
+    assert one(x).shape == (2, 16, 5, 4)
+    assert torch.equal(one(x), other(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from pcn_deploy.calibration.facts import inspect_layers
 from pcn_deploy.calibration.plan import make_plan
 from pcn_deploy.calibration.quantized import Quantization
-from pcn_deploy.errors import ModelError
+from pcn_deploy.errors import ModelError, OptionError
 from pcn_deploy.graph import export
 from pcn_deploy.graph.repeat import Run, find_runs
 from pcn_deploy.graph.torchscript import to_torchscript
@@ -112,7 +113,7 @@ def by_definition(network: nn.Module, path: str) -> npt.NDArray[np.float64]:
 
 
 def deployed(network: nn.Module) -> nn.Module:
-    return output_attention_map(to_deploy(network)[0])
+    return output_attention_map(to_deploy(network)[0], SHAPE)
 
 
 def torch_outputs(function: Callable[[Tensor], Any]) -> Arrays:
@@ -167,7 +168,7 @@ def test_the_map_is_the_softmax_of_the_definition(networks: dict[str, nn.Module]
 @pytest.mark.parametrize("name", NETWORKS)
 def test_modules_and_plan_are_those_without_the_map(networks: dict[str, nn.Module], name: str) -> None:
     plain, _ = to_deploy(networks[name])
-    both = output_attention_map(plain)
+    both = output_attention_map(plain, SHAPE)
     leaves = [
         {path: type(module) for path, module in form.named_modules() if not list(module.children())}
         for form in (plain, both)
@@ -222,6 +223,25 @@ def test_pooling_is_replaced_in_one_line() -> None:
             assert parameter.grad.abs().max() > 0, name
 
 
+def test_another_feature_map_than_it_was_made_for() -> None:
+    words = (
+        r"AttentionPool2d\(32\) was given \(2, 64, 5, 3\); expected .*\(N, 32, H, W\)\. Make it AttentionPool2d\(64\)"
+    )
+    with pytest.raises(OptionError, match=words):
+        AttentionPool2d(32)(torch.rand(2, 64, 5, 3))
+    with pytest.raises(OptionError, match=r"was given \(2, 32\); expected a feature map \(N, 32, H, W\)\.$"):
+        AttentionPool2d(32)(torch.rand(2, 32))
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{"channels": 0}, {"channels": 8.0}, {"channels": True}, {"mlp_ratio": 0.0}, {"layer_scale": float("inf")}],
+)
+def test_a_pool_of_impossible_widths(choices: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"{next(iter(choices))}={next(iter(choices.values()))!r}"):
+        AttentionPool2d(**{"channels": 8, **choices})
+
+
 def test_the_hook_is_gone_afterwards(networks: dict[str, nn.Module]) -> None:
     network = networks["own"]
     with torch.no_grad():
@@ -231,7 +251,7 @@ def test_the_hook_is_gone_afterwards(networks: dict[str, nn.Module]) -> None:
     assert not any(module._forward_hooks for module in network.modules())
 
 
-@pytest.mark.parametrize("make", [output_attention_map, with_attention_map])
+@pytest.mark.parametrize("make", [lambda network: output_attention_map(network, SHAPE), with_attention_map])
 def test_one_aggregation_is_needed(make: Callable[[nn.Module], Any]) -> None:
     with pytest.raises(ModelError, match=r"holds no attention-based aggregation.*replace its average pooling"):
         make(Convolutional())
@@ -240,17 +260,72 @@ def test_one_aggregation_is_needed(make: Callable[[nn.Module], Any]) -> None:
         make(two)
 
 
-class Conditional(Convolutional):
-    """The same with code that depends on the pixels."""
+class Pooled(Convolutional):
+    """The same with attention-based aggregation."""
 
     def __init__(self) -> None:
         super().__init__()
         self.avgpool = AttentionPool2d(32)
 
+    def logits(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(self.avgpool(x).flatten(1))
+        return y
+
+
+class Switched(Pooled):
+    def forward(self, x: Tensor, features_only: bool = False, *rest: int, **more: int) -> Tensor:
+        if features_only or rest or more:
+            return x
+        y: Tensor = self.features(x)
+        return self.logits(y)
+
+
+class Checked(Pooled):
+    """What it decides by sizes is the same for every image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset: Tensor
+        self.register_buffer("offset", torch.ones(32))
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.mean() > 0:
+        batch, channels, height, width = x.shape
+        assert channels == 3, f"{channels:>3} channels"
+        if x.dim() != 4 or x.dtype != torch.float32 or height % 4:
+            raise ValueError
+        y: Tensor = self.features(x)
+        if y.shape[2:] != (6, 10) or y.size(1) < 4:
+            raise ValueError
+        for _ in range(y.shape[2] // 3):
+            y = y + self.offset.view(1, -1, 1, 1)
+        return self.logits(y.reshape(batch, -1, height // 4, int(width / 4)))
+
+
+class Conditional(Pooled):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.mean() > 0:  # HERE
             x = -x
         return super().forward(x)
+
+
+class OneImage(Pooled):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 1:  # HERE
+            x = -x
+        return super().forward(x)
+
+
+class ManyImages(Pooled):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.size(0) > 8:  # HERE
+            x = -x
+        return super().forward(x)
+
+
+class Typed(Pooled):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return 2 * y if type(y) is Tensor else y
 
 
 class Twice(nn.Module):
@@ -265,11 +340,37 @@ class Twice(nn.Module):
         return y.flatten(1)
 
 
-def test_code_around_the_aggregation_that_cannot_be_traced() -> None:
-    with pytest.raises(ModelError, match=r"map of avgpool\.block cannot be made an output.*take the condition out"):
-        output_attention_map(Conditional())
+@pytest.mark.parametrize("make", [Switched, Checked])
+def test_defaults_and_sizes_are_decided(make: type[Pooled], fill: ModuleType) -> None:
+    network = make().eval()
+    fill.fill_(network, 5)
+    both = output_attention_map(network, SHAPE)
+    wanted = torch_outputs(with_attention_map(network))
+    scripted = torch.jit.load(io.BytesIO(to_torchscript(both)))  # type: ignore[no-untyped-call]
+    for form in (both, scripted):
+        for one, other in zip(torch_outputs(form), wanted, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+    assert wanted[0].shape == (3, 7)
+
+
+@pytest.mark.parametrize("make", [Conditional, OneImage, ManyImages])
+def test_what_depends_on_images_is_refused_with_its_line(make: type[Pooled]) -> None:
+    start = make.forward.__code__.co_firstlineno
+    words = re.escape(f"cannot be made an output: the network itself (class {make.__name__}), {__file__}:{start + 1}\n")
+    with pytest.raises(ModelError, match=rf"of avgpool\.block {words}") as raised:
+        output_attention_map(make().eval(), SHAPE)
+    assert "Way round: " in str(raised.value)
+    assert "may still build without --with-attention-map" in str(raised.value)
+
+
+def test_a_branch_that_tracing_drops_is_noticed() -> None:
+    with pytest.raises(ModelError, match=r"gives other numbers than the network itself.*\nWay round: take isinstance"):
+        output_attention_map(Typed().eval(), SHAPE)
+
+
+def test_an_aggregation_executed_twice() -> None:
     with pytest.raises(ModelError, match=r"pool\.block is executed 2 times for one image"):
-        output_attention_map(Twice())
+        output_attention_map(Twice(), SHAPE)
 
 
 def test_only_the_code_around_the_aggregation_is_traced() -> None:
@@ -280,7 +381,7 @@ def test_only_the_code_around_the_aggregation_is_traced() -> None:
             return -x if x.mean() > 0 else x
 
     network = nn.Sequential(nn.Conv2d(3, 8, 3), Inner(), AttentionPool2d(8), nn.Flatten()).eval()
-    both = output_attention_map(network)
+    both = output_attention_map(network, SHAPE)
     expected = torch_outputs(with_attention_map(network))
     for one, other in zip(torch_outputs(both), expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)

@@ -218,6 +218,83 @@ def test_integers_in_place_of_weights_are_refused(make_net: MakeNet) -> None:
         load_strict(net, state, "w.pth")
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "backbone.", "module._orig_mod.", "ema.model."])
+def test_a_prefix_of_all_keys_is_taken_off(tmp_path: Path, make_net: MakeNet, prefix: str) -> None:
+    state = make_net().state_dict()
+    torch.save({f"{prefix}{name}": tensor for name, tensor in state.items()}, tmp_path / "w.pth")
+    assert_same(create_model("patchconvnet", weights=tmp_path / "w.pth").state_dict(), state)
+    own = make_net(2)
+    load_strict(own, torch.load(tmp_path / "w.pth"), "w.pth")
+    assert_same(own.state_dict(), state)
+
+
+def test_a_prefix_that_the_network_has_too_stays(make_net: MakeNet) -> None:
+    net = torch.nn.Module()
+    net.backbone = make_net()
+    state = {name: tensor + 1 for name, tensor in net.state_dict().items()}
+    load_strict(net, {f"model.{name}": tensor for name, tensor in state.items()}, "w.pth")
+    assert_same(net.state_dict(), state)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A file for each of several registered networks, and one of a network beside a loss."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    states = {
+        name: create_model(name, random_weights=True).state_dict()
+        for name in ("mnasnet_075", "aa_mnasnet_075", "resnet34", "aa_resnet50_legacy")
+    }
+    public = {
+        name.replace("attention.conv_qkv", "conv_kqv").replace("attention.", ""): tensor
+        for name, tensor in states.pop("aa_resnet50_legacy").items()
+    }
+    states |= {"public": public, "small": PatchConvNet(width=32, depth=1, num_classes=3).state_dict()}
+    inner = {f"model.{name}": tensor for name, tensor in states["mnasnet_075"].items()}
+    states["beside"] = {**inner, "loss.weight": torch.ones(3)}
+    for name, state in states.items():
+        torch.save(state, folder / f"{name}.pth")
+    return {name: folder / f"{name}.pth" for name in states}
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "words"),
+    [
+        ("mnasnet_075", "aa_mnasnet_075", "It fits mnasnet_075: give that as the model."),
+        ("aa_mnasnet_075", "mnasnet_075", "It fits aa_mnasnet_075: give that as the model."),
+        ("public", "aa_resnet50", "It fits aa_resnet50_legacy: give that as the model."),
+        ("resnet34", "patchconvnet", "It fits resnet34: give that as the model."),
+        ("small", "resnet34", "It fits patchconvnet: give that as the model."),
+        ("beside", "resnet34", "Its 328 tensors under 'model.' fit mnasnet_075: save those only."),
+    ],
+)
+def test_the_right_network_is_named(checkpoints: dict[str, Path], file: str, model: str, words: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        create_model(model, weights=checkpoints[file])
+    assert str(caught.value).splitlines()[-1] == words
+
+
+def test_what_keeps_the_right_network_from_loading(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"instead of \(7,\)\n.*\nIt fits resnet34 as it is: leave --num-classes"):
+        create_model("resnet34", weights=checkpoints["resnet34"], num_classes=7)
+    torch.save({"conv1.weight": torch.zeros(3), "fc.weight": torch.zeros(2)}, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError) as caught:
+        create_model("resnet34", weights=tmp_path / "odd.pth")
+    assert "fits" not in str(caught.value)
+
+
+@pytest.mark.parametrize("batches", [7.0, float("inf")])
+def test_counters_of_a_halved_checkpoint(tmp_path: Path, batches: float) -> None:
+    """What halves every tensor halves the counters of BatchNorm too; above 65504 batches they are infinite then."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    state = {name: tensor.half() for name, tensor in net.state_dict().items()}
+    state["1.num_batches_tracked"] = torch.tensor(batches).half()
+    torch.save(state, tmp_path / "half.pth")
+    load_strict(net, read_state_dict(tmp_path / "half.pth"), "half.pth")
+    loaded = net.state_dict()
+    assert torch.equal(loaded["1.num_batches_tracked"], torch.tensor(7 if batches == 7.0 else 0))
+    assert torch.equal(loaded["1.running_var"], state["1.running_var"].float())
+
+
 def test_a_prefix_that_only_some_keys_have_is_part_of_their_name(tmp_path: Path) -> None:
     state = {"module.weight": torch.zeros(2), "bias": torch.zeros(2)}
     torch.save(state, tmp_path / "w.pth")

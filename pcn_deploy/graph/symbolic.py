@@ -1,0 +1,141 @@
+"""Trace a network symbolically, as it runs for one batch of images of a known channel count, height and width.
+
+A plain `torch.fx` trace knows nothing of its tensors, so a check of a shape stops it. Here every node is also executed
+on a tensor without data whose batch alone is a symbol: what is the same for every batch and every image, such as a
+height or a number of axes, is a plain value, and what depends on them stays a symbol and is still refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+_PLAIN = (bool, int, float, str, torch.dtype, torch.device, torch.layout)
+_ROOT = "net"
+
+
+class _ImageOnly(nn.Module):
+    """A network called with the image alone, so that its other arguments have their defaults, and its hooks run."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x)
+        return y
+
+
+class _Tracer(fx.Tracer):
+    """A tracer that knows the shapes."""
+
+    def __init__(self, shape: tuple[int, int, int], is_leaf: Callable[[nn.Module, str], bool] | None) -> None:
+        super().__init__()
+        self._is_leaf = is_leaf
+        self._symbols = ShapeEnv(specialize_zero_one=False)
+        self._mode = FakeTensorMode(shape_env=self._symbols, allow_non_fake_inputs=True)
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * 3])  # type: ignore[var-annotated]
+        self._image = self._mode.from_tensor(torch.empty(2, *shape), symbolic_context=context)
+        self._values: dict[fx.Node, Any] = {}
+        self._untraced = _hooks_of_tracing()
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        """Whether a module is one node of the graph."""
+        path = qualified_name.removeprefix(_ROOT).removeprefix(".")
+        if not path:
+            return False
+        return super().is_leaf_module(module, path) if self._is_leaf is None else self._is_leaf(module, path)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        """Add a node; a result that is no tensor and the same for every batch is returned as it is."""
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        conditions = len(self._symbols.guards)
+        try:
+            with _replaced(self._untraced), self._mode, torch.no_grad():
+                value = self._value(proxy.node)
+        except Exception:  # whatever the operation lacks without data: what follows from it is not known
+            return proxy
+        self._values[proxy.node] = value
+        known = type(value) in _PLAIN and len(self._symbols.guards) == conditions
+        if not known or target is getattr:  # attributes are asked for their node
+            return proxy
+        self.graph.erase_node(proxy.node)
+        return value
+
+    def _value(self, node: fx.Node) -> Any:
+        """Execute a node on what its arguments were.
+
+        Raises:
+            Exception: If one of them is not known, or it needs data.
+        """
+        if node.op == "get_attr":
+            return _attribute(self.root, str(node.target))
+        if node.op == "placeholder":
+            return self._image
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value_of)
+        target: Any = node.target
+        if node.op == "call_method":
+            target, args = getattr(args[0], target), args[1:]
+        elif node.op == "call_module":
+            target = self.root.get_submodule(target)
+        return target(*args, **kwargs)
+
+    def _value_of(self, node: fx.Node) -> Any:
+        return _attribute(self.root, str(node.target)) if node.op == "get_attr" else self._values[node]
+
+
+def _hooks_of_tracing() -> dict[str, Any]:
+    """The methods of modules in whose place tracing puts its own."""
+    return {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
+
+
+@contextmanager
+def _replaced(methods: dict[str, Any]) -> Iterator[None]:
+    before = _hooks_of_tracing()
+    try:
+        for name, method in methods.items():
+            setattr(nn.Module, name, method)
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(nn.Module, name, method)
+
+
+def _attribute(root: nn.Module, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(root.get_submodule(owner), name)
+
+
+def trace(
+    model: nn.Module, shape: tuple[int, int, int], is_leaf: Callable[[nn.Module, str], bool] | None = None
+) -> fx.GraphModule:
+    """Trace a network as it runs for images of one shape, in batches of any size.
+
+    Args:
+        model: Network of one input `(N, C, H, W)`; arguments that it has beside that keep their defaults.
+        shape: C, H and W.
+        is_leaf: Whether a module, given with its path, is one node of the graph; torch's own modules by default.
+
+    Returns:
+        The trace, with the modules of `model` under the same paths, and without annotations of types, which need not
+        hold any more and may be text that does not compile.
+
+    Raises:
+        Exception: Whatever the network's code raises with symbols in the place of tensors.
+    """
+    root = _ImageOnly(model)
+    graph = _Tracer(shape, is_leaf).trace(root)
+    held: dict[str, Any] = {}
+    for node in graph.nodes:
+        node.type = None
+        if node.op in ("call_module", "get_attr"):
+            path = str(node.target)
+            node.target = path.removeprefix(f"{_ROOT}.")
+            held[node.target] = _attribute(root, path)
+    return fx.GraphModule(held, graph, type(model).__name__)
