@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from pcn_deploy.graph.diagnosis import difference_error, scripting_error
+from pcn_deploy.graph.symbolic import trace
 from pcn_deploy.memory import output_error, temporary_path
 from pcn_deploy.parity import least_sqnr_db
 
@@ -27,7 +28,8 @@ def to_torchscript(model: nn.Module, images: Tensor) -> bytes:
     """Script and freeze a module in evaluation mode.
 
     A definition that TorchScript cannot compile is traced symbolically first: that runs its Python code, so that what
-    depends on settings alone is decided, and refuses what depends on the values of tensors. What is left scripts.
+    depends on settings and on the height and width of the images is decided, and refuses what depends on the values of
+    tensors. What is left scripts.
 
     Args:
         model: The module; its definition must be scriptable, or traceable by `torch.fx`.
@@ -51,7 +53,7 @@ def to_torchscript(model: nn.Module, images: Tensor) -> bytes:
         except Exception as error:  # torch raises many kinds here, OSError and its own among them
             refusal = error
         if refusal is not None:
-            scripted = _script_traced(model, refusal)
+            scripted = _script_traced(model, refusal, (images.shape[1], images.shape[2], images.shape[3]))
         found = _least_sqnr_db(model, scripted, images)
         if found < EQUAL_DB:
             raise difference_error(model, found, refusal)
@@ -83,26 +85,10 @@ def _save(module: torch.jit.ScriptModule, path: Path) -> None:
         raise output_error(path.name, error) from error
 
 
-class _ImageOnly(nn.Module):
-    """A network called with the image alone, so that its other arguments have their defaults while it is traced."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.net(x)
-        return y
-
-
-def _script_traced(model: nn.Module, refusal: Exception) -> torch.jit.ScriptModule:
+def _script_traced(model: nn.Module, refusal: Exception, shape: tuple[int, int, int]) -> torch.jit.ScriptModule:
     """Script the symbolic trace of a module whose definition was refused."""
     try:
-        traced = fx.symbolic_trace(_ImageOnly(model).eval()).eval()
-        for node in traced.graph.nodes:
-            node.type = None  # annotations kept as text, which would not compile
-        traced.recompile()
-        scripted: torch.jit.ScriptModule = torch.jit.script(traced)
+        scripted: torch.jit.ScriptModule = torch.jit.script(trace(model, shape).eval())
     except Exception as error:  # whatever the network's code does with a symbol instead of a tensor
         raise scripting_error(model, refusal, error) from refusal
     log.info("The definition of the network does not script, its symbolic trace does.")

@@ -346,7 +346,7 @@ def test_defaults_and_sizes_are_decided(make: type[Pooled], fill: ModuleType) ->
     fill.fill_(network, 5)
     both = output_attention_map(network, SHAPE)
     wanted = torch_outputs(with_attention_map(network))
-    scripted = torch.jit.load(io.BytesIO(to_torchscript(both)))  # type: ignore[no-untyped-call]
+    scripted = torch.jit.load(io.BytesIO(to_torchscript(both, images())))  # type: ignore[no-untyped-call]
     for form in (both, scripted):
         for one, other in zip(torch_outputs(form), wanted, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-5)
