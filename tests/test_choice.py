@@ -12,10 +12,17 @@ from small_builds import images, needs_rtx, network, options
 
 import pcn_deploy
 from pcn_deploy import CompileOptions, CompileResult
+from pcn_deploy import choice as choice_module
 from pcn_deploy.choice import compile_fastest, decide
 from pcn_deploy.engines.registry import get_backend
 
 torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(autouse=True)
+def short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long each is timed is no matter here."""
+    monkeypatch.setattr(choice_module, "SECONDS", 0.01)
 
 
 def build_with(model: Any, calibration: Any) -> Any:
@@ -62,11 +69,10 @@ def test_a_network_without_int8_layers_becomes_fp16() -> None:
 
 def test_int8_that_breaks_its_budget_gives_way() -> None:
     """The INT8 result is replaced by one that failed, a fake, for our own decision."""
-    real = build_with(network(), images())
+    passed = pcn_deploy.compile(network(), options(precision="fp16"))
 
     def build(chosen: CompileOptions) -> CompileResult:
-        result: CompileResult = real(chosen)
-        return _Failed(**vars(result)) if chosen.precision == "int8" else result
+        return _Failed(**vars(passed)) if chosen.precision == "int8" else passed
 
     result, choice = compile_fastest(build, options())
     assert (choice.precision, choice.reason) == ("fp16", "INT8 is not possible: INT8 broke its parity budget")

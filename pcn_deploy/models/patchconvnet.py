@@ -165,6 +165,11 @@ class PatchConvNet(nn.Module):
             msg = f"Resolution {height}x{width} is smaller than one patch of {self.patch} pixels; set --resolution HxW."
             raise OptionError(msg)
 
+    def stage_features(self, images: Tensor) -> list[Tensor]:
+        """The patch grid after the stem and after the trunk, each `(N, C, ceil(H / patch), ceil(W / patch))`."""
+        patches = self.patch_embed(images)
+        return [patches, self.blocks(patches)]
+
     def forward(self, images: Tensor) -> Tensor:
         """Classify images.
 

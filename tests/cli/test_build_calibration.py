@@ -20,7 +20,7 @@ from pcn_deploy import Bundle
 torch = pytest.importorskip("torch")
 
 SMALL = ["patchconvnet", "--precision", "int8", "--resolution", "32", "--batch", "1:1:8"]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +116,13 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 def test_torchrun_builds_and_verifies_what_one_process_does(given: list[Any], tmp_path: Path) -> None:
     one, three, main = tmp_path / "one.pcn", tmp_path / "three.pcn", ["-m", "pcn_deploy.cli.main"]
-    builds = [start(*run, *main, "build", *given, "-o", out) for run, out in (([], one), (TORCHRUN, three))]
+    builds = [start(*run, *main, "build", *given, "-o", out) for run, out in (([], one), ([*TORCHRUN, 3], three))]
     alone, shared = map(finish, builds)
     assert shared.replace("three.pcn", "one.pcn") == alone
     assert record(three) == record(one)
     assert Bundle.open(three).read("model.onnx") == Bundle.open(one).read("model.onnx")
     words = ["--data", given[-1], "--json"]
-    alone, shared = map(finish, [start(*run, *main, "verify", one, *words) for run in ([], TORCHRUN)])
+    alone, shared = map(finish, [start(*run, *main, "verify", one, *words) for run in ([], [*TORCHRUN, 2])])
     assert shared == alone
     assert json.loads(alone)["images"] == 45
 
@@ -144,7 +144,7 @@ def test_processes_agree_that_int8_is_not_possible(given: list[Any], tmp_path: P
     (tmp_path / "narrow.py").write_text(NARROW)
     words = [f"{tmp_path / 'narrow.py'}:Net", "--random-weights", "--resolution", "32", "--precision", "auto"]
     out = tmp_path / "a.pcn"
-    run = start(*TORCHRUN, "-m", "pcn_deploy.cli.main", "build", *words, *given[-2:], "-o", out)
+    run = start(*TORCHRUN, 2, "-m", "pcn_deploy.cli.main", "build", *words, *given[-2:], "-o", out)
     assert "INT8 is not possible: No layer of this network gains from INT8" in " ".join(finish(run).split())
     assert Bundle.open(out).manifest["precision"] == "fp16"
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 import torch
 import torch.nn.functional as F
-from executors import EXECUTORS, Execute, eager
+from executors import Execute, eager, onnxruntime, torchscript
 from torch import Tensor, nn
 
 from pcn_deploy.errors import CheckpointError
@@ -255,7 +255,7 @@ def expected() -> npt.NDArray[np.float32]:
     return logits
 
 
-@pytest.mark.parametrize("run", EXECUTORS)
+@pytest.mark.parametrize("run", [eager, torchscript, pytest.param(onnxruntime, marks=pytest.mark.all_networks)])
 def test_equals_the_public_aa_resnet50(
     legacy: nn.Module, images: Tensor, expected: npt.NDArray[np.float32], run: Execute
 ) -> None:

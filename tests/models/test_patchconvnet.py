@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pcn_deploy.errors import OptionError
 from pcn_deploy.graph.export import to_onnx
+from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.patchconvnet import PatchConvNet, TrunkBlock
 from pcn_deploy.specs import BatchRange
 
@@ -41,6 +42,30 @@ def test_equals_the_official_network(case: tuple[nn.Module, Tensor, Any], run: E
     model, images, expected = case
     assert np.abs(expected).max() > 0.1, "the reference itself must not be trivial"
     np.testing.assert_allclose(run(model, images).numpy(), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("patch", [4, 16])
+def test_features_of_the_stem_and_of_the_trunk(make_net: MakeNet, fill: ModuleType, patch: int) -> None:
+    """What the first block reads and what the aggregation reads; the deploy form gives the same."""
+    net = make_net(patch=patch)
+    images = torch.from_numpy(fill.images_for((2, 3, 65, 35), 5))
+    read: list[Tensor] = []
+    first, token_block = net.blocks[0], net.blocks_token_only[0]
+    hooks = [
+        first.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0])),
+        token_block.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[1])),
+    ]
+    logits = eager(net, images)
+    for hook in hooks:
+        hook.remove()
+    with torch.inference_mode():
+        features = net.stage_features(images)
+        deployed: Any = to_deploy(net)[0]
+        torch.testing.assert_close(deployed.stage_features(images), features, atol=1e-4, rtol=1e-4)
+    grid = (2, 32, math.ceil(65 / patch), math.ceil(35 / patch))
+    assert [feature.shape for feature in features] == [grid, grid]
+    assert all(torch.equal(found, wanted) for found, wanted in zip(features, read, strict=True))
+    assert torch.equal(eager(net, images), logits)
 
 
 def slow_trunk_block(block: TrunkBlock, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
