@@ -11,6 +11,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
+# Processes of the tests. Each of the large networks of test-all takes up to 9 GB: make test-all WORKERS=1 where that is all.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
@@ -20,10 +22,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/digits/demo.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --quiet
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n $(WORKERS)
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest --quiet -m "all_networks or not all_networks"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n $(WORKERS) -m "all_networks or not all_networks"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

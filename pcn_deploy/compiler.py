@@ -195,6 +195,7 @@ def _new_bundle(
         "calibration": {**calibration.summary(), **_recovery(network)} if calibration else None,
         "golden": source.name if source else NOISE,
         "rewrites": network.rewrites,
+        "notes": list(network.notes),
         "parity_budget": asdict(options.budget),
         "provenance": {**provenance, "built_by": _versions(), "host": platform.platform()},
     }

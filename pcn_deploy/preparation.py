@@ -38,7 +38,8 @@ class Prepared:
 
     `unrounded` is the same network before any recovery changed weights and biases for INT8: what a layer is that is
     not quantised after all. It is `deployed` itself where none did. `recovered` tells how many INT8 layers each
-    recovery changed. `magnitudes` is what `observe_magnitudes` saw, where the graph is FP16.
+    recovery changed. `magnitudes` is what `observe_magnitudes` saw, where the graph is FP16. `notes` is what the user
+    should know of the network at this resolution.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Prepared:
     rewrites: dict[str, int]
     recovered: dict[str, int] = field(default_factory=dict)
     magnitudes: dict[str, Magnitudes] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def leave_out(self, layers: frozenset[str], reason: str) -> Prepared:
         """The network with some of its INT8 layers left unquantised, and in FP32 where FP16 cannot hold them."""
@@ -163,6 +165,7 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     from pcn_deploy.calibration.quantized import plan_scales
     from pcn_deploy.calibration.recovery import apply_after, apply_before
     from pcn_deploy.graph.preconditions import check_behaviour
+    from pcn_deploy.models.attention_conv import note_stretched
     from pcn_deploy.models.attention_map import output_attention_map
     from pcn_deploy.models.checkpoint import check_finite
     from pcn_deploy.models.deploy import to_deploy
@@ -178,6 +181,7 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     deployed, rewrites = to_deploy(model)
     progress("Rewriting and planning", 2, 3)
     layers = inspect_layers(deployed, torch.zeros(1, *options.transform.shape))
+    notes = note_stretched(deployed, options.transform.shape)
     plan, magnitudes = _plan(deployed, layers, options, source)
     progress("Rewriting and planning", 3, 3)
     recovered: dict[str, int] = {}
@@ -236,6 +240,7 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
         recovered=recovered,
         rewrites=rewrites,
         magnitudes=magnitudes,
+        notes=notes,
     )
 
 

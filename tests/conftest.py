@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parent / "data"
 
 
+@pytest.fixture(autouse=True)
+def piped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables have the width they have in a pipe, whatever runs the tests (workers of pytest-xdist set one)."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """Python's own handler of Ctrl-C; a process started in the background by a shell has none."""

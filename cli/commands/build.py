@@ -187,8 +187,9 @@ def _options(given: dict[str, Any]) -> CompileOptions:
 
 
 def _notes(result: CompileResult) -> list[str]:
-    """What the user should know of the calibration images."""
-    notes: list[str] = (result.bundle.manifest["calibration"] or {}).get("notes", [])
+    """What the user should know of the network and of the calibration images."""
+    manifest = result.bundle.manifest
+    notes: list[str] = [*manifest["notes"], *(manifest["calibration"] or {}).get("notes", [])]
     return notes
 
 

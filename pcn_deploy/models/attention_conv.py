@@ -118,6 +118,45 @@ class RelativeSelfAttention2d(nn.Module):
         return logits.reshape(batch, self.heads, height * width, height * width)
 
 
+def note_stretched(model: nn.Module, shape: tuple[int, int, int]) -> tuple[str, ...]:
+    """Say where images of a shape make maps larger than the tables of relative positions were made for.
+
+    Args:
+        model: Any network in evaluation mode.
+        shape: C, H and W of the images.
+
+    Returns:
+        One sentence, or nothing if no table is stretched.
+    """
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, RelativeSelfAttention2d)}
+    if not layers:
+        return ()
+    attended: dict[str, tuple[int, int]] = {}
+    hooks = [
+        layer.register_forward_hook(
+            lambda _layer, _inputs, output, path=path: attended.update({path: tuple(output.shape[2:])})
+        )
+        for path, layer in layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, *shape))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    built = {path: ((len(layer.key_rel_h) + 1) // 2, (len(layer.key_rel_w) + 1) // 2) for path, layer in layers.items()}
+    stretched = [path for path, size in attended.items() if size[0] > built[path][0] or size[1] > built[path][1]]
+    if not stretched:
+        return ()
+    first = stretched[0]
+    made, found = ("x".join(map(str, size)) for size in (built[first], attended[first]))
+    return (
+        f"{len(stretched)} of {len(layers)} tables of relative positions are stretched, such as that of {first}: made "
+        f"for a map of {made}, used on {found}. No rule for it is published, and parity does not judge it: check the "
+        "accuracy, or train at this resolution.",
+    )
+
+
 class AttentionAugmentedConv2d(nn.Module):
     """Convolution and self-attention side by side; their channels are concatenated, the convolution's first.
 

@@ -19,7 +19,12 @@ from torch import Tensor
 
 from pcn_deploy.errors import OptionError
 from pcn_deploy.graph.export import serialise, to_onnx
-from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d, RelativeSelfAttention2d, fit_table
+from pcn_deploy.models.attention_conv import (
+    AttentionAugmentedConv2d,
+    RelativeSelfAttention2d,
+    fit_table,
+    note_stretched,
+)
 from pcn_deploy.models.augmentation import Augmentation
 from pcn_deploy.specs import BatchRange
 
@@ -300,3 +305,22 @@ def test_one_number_or_an_equal_pair() -> None:
     x = torch.rand(2, 6, 9, 7)
     assert one(x).shape == (2, 16, 5, 4)
     assert torch.equal(one(x), other(x))
+
+
+def test_stretched_tables_are_noted() -> None:
+    """A side longer than the tables were made for; a smaller map takes their centre rows, which is exact."""
+    net = torch.nn.Sequential(
+        AttentionAugmentedConv2d(3, 16, 3, exact(8, 4, 12, heads=2), size=(6, 4), stride=2),
+        AttentionAugmentedConv2d(16, 16, 3, exact(8, 4, 12, heads=2), size=(8, 8)),
+    )
+    assert note_stretched(net, (3, 12, 8)) == ()
+    assert note_stretched(net, (3, 7, 5)) == ()
+    (note,) = note_stretched(net, (3, 12, 10))
+    assert note.startswith(
+        "1 of 2 tables of relative positions are stretched, such as that of 0.attention: "
+        "made for a map of 6x4, used on 6x5."
+    )
+    (note,) = note_stretched(net, (3, 18, 8))
+    assert note.startswith("2 of 2 tables")
+    assert note_stretched(torch.nn.Conv2d(3, 4, 1), (3, 99, 99)) == ()
+    assert not any(module._forward_hooks for module in net.modules())
