@@ -65,6 +65,7 @@ PUBLISHED = {
     "aa_resnet50": 25.8,
     "resnet101": 44.5,
     "aa_resnet101": 45.4,
+    "resnet152": 60.19,
     "wide_resnet28_10": 36.3,
     "aa_wide_resnet28_10": 36.2,
     "mnasnet_075": 2.9,
