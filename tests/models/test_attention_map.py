@@ -315,6 +315,15 @@ class OneImage(Pooled):
         return super().forward(x)
 
 
+class OneShape(Pooled):
+    """A comparison of tuples, which decides before a symbol could be seen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape == (1, *SHAPE):  # HERE
+            x = -x
+        return super().forward(x)
+
+
 class ManyImages(Pooled):
     def forward(self, x: Tensor) -> Tensor:
         if x.size(0) > 8:  # HERE
@@ -353,7 +362,7 @@ def test_defaults_and_sizes_are_decided(make: type[Pooled], fill: ModuleType) ->
     assert wanted[0].shape == (3, 7)
 
 
-@pytest.mark.parametrize("make", [Conditional, OneImage, ManyImages])
+@pytest.mark.parametrize("make", [Conditional, OneImage, OneShape, ManyImages])
 def test_what_depends_on_images_is_refused_with_its_line(make: type[Pooled]) -> None:
     start = make.forward.__code__.co_firstlineno
     words = re.escape(f"cannot be made an output: the network itself (class {make.__name__}), {__file__}:{start + 1}\n")
