@@ -61,7 +61,7 @@ def graph(task: Task, network: Prepared, *, quantized: bool) -> bytes:
 
 def planned_nodes(model: onnx.ModelProto, network: Prepared) -> list[str]:
     """Names of the nodes of the FP32 graph that our plan quantises, found by their weights."""
-    weights = {f"{path}.weight" for path in network.plan.int8_entries}
+    weights = {f"{path}.weight" for path in network.plan.quantized_entries}
     found = [node.name for node in model.graph.node if weights & set(node.input)]
     if len(found) != len(weights & {tensor.name for tensor in model.graph.initializer}) or not found:
         message = f"{len(found)} of {len(weights)} layers were found in the graph"

@@ -17,6 +17,9 @@ LEVELS = 128
 PERCENTILE = 99.99
 """Default share of magnitudes, in percent, inside the range of the percentile calibrator."""
 
+FLOAT_CALIBRATORS = ("max", "percentile")
+"""Those that ask nothing of the codes, for E4M3."""
+
 WEIGHT_CALIBRATORS = ("max", "mse")
 """How the range of each output channel of a weight is found; see `calibration/weights.py`."""
 

@@ -71,7 +71,7 @@ def _judged(entry: PlanEntry, model: nn.Module, seen: dict[str, Magnitudes]) -> 
     if reason:
         return replace(entry, precision="fp32", reason=reason, input_amax=None)
     if entry.precision != "fp16":
-        return entry  # INT8 weights are codes; what FP16 does to their scales is in `plan_scales`
+        return entry  # quantised weights are codes; what FP16 does to their scales is in `plan_scales`
     reason = _lost_weight(module) or _lost_output(magnitudes)
     return replace(entry, precision="fp32", reason=reason) if reason else entry
 

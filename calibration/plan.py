@@ -12,11 +12,17 @@ from typing import Any
 
 from pcn_deploy.errors import ModelError, OptionError
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+CODES = {"int8": 127.0, "fp8": 448.0}
+"""The 8-bit precisions, with the largest value of their codes. FP8 is E4M3: a sign, 4 bits of exponent, 3 of mantissa,
+no infinity. Source of 448: Micikevicius et al., "FP8 Formats for Deep Learning", 2022, table 1."""
+
+PRECISIONS = ("fp32", "fp16", "bf16", *CODES)
 REMAINDERS = ("fp16", "fp32")
 RESIDUAL_ADD = "ResidualAdd"
 MIN_CHANNELS = 16
 """INT8 kernels of TensorRT work on tiles of 16 channels; narrower layers gain nothing. Source: NVIDIA ModelOpt."""
+MAX_TAPS = 32
+"""Positions of a kernel that FP8 convolutions of TensorRT take. Source: NVIDIA ModelOpt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +65,8 @@ class PlanEntry:
         kind: Class name of the module.
         precision: One of `PRECISIONS`.
         reason: Why, in words.
-        input_amax: Magnitude that the largest INT8 code of the input stands for (of the identity, for a residual
-            addition); None unless `precision` is int8.
+        input_amax: Magnitude that the largest code of the input stands for (of the identity, for a residual
+            addition); None unless `precision` is one of `CODES`.
         operations: Whether it stands for the operations that the module does itself, those of its parts left out.
     """
 
@@ -78,7 +84,7 @@ class PrecisionPlan:
 
     Attributes:
         precision: The precision asked for.
-        remainder: Type of everything that is not INT8.
+        remainder: Type of everything that is not quantised.
         entries: One per layer, in the order of the network.
     """
 
@@ -87,14 +93,14 @@ class PrecisionPlan:
     entries: tuple[PlanEntry, ...]
 
     @property
-    def int8_entries(self) -> dict[str, PlanEntry]:
+    def quantized_entries(self) -> dict[str, PlanEntry]:
         """The quantised layers by name."""
-        return {entry.op: entry for entry in self.entries if entry.precision == "int8"}
+        return {entry.op: entry for entry in self.entries if entry.precision in CODES}
 
     def types(self, *, operations: bool = False) -> dict[str, str]:
         """Floating-point type of every layer, by name; of operations that modules do themselves, if asked for those."""
         return {
-            entry.op: self.remainder if entry.precision == "int8" else entry.precision
+            entry.op: self.remainder if entry.precision in CODES else entry.precision
             for entry in self.entries
             if entry.operations == operations
         }
@@ -120,7 +126,7 @@ class PrecisionPlan:
         return replace(self, entries=entries)
 
     def _with_range(self, entry: PlanEntry, ranges: dict[str, float]) -> PlanEntry:
-        if entry.precision != "int8" or entry.input_amax is not None:
+        if entry.precision not in CODES or entry.input_amax is not None:
             return entry
         amax = ranges[entry.op]
         if amax > 0:
@@ -142,7 +148,7 @@ class PrecisionPlan:
 
 
 Rule = Callable[[LayerFacts], str]
-"""Returns why a layer must not be INT8, or an empty string."""
+"""Returns why a layer must not be quantised, or an empty string."""
 
 
 def _has_weights(layer: LayerFacts) -> str:
@@ -165,14 +171,28 @@ def _is_wide(layer: LayerFacts) -> str:
     return f"fewer than {MIN_CHANNELS} channels" if narrow and not image_stem else ""
 
 
+def _is_wide_enough_for_fp8(layer: LayerFacts) -> str:
+    narrow = min(layer.in_channels, layer.out_channels) < MIN_CHANNELS
+    return f"fewer than {MIN_CHANNELS} channels" if narrow else ""
+
+
+def _has_small_kernel(layer: LayerFacts) -> str:
+    taps = layer.kernel[0] * layer.kernel[1]
+    return f"a kernel of {taps} positions; FP8 takes {MAX_TAPS}" if taps > MAX_TAPS else ""
+
+
 def _is_used_once(layer: LayerFacts) -> str:
     return "" if layer.uses == 1 else "used more than once: one scale would have to fit every use"
 
 
 POSSIBLE_RULES: tuple[Rule, ...] = (_has_weights, _is_used_once)
-"""What speaks against INT8 not because it gains little, but because it cannot be done."""
+"""What speaks against 8 bits not because they gain little, but because it cannot be done."""
 
-INT8_RULES: tuple[Rule, ...] = (_has_weights, _is_used_once, _is_dense, _is_matrix_product, _is_wide)
+RULES: dict[str, tuple[Rule, ...]] = {
+    "int8": (_has_weights, _is_used_once, _is_dense, _is_matrix_product, _is_wide),
+    "fp8": (_has_weights, _is_used_once, _is_dense, _is_matrix_product, _is_wide_enough_for_fp8, _has_small_kernel),
+}
+"""Against each of `CODES`, the first that speaks counts."""
 
 
 def make_plan(layers: list[LayerFacts], precision: str, remainder: str = "fp16") -> PrecisionPlan:
@@ -181,32 +201,32 @@ def make_plan(layers: list[LayerFacts], precision: str, remainder: str = "fp16")
     Args:
         layers: The layers in the order of the network, as `inspect_layers` returns them.
         precision: One of `PRECISIONS`.
-        remainder: Type of what stays unquantised when `precision` is int8.
+        remainder: Type of what stays unquantised when `precision` is one of `CODES`.
 
     Returns:
         The plan; ranges are still to be filled in.
 
     Raises:
         OptionError: If a precision is unknown.
-        ModelError: If INT8 is asked for and no layer may be quantised.
+        ModelError: If no layer may be quantised as asked for.
     """
     if precision not in PRECISIONS or remainder not in REMAINDERS:
         msg = f"Precision {precision!r} with remainder {remainder!r}: known are {PRECISIONS} with {REMAINDERS}."
         raise OptionError(msg)
-    if precision != "int8":
+    if precision not in CODES:
         entries = [PlanEntry(op=x.path, kind=x.kind, precision=precision, reason=_asked_for(x)) for x in layers]
         return PrecisionPlan(precision=precision, remainder=precision, entries=tuple(entries))
-    entries = [_decide(layer, remainder) for layer in layers if layer.kind != RESIDUAL_ADD]
-    if not any(entry.precision == "int8" for entry in entries):
+    entries = [_decide(layer, precision, remainder) for layer in layers if layer.kind != RESIDUAL_ADD]
+    if not any(entry.precision == precision for entry in entries):
         kinds: dict[str, set[str]] = {}
         for entry in sorted(entries, key=lambda entry: entry.reason.startswith("not a")):  # the telling ones first
             kinds.setdefault(entry.reason, set()).add(entry.kind)
         reasons = "; ".join(f"{', '.join(sorted(names))}: {reason}" for reason, names in kinds.items())
-        msg = f"No layer of this network gains from INT8 ({reasons}). Build it with --precision fp16."
+        msg = f"No layer of this network gains from {precision.upper()} ({reasons}). Build it with --precision fp16."
         raise ModelError(msg)
     int8 = {entry.op for entry in entries if entry.precision == "int8"}
     decided = {entry.op: entry for entry in entries}
-    decided |= {x.path: _decide_addition(x, int8, remainder) for x in layers if x.kind == RESIDUAL_ADD}
+    decided |= {x.path: _decide_addition(x, int8, precision, remainder) for x in layers if x.kind == RESIDUAL_ADD}
     ordered = tuple(decided[layer.path] for layer in layers)
     return PrecisionPlan(precision=precision, remainder=remainder, entries=ordered)
 
@@ -216,24 +236,21 @@ def _asked_for(layer: LayerFacts) -> str:
     return "as asked for" + ("; its statistics are FP32 in every graph (stash_type)" if normalises else "")
 
 
-def _decide_addition(layer: LayerFacts, int8: set[str], remainder: str) -> PlanEntry:
+def _decide_addition(layer: LayerFacts, int8: set[str], precision: str, remainder: str) -> PlanEntry:
     """A residual addition takes its identity in INT8 where the branch ends in an INT8 layer: both become one kernel."""
-    fuses = layer.branch in int8
+    reason = "its branch does not end in an INT8 layer" if precision == "int8" else "quantised in INT8 only"
+    if layer.branch in int8:
+        precision_of_it, reason = "int8", "identity only: the addition joins the INT8 layer of its branch"
+    else:
+        precision_of_it = remainder
+    return PlanEntry(op=layer.path, kind=layer.kind, precision=precision_of_it, reason=reason)
+
+
+def _decide(layer: LayerFacts, precision: str, remainder: str) -> PlanEntry:
+    against = next((reason for rule in RULES[precision] if (reason := rule(layer))), "")
     return PlanEntry(
         op=layer.path,
         kind=layer.kind,
-        precision="int8" if fuses else remainder,
-        reason="identity only: the addition joins the INT8 layer of its branch"
-        if fuses
-        else "its branch does not end in an INT8 layer",
-    )
-
-
-def _decide(layer: LayerFacts, remainder: str) -> PlanEntry:
-    against = next((reason for rule in INT8_RULES if (reason := rule(layer))), "")
-    return PlanEntry(
-        op=layer.path,
-        kind=layer.kind,
-        precision=remainder if against else "int8",
+        precision=remainder if against else precision,
         reason=against or "dense product of enough rows and channels",
     )

@@ -1,7 +1,7 @@
-"""The quantised module: the deploy form with fake quantisation where the plan says INT8.
+"""The quantised module: the deploy form with fake quantisation where the plan says INT8 or FP8.
 
-It scripts, freezes and exports, and computes on the CPU what TensorRT computes in INT8: symmetric codes, zero point 0,
-round half to even, one scale per activation tensor, one per output channel of the weights, biases left alone.
+It scripts and freezes, and computes on the CPU what TensorRT computes in 8 bits: symmetric codes, zero point 0, round
+half to even, one scale per activation tensor, one per output channel of the weights, biases left alone.
 
 Source: TensorRT documentation, "Explicit quantization".
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pcn_deploy.calibration.calibrators import WEIGHT_CALIBRATORS, check_weight_calibrator
-from pcn_deploy.calibration.plan import PrecisionPlan
+from pcn_deploy.calibration.plan import CODES, PrecisionPlan
 from pcn_deploy.calibration.weights import QMAX, weight_scales
 from pcn_deploy.errors import DataError
 from pcn_deploy.models.deploy import share_weights
@@ -31,16 +31,18 @@ class Quantization:
     Attributes:
         input: Scale of its input; of a residual addition, of the identity.
         weight: Scale per output channel, float32 `(C_out,)`; empty for a residual addition.
+        codes: One of `plan.CODES`.
     """
 
     input: float
     weight: npt.NDArray[np.float32]
+    codes: str = "int8"
 
 
 def plan_scales(
     model: nn.Module, plan: PrecisionPlan, weight_calibrator: str = WEIGHT_CALIBRATORS[0]
 ) -> dict[str, Quantization]:
-    """Scales of every layer that the plan puts in INT8.
+    """Scales of every layer that the plan quantises.
 
     Where the rest of the graph is FP16, scales are stored in FP16 beside it; they are rounded here, before any code is
     computed from them, so that every engine and the quantised module use the same values.
@@ -60,7 +62,7 @@ def plan_scales(
     """
     check_weight_calibrator(weight_calibrator)
     found = {}
-    for path, entry in plan.int8_entries.items():
+    for path, entry in plan.quantized_entries.items():
         layer = model.get_submodule(path)
         if not isinstance(layer, QUANTIZABLE):
             msg = f"The plan quantises {path}, which is a {type(layer).__name__}; only Conv2d and Linear can be."
@@ -68,15 +70,16 @@ def plan_scales(
         if not 0 < (entry.input_amax or 0) <= float(np.finfo(np.float32).max):
             msg = f"{path} has no calibrated range (it is {entry.input_amax}). Calibrate it, or leave it out of INT8."
             raise DataError(msg)
-        scale = np.float32(entry.input_amax) / np.float32(QMAX)
+        largest = CODES[entry.precision]
+        scale = np.float32(entry.input_amax) / np.float32(largest)
         stored = partial(_stored, path=path, remainder=plan.remainder)
         weight = np.zeros(0, np.float32)
         if not isinstance(layer, ResidualAdd):
             if not layer.weight.isfinite().all():
                 msg = f"{path} has weights that are NaN or infinite: mend the checkpoint."
                 raise DataError(msg)
-            weight = weight_scales(layer.weight, weight_calibrator, stored)
-        found[path] = Quantization(float(stored(np.array([scale]))[0]), weight)
+            weight = weight_scales(layer.weight, weight_calibrator, stored, largest)
+        found[path] = Quantization(float(stored(np.array([scale]))[0]), weight, entry.precision)
     return found
 
 
@@ -87,7 +90,7 @@ def _stored(scales: npt.NDArray[np.float32], path: str, remainder: str) -> npt.N
         return scales
     if scales.max() > np.finfo(np.float16).max:
         msg = (
-            f"{path} needs a scale of {scales.max():.3g}, beyond FP16: its values reach {scales.max() * QMAX:.3g}. "
+            f"{path} needs a scale of {scales.max():.3g}, beyond FP16: its values are too large. "
             "Build with --remainder fp32, or mend the weights."
         )
         raise DataError(msg)
@@ -101,8 +104,24 @@ def round_up_to_fp16(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]
     return rounded.astype(np.float32)
 
 
-def quantize_weight(weight: Tensor, scales: Tensor) -> Tensor:
-    """Round weights `(C_out, ...)` to multiples of their channel's scale, codes in [-127, 127]."""
+def fake_quantize(x: Tensor, scale: float, codes: str) -> Tensor:
+    """Round a tensor to what its codes stand for: INT8 in [-128, 127], or E4M3 in [-448, 448]."""
+    if codes == "fp8":
+        return round_to_e4m3(x / scale) * scale
+    rounded: Tensor = torch.fake_quantize_per_tensor_affine(x, scale, 0, -128, 127)
+    return rounded
+
+
+def round_to_e4m3(x: Tensor) -> Tensor:
+    """The nearest E4M3 values, ties to even; what is beyond 448 becomes 448."""
+    return x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).to(x.dtype)
+
+
+def quantize_weight(weight: Tensor, scales: Tensor, codes: str = "int8") -> Tensor:
+    """Round weights `(C_out, ...)` to what their codes stand for at their channel's scale; INT8 in [-127, 127]."""
+    if codes == "fp8":
+        steps = scales.reshape(-1, *[1] * (weight.ndim - 1))
+        return round_to_e4m3(weight / steps) * steps
     zeros = torch.zeros_like(scales, dtype=torch.int32)
     rounded: Tensor = torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -QMAX, QMAX)
     return rounded
@@ -125,11 +144,11 @@ class QuantConv2d(nn.Conv2d):
             device="meta",
         )
         _take_over(self, conv, scales)
-        self.input_scale = scales.input
+        self.input_scale, self.codes = scales.input, scales.codes
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve `(N, C_in, H, W)`."""
-        x = torch.fake_quantize_per_tensor_affine(x, self.input_scale, 0, -128, 127)
+        x = fake_quantize(x, self.input_scale, self.codes)
         y: Tensor = self._conv_forward(x, self.weight, self.bias)
         return y
 
@@ -140,11 +159,11 @@ class QuantLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, scales: Quantization) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         _take_over(self, linear, scales)
-        self.input_scale = scales.input
+        self.input_scale, self.codes = scales.input, scales.codes
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform the last axis."""
-        x = torch.fake_quantize_per_tensor_affine(x, self.input_scale, 0, -128, 127)
+        x = fake_quantize(x, self.input_scale, self.codes)
         return nn.functional.linear(x, self.weight, self.bias)
 
 
@@ -153,15 +172,15 @@ class QuantResidualAdd(ResidualAdd):
 
     def __init__(self, scales: Quantization) -> None:
         super().__init__()
-        self.input_scale = scales.input
+        self.input_scale, self.codes = scales.input, scales.codes
 
     def forward(self, branch: Tensor, identity: Tensor) -> Tensor:
         """Add two tensors of one shape."""
-        return branch + torch.fake_quantize_per_tensor_affine(identity, self.input_scale, 0, -128, 127)
+        return branch + fake_quantize(identity, self.input_scale, self.codes)
 
 
 def _take_over(quantized: nn.Conv2d | nn.Linear, source: nn.Conv2d | nn.Linear, scales: Quantization) -> None:
-    weight = quantize_weight(source.weight.detach(), torch.from_numpy(scales.weight))
+    weight = quantize_weight(source.weight.detach(), torch.from_numpy(scales.weight), scales.codes)
     quantized.weight = nn.Parameter(weight, requires_grad=False)
     quantized.bias = source.bias
     quantized.train(source.training)

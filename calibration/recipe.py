@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pcn_deploy.calibration.plan import (
+    CODES,
     POSSIBLE_RULES,
     PRECISIONS,
     REMAINDERS,
@@ -29,7 +30,7 @@ ALLOWED = {
     "fp32": ("fp32",),
     "fp16": ("fp16", "fp32"),
     "bf16": ("bf16", "fp16", "fp32"),
-    "int8": ("int8", "fp16", "fp32"),
+    **{codes: (codes, "fp16", "fp32") for codes in CODES},
 }
 """What a layer may be in a plan of each precision."""
 
@@ -37,7 +38,7 @@ _TABLES = {"layers": False, "operations": True}
 _KEYS = ("kind", "precision", "reason", "input_amax")
 _HEAD = """\
 # Precision plan of pcn-deploy. Edit it and build with --recipe FILE.toml; a layer left out follows the rules.
-# input_amax: magnitude that the largest INT8 code of a layer's input stands for; left out, it is calibrated.
+# input_amax: magnitude that the largest code of a layer's input stands for; left out, it is calibrated.
 """
 
 
@@ -47,7 +48,7 @@ class Recipe:
 
     Attributes:
         precision: The precision of the build.
-        remainder: Type of everything that is not INT8; the precision itself where that is not int8.
+        remainder: Type of everything that is not quantised; the precision itself where that is none of `CODES`.
         entries: The layers it decides, and the operations that modules do themselves.
         source: Where it comes from, for messages.
     """
@@ -71,25 +72,28 @@ class Recipe:
             modules: Names of all modules of the network; that of the network itself is an empty string.
 
         Raises:
-            OptionError: If the recipe names what the network does not have, or wants INT8 where it cannot be.
+            OptionError: If the recipe names what the network does not have, or quantises what cannot be.
         """
         known = {layer.path: layer for layer in facts}
         for entry in self.entries:
             self._check_name(entry, modules if entry.operations else list(known))
         given = self.layers
         entries = tuple(replace(given[x.op], kind=x.kind) if x.op in given else x for x in plan.entries)
-        int8 = {entry.op for entry in entries if entry.precision == "int8"}
+        quantized = {entry.op: entry.precision for entry in entries if entry.precision in CODES}
         for path, entry in given.items():
             if entry.kind not in ("", known[path].kind):
                 msg = f"{self._at(entry)} is a {entry.kind} there and a {known[path].kind} in this network."
                 raise OptionError(msg)
-            against = _against_int8(known[path], int8) if path in int8 else ""
+            against = _against_codes(known[path], quantized) if path in quantized else ""
             if against:
-                msg = f"{self._at(entry)} cannot be int8: {against}. Expected {_or(ALLOWED['int8'][1:])}."
+                others = _or(ALLOWED[entry.precision][1:])
+                msg = f"{self._at(entry)} cannot be {entry.precision}: {against}. Expected {others}."
                 raise OptionError(msg)
         entries = tuple(
             replace(entry, precision=plan.remainder, reason="its branch does not end in an INT8 layer")
-            if entry.precision == "int8" and known[entry.op].kind == RESIDUAL_ADD and known[entry.op].branch not in int8
+            if entry.op in quantized
+            and known[entry.op].kind == RESIDUAL_ADD
+            and known[entry.op].branch not in quantized
             else entry
             for entry in entries
         )
@@ -108,10 +112,13 @@ class Recipe:
             raise OptionError(msg)
 
 
-def _against_int8(layer: LayerFacts, int8: set[str]) -> str:
-    """Why a layer cannot be INT8, whether or not it would gain."""
+def _against_codes(layer: LayerFacts, quantized: dict[str, str]) -> str:
+    """Why a layer cannot be quantised, whether or not it would gain."""
+    if layer.kind == RESIDUAL_ADD and quantized[layer.path] != "int8":
+        return "an addition is quantised in INT8 only"
     if layer.kind == RESIDUAL_ADD:
-        return "" if layer.branch in int8 else f"an addition is INT8 only together with its branch, {layer.branch!r}"
+        joined = layer.branch in quantized
+        return "" if joined else f"an addition is INT8 only together with its branch, {layer.branch!r}"
     return next((reason for rule in POSSIBLE_RULES if (reason := rule(layer))), "")
 
 
@@ -122,7 +129,7 @@ def _or(names: Sequence[str]) -> str:
 def write_recipe(plan: PrecisionPlan) -> str:
     """Write a plan as TOML, such that `parse_recipe` returns it to the bit."""
     lines = [_HEAD, f'precision = "{plan.precision}"']
-    if plan.precision == "int8":
+    if plan.precision in CODES:
         lines.append(f'remainder = "{plan.remainder}"')
     for entry in plan.entries:
         table = "operations" if entry.operations else "layers"
@@ -179,8 +186,8 @@ def parse_recipe(text: str, source: str = "the recipe") -> Recipe:
         raise OptionError(msg) from error
     _check_keys(data, ("precision", "remainder", *_TABLES), source)
     precision = _choice(data, "precision", PRECISIONS, source)
-    remainder = _choice(data, "remainder", REMAINDERS, source, "fp16") if precision == "int8" else precision
-    if precision != "int8" and data.get("remainder", precision) != precision:
+    remainder = _choice(data, "remainder", REMAINDERS, source, "fp16") if precision in CODES else precision
+    if precision not in CODES and data.get("remainder", precision) != precision:
         msg = f"{source}: remainder is {data['remainder']!r}; with precision {precision} leave it out."
         raise OptionError(msg)
     entries = [
@@ -194,7 +201,7 @@ def parse_recipe(text: str, source: str = "the recipe") -> Recipe:
 def _entry(name: str, given: Any, precision: str, operations: bool, at: str) -> PlanEntry:
     table = _table(given, at)
     _check_keys(table, _KEYS, at)
-    allowed = tuple(each for each in ALLOWED[precision] if not (operations and each == "int8"))
+    allowed = tuple(each for each in ALLOWED[precision] if not (operations and each in CODES))
     kind, reason = table.get("kind", ""), table.get("reason", "as the recipe says")
     if not (isinstance(kind, str) and isinstance(reason, str)):
         msg = f"{at}: kind and reason are texts; found {kind!r} and {reason!r}."
@@ -203,8 +210,9 @@ def _entry(name: str, given: Any, precision: str, operations: bool, at: str) -> 
     amax = table.get("input_amax")
     if amax is not None:
         number = isinstance(amax, int | float) and not isinstance(amax, bool)
-        if not number or not math.isfinite(amax) or amax <= 0 or chosen != "int8":
-            msg = f"{at}: input_amax is {amax!r}; expected a finite number above 0, and only where precision is int8."
+        if not number or not math.isfinite(amax) or amax <= 0 or chosen not in CODES:
+            where = "only where precision is int8 or fp8"
+            msg = f"{at}: input_amax is {amax!r}; expected a finite number above 0, and {where}."
             raise OptionError(msg)
     return PlanEntry(
         op=name,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pcn_deploy.calibration.quantized import QuantConv2d, QuantLinear, QuantResidualAdd
+from pcn_deploy.calibration.quantized import QuantConv2d, QuantLinear, QuantResidualAdd, fake_quantize
 from pcn_deploy.models.deploy import share_weights
 
 Images = npt.NDArray[np.float32]
@@ -41,8 +41,8 @@ class Simulation:
 
         Args:
             images: Normalised images, float32.
-            inputs: Layers whose input is rounded to INT8.
-            weights: Layers whose weights are rounded to INT8.
+            inputs: Layers whose input is rounded to their codes.
+            weights: Layers whose weights are rounded to their codes.
 
         Returns:
             Logits `(N, K)`, float32.
@@ -71,8 +71,8 @@ class _Switch(nn.Module):
         """As the layer itself."""
         with_weight = self.quantized if self.rounds_weight else self.plain
         if self.rounds_input:
-            scale = self.quantized.input_scale
-            tensors = (*tensors[:-1], torch.fake_quantize_per_tensor_affine(tensors[-1], scale, 0, -128, 127))
+            rounded = fake_quantize(tensors[-1], self.quantized.input_scale, self.quantized.codes)
+            tensors = (*tensors[:-1], rounded)
         # the plain class's forward, so that the quantised layer does not round its input too
         output: Tensor = type(self.plain).forward(with_weight, *tensors)
         return output

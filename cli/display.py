@@ -200,6 +200,6 @@ def search_summary(search: SearchResult, quantized: int) -> str:
     left = search.unquantized
     names = f": {', '.join(left)}" if left else ""
     return (
-        f"Search: {len(left)} layers left unquantised{names}; {quantized} stay INT8. "
+        f"Search: {len(left)} layers left unquantised{names}; {quantized} stay quantised. "
         f"{search.evaluations} plans judged, simulated drop {search.counts.drop:.2f} points."
     )

@@ -172,7 +172,7 @@ def calibration_options(command: Command) -> Command:
             "--calibration",
             type=click.Path(path_type=Path),
             metavar="DIR|FILE.npz",
-            help="Images to calibrate with (sub-folders are classes); required for int8.",
+            help="Images to calibrate with (sub-folders are classes); required for int8 and fp8.",
         ),
         click.option(
             "--images",
@@ -185,9 +185,8 @@ def calibration_options(command: Command) -> Command:
         click.option(
             "--calibrator",
             type=click.Choice((*CALIBRATORS, AUTO)),
-            default="entropy",
-            show_default=True,
-            help="Ranges; auto tries them all and takes the one of largest SQNR of the logits.",
+            help="Ranges; auto tries them all and takes the one of largest SQNR of the logits. [default: entropy; for "
+            "fp8 max]",
         ),
         click.option(
             "--percentile",
@@ -237,7 +236,7 @@ def calibration_of(given: dict[str, Any]) -> dict[str, Any]:
         msg = "--percentile goes with --calibrator percentile."
         raise OptionError(msg)
     return {
-        "calibrator": given["calibrator"],
+        "calibrator": given["calibrator"] or "",
         "percentile": PERCENTILE if percentile is None else percentile,
         "weight_calibrator": given["weight_calibrator"],
         "calibration_cache": given["calibration_cache"],

@@ -150,6 +150,13 @@ class Backend(ABC):
             msg = f"Target {self.target!r} cannot be built here: {state.detail}. {state.remedy}".rstrip()
             raise DependencyError(msg)
 
+    def check_precision(self, precision: str) -> None:  # noqa: B027 - most backends take all of them
+        """Refuse what the target's hardware cannot compute in, before the long work.
+
+        Raises:
+            OptionError: If it cannot; the message says what can.
+        """
+
     def build(self, source: GraphSource, progress: Progress = silent) -> EngineArtifact:
         """Build an engine.
 

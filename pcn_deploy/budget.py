@@ -131,10 +131,10 @@ def check_count(images: int, budget: float) -> int:
 def search_plan(
     network: Prepared, judges: Judges, record: Path | None, progress: Progress
 ) -> tuple[Prepared, SearchResult]:
-    """Find the fewest layers to leave out of INT8.
+    """Find the fewest layers to leave unquantised.
 
     Args:
-        network: The network with every layer in INT8 that may be.
+        network: The network with every layer quantised that may be.
         judges: The images.
         record: Where judgements are kept, so that a killed search goes on; None for nowhere.
         progress: Told how far the steps are.
@@ -144,7 +144,7 @@ def search_plan(
 
     Raises:
         DataError: If `record` belongs to another run.
-        ParityError: If no layer at all can be INT8 within the budget.
+        ParityError: If no layer at all can be quantised within the budget.
     """
     from pcn_deploy.calibration.quantized import apply_scales
     from pcn_deploy.calibration.search import Search
@@ -158,14 +158,15 @@ def search_plan(
     search = Search(simulation, units, judges.search, judges.budget, ledger, progress)
     found = search.run(lambda: rank(simulation, units, chosen, ledger, progress))
     ledger.remove()
+    codes = network.plan.precision.upper()
     if len(found.unquantized) == len(units):
         msg = (
-            f"No INT8 layer is left: each of the {len(units)} would break the budget of {judges.budget} points of "
+            f"No {codes} layer is left: each of the {len(units)} would break the budget of {judges.budget} points of "
             "top-1. Build with --precision fp16, calibrate with more images, or allow a larger drop."
         )
         raise ParityError(msg)
     left = frozenset(layer for unit in found.unquantized for layer in units[unit])
-    reason = f"INT8 here would break the budget of {judges.budget} points of top-1"
+    reason = f"{codes} here would break the budget of {judges.budget} points of top-1"
     return network.leave_out(left, reason), found
 
 

@@ -110,7 +110,7 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     """
     options = options or CompileOptions()
     backends = [get_backend(target) for target in options.targets]
-    _check_backends(backends, options.graph_type)
+    _check_backends(backends, options)
     source = open_source(calibration, options)
     judged_by = open_evaluation(evaluation, calibration, options)
     if judged_by is not None:
@@ -120,14 +120,14 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     judges = found = None
     if judged_by is not None:
         answers = Answers.of(eager(model), judged_by, progress)
-        judges = Judges.share_out(answers, options.budget.top1_drop, searching=options.precision == "int8")
-        if options.precision == "int8":
+        judges = Judges.share_out(answers, options.budget.top1_drop, searching=options.quantizes)
+        if options.quantizes:
             network, found = search_plan(network, judges, search_record, progress)
     bundle = _new_bundle(network, options, source, provenance or {})
     bundle.add("golden.npz", _npz(_golden_set(model, options, source, progress)))
     del model  # no longer needed; the caller may keep it
     plan, spec = network.plan, _add_graphs(bundle, network, options, progress)
-    rounds_codes = options.precision == "int8" and options.graph_type == "fp16"
+    rounds_codes = options.quantizes and options.graph_type == "fp16"
     as_fp32 = partial(_fp32_graph, network, options) if rounds_codes else None
     del network  # its folded weights are in the graphs now
     release_unused()
@@ -143,7 +143,7 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     return CompileResult(bundle=bundle, plan=plan, reports=reports, search=found, proofs=proofs)
 
 
-def _check_backends(backends: list[Backend], graph_type: str) -> None:
+def _check_backends(backends: list[Backend], options: CompileOptions) -> None:
     """Find out before the long work what would stop it after."""
     try:
         import onnx_ir  # noqa: F401
@@ -154,7 +154,8 @@ def _check_backends(backends: list[Backend], graph_type: str) -> None:
         raise DependencyError.for_extra(error.name or "torch", "compile", "building a bundle") from error
     for backend in backends:
         backend.check_can_build()
-        executor(backend, graph_type)
+        backend.check_precision(options.precision)
+        executor(backend, options.graph_type)
 
 
 def _golden_set(

@@ -5,9 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pcn_deploy.calibration.calibrators import AUTO, PERCENTILE, check_weight_calibrator, get_calibrator
+from pcn_deploy.calibration.calibrators import (
+    AUTO,
+    FLOAT_CALIBRATORS,
+    PERCENTILE,
+    check_weight_calibrator,
+    get_calibrator,
+)
 from pcn_deploy.calibration.images import MAX_UNREADABLE_SHARE
-from pcn_deploy.calibration.plan import PRECISIONS, REMAINDERS
+from pcn_deploy.calibration.plan import CODES, PRECISIONS, REMAINDERS
 from pcn_deploy.calibration.recipe import Recipe
 from pcn_deploy.calibration.recovery import check_recovery
 from pcn_deploy.calibration.transform import Transform
@@ -37,9 +43,10 @@ class CompileOptions:
 
     Attributes:
         precision: One of `PRECISIONS`.
-        remainder: Type of what INT8 leaves unquantised, `fp16` or `fp32`; used with `int8` only.
+        remainder: Type of what INT8 and FP8 leave unquantised, `fp16` or `fp32`; used with `int8` and `fp8` only.
         targets: Names from `engines.registry.TARGETS`, each once.
-        calibrator: One of `calibrators.CALIBRATORS`, or `auto`: the one of largest SQNR on the calibration images.
+        calibrator: One of `calibrators.CALIBRATORS`, or `auto`: the one of largest SQNR on the calibration images. With
+            `fp8`, `max` or `percentile`. By default `entropy`, with `fp8` `max`.
         percentile: For the percentile calibrator, in percent, above 50 and at most 100.
         weight_calibrator: One of `calibrators.WEIGHT_CALIBRATORS`.
         calibration_cache: File that keeps what calibration saw, `.json`, or a bundle to take it from; see
@@ -62,7 +69,7 @@ class CompileOptions:
     precision: str = "fp16"
     remainder: str = "fp16"
     targets: tuple[str, ...] = ("cpu",)
-    calibrator: str = "entropy"
+    calibrator: str = ""
     percentile: float = PERCENTILE
     weight_calibrator: str = "max"
     calibration_cache: str | Path | None = None
@@ -78,6 +85,8 @@ class CompileOptions:
     recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
+        if not self.calibrator:
+            object.__setattr__(self, "calibrator", "max" if self.precision == "fp8" else "entropy")
         if self.precision not in PRECISIONS or self.remainder not in REMAINDERS:
             msg = (
                 f"Precision {self.precision!r} with remainder {self.remainder!r}: "
@@ -92,6 +101,13 @@ class CompileOptions:
             raise OptionError(msg)
         get_calibrator("percentile" if self.calibrator == AUTO else self.calibrator, self.percentile)
         check_weight_calibrator(self.weight_calibrator)
+        if self.precision == "fp8" and (self.calibrator not in FLOAT_CALIBRATORS or self.weight_calibrator != "max"):
+            msg = (
+                f"Calibrator {self.calibrator!r} with weight calibrator {self.weight_calibrator!r} weighs clipping "
+                "against the equal steps of INT8; those of FP8 grow with the value. Take "
+                f"{' or '.join(FLOAT_CALIBRATORS)}, with weight calibrator max."
+            )
+            raise OptionError(msg)
         check_recovery(self.recovery)
         if self.recovery and self.precision != "int8":
             msg = (
@@ -126,4 +142,9 @@ class CompileOptions:
     @property
     def graph_type(self) -> str:
         """Type of the graph outside Q/DQ: fp32, fp16 or bf16."""
-        return self.remainder if self.precision == "int8" else self.precision
+        return self.remainder if self.quantizes else self.precision
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the precision is of 8 bits."""
+        return self.precision in CODES

@@ -47,6 +47,7 @@ BUDGETS = {
     "fp16": ParityBudget(cosine_min=0.999, sqnr_db=40.0, top1_drop=0.2),
     "bf16": ParityBudget(cosine_min=0.99, sqnr_db=20.0, top1_drop=0.5),
     "int8": ParityBudget(cosine_min=0.95, sqnr_db=15.0, top1_drop=1.0),
+    "fp8": ParityBudget(cosine_min=0.95, sqnr_db=15.0, top1_drop=1.0),
 }
 """Default budget per precision; justified in docs/parity.md."""
 

@@ -27,7 +27,7 @@ CalibrationImages = str | Path | Iterable[npt.NDArray[np.float32]] | ImageSource
 
 NOISE = "standard normal noise"
 NO_IMAGES = (
-    "INT8 needs calibration images: without them the ranges would be guesses. "
+    "INT8 and FP8 need calibration images: without them the ranges would be guesses. "
     "Give --calibration DIR or FILE.npz with a few hundred images like those the network will see."
 )
 
@@ -115,7 +115,7 @@ def open_source(calibration: CalibrationImages | None, options: CompileOptions) 
     """
     if calibration is not None:
         return as_source(calibration, options, options.calibration_images)
-    if options.precision == "int8" and options.recipe is None:
+    if options.quantizes and options.recipe is None:
         raise DataError(NO_IMAGES)
     return None
 
@@ -137,7 +137,7 @@ def open_evaluation(
     Raises:
         DataError: If images are unusable.
     """
-    if evaluation is None and options.max_drop is not None and options.precision == "int8":
+    if evaluation is None and options.max_drop is not None and options.quantizes:
         evaluation = calibration
     return None if evaluation is None else as_source(evaluation, options)
 
@@ -186,7 +186,7 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     progress("Rewriting and planning", 3, 3)
     recovered: dict[str, int] = {}
     if source is not None:
-        deployed, recovered = apply_before(deployed, list(plan.int8_entries), source, options.recovery, progress)
+        deployed, recovered = apply_before(deployed, list(plan.quantized_entries), source, options.recovery, progress)
     elif options.recovery:
         msg = f"Recovery {', '.join(options.recovery)} needs calibration images, also where a recipe has the ranges."
         raise DataError(msg)
@@ -194,12 +194,13 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
         plan, magnitudes = _plan(deployed, layers, options, source)
     if options.with_attention_map:
         deployed = output_attention_map(deployed, options.transform.shape)
-    if options.precision == "int8" and not plan.int8_entries:
-        msg = "The plan leaves no layer in INT8. Build it with --precision fp16, or put layers in INT8 in the recipe."
+    if options.quantizes and not plan.quantized_entries:
+        codes = options.precision.upper()
+        msg = f"The plan leaves no layer in {codes}. Build it with --precision fp16, or put layers in it in the recipe."
         raise ModelError(msg)
-    missing = [path for path, entry in plan.int8_entries.items() if entry.input_amax is None]
+    missing = [path for path, entry in plan.quantized_entries.items() if entry.input_amax is None]
     if missing and source is None:
-        msg = f"The recipe gives no range for {len(missing)} INT8 layers, such as {missing[0]}. {NO_IMAGES}"
+        msg = f"The recipe gives no range for {len(missing)} quantised layers, such as {missing[0]}. {NO_IMAGES}"
         raise DataError(msg)
     seen = None
     if missing and source is not None:

@@ -60,7 +60,7 @@ def test_a_harmful_layer_is_left_out_and_the_engine_is_proven(monkeypatch: pytes
     assert "budget of 6.0 points" in entry.reason
     quantized = list(onnx.load_from_string(result.bundle.read("model.onnx")).graph.node)
     assert sum(HARMFUL in node.name for node in quantized if node.op_type == "QuantizeLinear") == 0
-    assert sum(node.op_type == "QuantizeLinear" for node in quantized) == len(result.plan.int8_entries) > 2
+    assert sum(node.op_type == "QuantizeLinear" for node in quantized) == len(result.plan.quantized_entries) > 2
     assert [(proof.target, proof.held_out, proof.labelled) for proof in result.proofs] == [
         ("cpu", True, False),
         ("torchscript", True, False),

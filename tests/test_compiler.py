@@ -94,7 +94,7 @@ def test_int8_records_its_calibration(results: dict[str, CompileResult]) -> None
 
 
 def test_int8_without_images_is_refused() -> None:
-    with pytest.raises(DataError, match=r"INT8 needs calibration images.*--calibration DIR or FILE\.npz"):
+    with pytest.raises(DataError, match=r"INT8 and FP8 need calibration images.*--calibration DIR or FILE\.npz"):
         pcn_deploy.compile(network(), options(precision="int8"))
 
 

@@ -54,7 +54,7 @@ def test_only_missing_ranges_are_calibrated(int8: CompileResult) -> None:
     again = pcn_deploy.compile(overflowing(), partial, calibration=images())
     assert again.plan == int8.plan
     assert set(again.bundle.read_json("calibration.json")["ranges"]) == {first.op}
-    with pytest.raises(DataError, match=rf"no range for 1 INT8 layers, such as {first.op}.*calibration images"):
+    with pytest.raises(DataError, match=rf"no range for 1 quantised layers, such as {first.op}.*calibration images"):
         pcn_deploy.compile(overflowing(), partial)
 
 

@@ -12,7 +12,7 @@ from pcn_deploy.options import CompileOptions
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"precision": "fp8"}, r"Precision 'fp8'.*fp32, fp16, bf16, int8"),
+        ({"precision": "int4"}, r"Precision 'int4'.*fp32, fp16, bf16, int8, fp8"),
         ({"remainder": "bf16"}, r"remainder 'bf16'.*fp16 or fp32"),
         ({"targets": ()}, "name at least one"),
         ({"targets": ("cpu", "cpu")}, "each only once"),

@@ -98,7 +98,7 @@ def _analyze(given: dict[str, Any], processes: Processes) -> None:
             record=given["output"].with_name(f"{given['output'].name}.partial"),
             progress=progress,
         )
-    measurements = {"model": given["model"], "calibrator": given["calibrator"], **found.to_json()}
+    measurements = {"model": given["model"], "calibrator": compile_options.calibrator, **found.to_json()}
     given["output"].write_text(json.dumps(measurements, indent=1) + "\n", encoding="utf-8")
     if given["picture"] is not None:
         draw(found, given["picture"], f"{given['model']}: cost of INT8 per layer, {found.sensitivity.images} images")

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from pcn_deploy.bundle import check_output
 from pcn_deploy.calibration.distributed import Processes, join
-from pcn_deploy.calibration.plan import PRECISIONS, REMAINDERS
+from pcn_deploy.calibration.plan import CODES, PRECISIONS, REMAINDERS
 from pcn_deploy.calibration.recipe import read_recipe
 from pcn_deploy.choice import compile_fastest
 from pcn_deploy.cli import display, options
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     type=click.Choice(REMAINDERS),
     default="fp16",
     show_default=True,
-    help="With int8: the type of what is not quantised.",
+    help="With int8 and fp8: the type of what is not quantised.",
 )
 @click.option(
     "--recipe",
@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     type=float,
     metavar="PCT",
     help="Largest loss of top-1, in percentage points. Proven with 95 % confidence on the images of --data; for int8 "
-    "(there without --data on the calibration images) as many layers as needed are left unquantised.",
+    "and fp8 (there without --data on the calibration images) as many layers as needed are left unquantised.",
 )
 @click.option(
     "--with-attention-map",
@@ -108,7 +108,7 @@ def _build(given: dict[str, Any], processes: Processes) -> None:
     source = options.source_of(given)
     compile_options = _options(_with_recipe(given))
     calibration = given["calibration"]
-    if calibration is None and compile_options.precision == "int8" and given["random_weights"] and not given["recipe"]:
+    if calibration is None and compile_options.quantizes and given["random_weights"] and not given["recipe"]:
         display.note("the weights are random, so synthetic images calibrate them.", quiet=quiet)
         calibration = synthetic_source(compile_options)
     impossible = (ModelError,) if given["precision"] == AUTO else ()  # process 0 then builds FP16 alone
@@ -162,7 +162,7 @@ def _with_recipe(given: dict[str, Any]) -> dict[str, Any]:
     recipe = read_recipe(given["recipe"])
     context = click.get_current_context()
     decided = {"precision": recipe.precision}
-    if recipe.precision == "int8":
+    if recipe.precision in CODES:
         decided["remainder"] = recipe.remainder
     left = {key for key in decided if context.get_parameter_source(key) is ParameterSource.DEFAULT}
     if given["precision"] == AUTO:
@@ -220,7 +220,7 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
     display.print_table("Engines", ["target", "member", "size"], engines)
     display.print_table("Parity with the eager network", display.PARITY_COLUMNS, display.parity_rows(reports))
     if result.search:
-        click.echo(display.search_summary(result.search, len(result.plan.int8_entries)))
+        click.echo(display.search_summary(result.search, len(result.plan.quantized_entries)))
     if result.proofs:
         rows = [display.proof_row(proof) for proof in result.proofs]
         display.print_table("Drop of top-1, in percentage points", display.PROOF_COLUMNS, rows)
@@ -231,7 +231,7 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
         click.echo(f"Ranges: {seen['calibrator']} on {seen['images']} images; {seen['unreadable']} could not be read.")
         if "recovery" in seen:
             click.echo(display.recovery_summary(seen["recovery"]))
-    elif bundle.manifest["precision"] == "int8":
+    elif bundle.manifest["precision"] in CODES:
         click.echo("Ranges: all from the recipe; no image was calibrated on.")
     for report in result.reports:
         if report.executed_by != report.target:

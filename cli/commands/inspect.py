@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from pcn_deploy.calibration.plan import CODES
 from pcn_deploy.calibration.recipe import write_recipe
 from pcn_deploy.cli import display, options
 from pcn_deploy.description import describe, plan_of
@@ -53,7 +54,7 @@ def _overview(found: dict[str, Any]) -> list[list[str]]:
         ["model", found["model"]],
         [
             "precision",
-            found["precision"] + (f", rest {found['remainder']}" if found["precision"] == "int8" else ""),
+            found["precision"] + (f", rest {found['remainder']}" if found["precision"] in CODES else ""),
         ],
         *[["input", _tensor(tensor)] for tensor in found["inputs"]],
         *[["output", _tensor(tensor)] for tensor in found["outputs"]],

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pcn_deploy.engines.base import Availability, Backend, EngineArtifact, GraphSource, Session
 from pcn_deploy.engines.tensorrt import cuda, library
-from pcn_deploy.engines.tensorrt.build import BuildOptions, build
+from pcn_deploy.engines.tensorrt.build import BuildOptions, build, fp8_capable
 from pcn_deploy.engines.tensorrt.flavour import PORTABLE, TENSORRT, TENSORRT_RTX, Flavour
 from pcn_deploy.engines.tensorrt.run import open_engine
 from pcn_deploy.errors import DependencyError, PcnDeployError
@@ -43,6 +43,11 @@ class _TensorRT(Backend):
         detail = f"{found} builds and runs engines only where there is a GPU: {problem}"
         remedy = f"On the device: pcn-compile engine FILE.pcn --target {self.target}"
         return Availability(can_build=False, can_run=False, detail=detail, remedy=remedy)
+
+    def check_precision(self, precision: str) -> None:
+        """Refuse FP8 for GPUs that lack it."""
+        if precision == "fp8":
+            fp8_capable(self.flavour, self.options)
 
     def _build_impl(self, source: GraphSource, progress: Progress) -> EngineArtifact:
         return build(library.load(self.flavour), self.flavour, source, self.options, progress)

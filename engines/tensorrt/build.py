@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import platform
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from pcn_deploy.engines.base import EngineArtifact, GraphSource
 from pcn_deploy.engines.tensorrt import cuda
-from pcn_deploy.engines.tensorrt.flavour import PORTABLE, Flavour
+from pcn_deploy.engines.tensorrt.flavour import FIRST_FP8, PORTABLE, Flavour
 from pcn_deploy.engines.tensorrt.library import version
 from pcn_deploy.engines.tensorrt.messages import Messages, interrupt_deferred, log_of
 from pcn_deploy.engines.tensorrt.monitor import Meter, attach
-from pcn_deploy.engines.tensorrt.wanted import check_precision
+from pcn_deploy.engines.tensorrt.wanted import check_precision, wanted_by
 from pcn_deploy.errors import BuildError, OptionError
 from pcn_deploy.progress import Progress
 from pcn_deploy.specs import EngineSpec
@@ -41,6 +41,23 @@ class BuildOptions:
 
     compute_capabilities: tuple[str, ...] = PORTABLE
     tf32: bool = False
+
+
+def fp8_capable(flavour: Flavour, options: BuildOptions) -> tuple[str, ...]:
+    """Those of the compute capabilities to build for that have FP8.
+
+    Raises:
+        OptionError: If none has.
+    """
+    asked = options.compute_capabilities if flavour.ahead_of_time else (cuda.current().capability,)
+    able = tuple(name for name in asked if int(name.removeprefix("SM")) >= FIRST_FP8)
+    if not able:
+        msg = (
+            f"{', '.join(asked)} cannot compute in FP8; Ada (SM{FIRST_FP8}) and later GPUs can. "
+            "Build with --precision int8 or fp16 for this device."
+        )
+        raise OptionError(msg)
+    return able
 
 
 def build(trt: Any, flavour: Flavour, source: GraphSource, options: BuildOptions, progress: Progress) -> EngineArtifact:
@@ -102,6 +119,8 @@ class _Build:
         config = builder.create_builder_config()
         if not options.tf32:
             config.clear_flag(self.trt.BuilderFlag.TF32)
+        if "FP8" in wanted_by(source.onnx)[1]:
+            options = replace(options, compute_capabilities=fp8_capable(self.flavour, options))
         target = self._target(config, options)
         batch = self._batch(builder, network, config, source.spec)
         monitor = attach(self.trt, config, meter)

@@ -10,6 +10,9 @@ PORTABLE = ("SM80", "SM86", "SM89", "SM120")
 Source: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html
 """
 
+FIRST_FP8 = 89
+"""Compute capability of the first GPUs with FP8, Ada, as a number. TensorRT-RTX 1.7 refuses the graph for SM86."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flavour:

@@ -65,7 +65,7 @@ def test_real_networks_have_the_same_ranges_in_any_order_and_any_arrays(
     """Neither the batch nor where an image stands in it changes anything: no digit of any histogram."""
     net, _ = to_deploy(real_networks(make_net, fill)[name])
     images = np.random.default_rng(0).standard_normal((17, 3, 32, 48)).astype(np.float32)
-    layers = list(make_plan(inspect_layers(net, torch.zeros(1, 3, 32, 48)), "int8").int8_entries)
+    layers = list(make_plan(inspect_layers(net, torch.zeros(1, 3, 32, 48)), "int8").quantized_entries)
     transform = Transform(resolution=(32, 48))
     expected = calibrate(net, layers, ImageSource([images], transform), "entropy")
     grouped = [*np.split(images[:12], 3), images[12], images[13:]]
@@ -198,7 +198,7 @@ def test_a_layer_used_twice_is_not_quantised() -> None:
 
     layers = inspect_layers(Twice(), torch.zeros(1, 3, 4, 4))
     assert {layer.path: layer.uses for layer in layers} == {"first": 1, "conv": 3, "act": 1, "tied": 3}
-    assert list(make_plan(layers, "int8").int8_entries) == ["first"]
+    assert list(make_plan(layers, "int8").quantized_entries) == ["first"]
 
 
 class StandardisedConv(nn.Conv2d):

@@ -56,7 +56,7 @@ def test_placement_for_a_patchconvnet(make_net: MakeNet, form: dict[str, Any], r
     pointwise = {f"blocks.{block}.attn.qkv_pos.{layer}" for block in (0, 1) for layer in (0, 5)}
     tokens = {f"blocks_token_only.0.{layer}" for layer in ("attn.value", "mlp.fc1", "mlp.fc2")} if rows else set()
     # stem: 3 -> 8 (reads the image) -> 16 (8 channels in) -> 32 -> 64
-    assert set(plan.int8_entries) == {f"patch_embed.proj.{i}.0" for i in (0, 4, 6)} | pointwise | tokens
+    assert set(plan.quantized_entries) == {f"patch_embed.proj.{i}.0" for i in (0, 4, 6)} | pointwise | tokens
     reasons = {entry.op: entry.reason.split(":")[0] for entry in plan.entries if entry.precision == "fp16"}
     assert reasons["patch_embed.proj.2.0"] == "fewer than 16 channels"
     assert reasons["blocks.1.attn.qkv_pos.2"] == "depthwise or grouped"
@@ -74,7 +74,7 @@ def test_other_precisions_hold_for_every_layer(precision: str) -> None:
         ("b", precision, "as asked for"),
     ]
     assert plan.remainder == precision
-    assert plan.int8_entries == {}
+    assert plan.quantized_entries == {}
     assert plan.with_ranges({}) == plan
 
 

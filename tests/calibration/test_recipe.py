@@ -73,7 +73,7 @@ def test_layers_left_out_follow_the_rules() -> None:
 
 def test_an_addition_leaves_int8_with_its_branch() -> None:
     plan = apply('precision="int8"\n[layers.stem]\nprecision="fp32"\n[layers.narrow]\nprecision="int8"\n')
-    assert set(plan.int8_entries) == {"narrow"}
+    assert set(plan.quantized_entries) == {"narrow"}
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def spoiled() -> tuple[Simulation, dict[str, str], ImageSource]:
     deployed, _ = to_deploy(network())
     source = ImageSource([images(300)], TRANSFORM)
     plan = make_plan(inspect_layers(deployed, torch.zeros(1, 3, 32, 32)), "int8", "fp32")
-    seen = calibrate(deployed, list(plan.int8_entries), source.subset(16), "max")
+    seen = calibrate(deployed, list(plan.quantized_entries), source.subset(16), "max")
     ranges = {path: 300 * amax if path in HARMFUL else amax for path, amax in seen.ranges.items()}
     scales = plan_scales(deployed, plan.with_ranges(ranges))
     kinds = {entry.op: entry.kind for entry in plan.entries}

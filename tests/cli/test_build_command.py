@@ -159,7 +159,7 @@ def test_recovery_is_applied_recorded_and_printed(weights: Path, out: Path, tmp_
 
 def test_int8_without_images_is_refused(weights: Path, out: Path) -> None:
     result = invoke("patchconvnet", "--weights", weights, "--precision", "int8", "--resolution", "32", "-o", out)
-    refused(result, 1, "INT8 needs calibration images", "--calibration DIR", out=out)
+    refused(result, 1, "INT8 and FP8 need calibration images", "--calibration DIR", out=out)
 
 
 def test_a_printed_recipe_builds_the_same_graph(weights: Path, out: Path, tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_any_other_resolution_is_taken(weights: Path, out: Path) -> None:
         (["--max-drop", "-1"], "--max-drop -1.0"),
         (["--target", "cpu", "--target", "cpu"], "each only once"),
         (["--target", "gpu"], "'gpu' is not one of"),
-        (["--precision", "fp8"], "'fp8' is not one of"),
+        (["--precision", "int4"], "'int4' is not one of"),
         (["--precision", "bf16"], "no BF16 kernels on the CPU"),
         (["--images", "0"], "0 is not in the range"),
     ],

@@ -36,7 +36,7 @@ def images() -> Tensor:
 def scales_for(model: nn.Module, images: Tensor, remainder: str = "fp32") -> dict[str, Quantization]:
     plan = make_plan(inspect_layers(model, images[:1]), "int8", remainder)
     source = ImageSource(images.numpy(), Transform(resolution=SHAPE[1:]))
-    seen = calibrate(model, list(plan.int8_entries), source, "max")
+    seen = calibrate(model, list(plan.quantized_entries), source, "max")
     return plan_scales(model, plan.with_ranges(seen.ranges))
 
 

@@ -43,7 +43,7 @@ def network(fill: ModuleType) -> nn.Module:
 def scales(network: nn.Module, images: Tensor) -> dict[str, Quantization]:
     plan = make_plan(inspect_layers(network, images[:1]), "int8", "fp32")
     seen = calibrate(
-        network, list(plan.int8_entries), ImageSource(images.numpy(), Transform(resolution=SHAPE[1:])), "max"
+        network, list(plan.quantized_entries), ImageSource(images.numpy(), Transform(resolution=SHAPE[1:])), "max"
     )
     assert seen.amax["layer1.1.add"] == seen.amax["layer1.1.conv1"], "identity and input of the block are one tensor"
     return plan_scales(network, plan.with_ranges(seen.ranges))

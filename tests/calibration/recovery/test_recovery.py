@@ -82,7 +82,7 @@ def test_a_layer_left_out_gets_its_float_weights_back() -> None:
         found.unrounded.get_submodule(LAYER).weight,  # type: ignore[arg-type]
     )
     left = found.leave_out(frozenset({LAYER}), "a test")
-    assert left.plan.int8_entries.keys() == found.scales.keys() - {LAYER} == left.scales.keys()
+    assert left.plan.quantized_entries.keys() == found.scales.keys() - {LAYER} == left.scales.keys()
     expected, kept = found.unrounded.state_dict(), left.deployed.state_dict()
     others = found.deployed.state_dict()
     for name, tensor in kept.items():
