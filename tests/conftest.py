@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -22,6 +23,15 @@ DATA = Path(__file__).parent / "data"
 def piped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables have the width they have in a pipe, whatever runs the tests (workers of pytest-xdist set one)."""
     monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """A command that ran with -q leaves no later test without warnings."""
+    logger = logging.getLogger("pcn_deploy")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture
