@@ -20,6 +20,7 @@ from pcn_deploy.calibration.observers import AmaxObserver, HistogramObserver
 from pcn_deploy.calibration.record import Calibration, find_ranges
 from pcn_deploy.calibration.statistics import Statistics
 from pcn_deploy.errors import DataError
+from pcn_deploy.models.hooks import hooked
 from pcn_deploy.models.layers import ResidualAdd
 from pcn_deploy.progress import Progress, silent
 
@@ -140,10 +141,10 @@ def _observe(model: nn.Module, observers: dict[str, AmaxObserver], source: Image
 
         return observe
 
-    handles = [
+    handles = (
         model.get_submodule(path).register_forward_pre_hook(hook(observer), with_kwargs=True)
         for path, observer in observers.items()
-    ]
+    )
     varied = False
 
     def run(images: Images) -> None:
@@ -151,12 +152,8 @@ def _observe(model: nn.Module, observers: dict[str, AmaxObserver], source: Image
         varied = varied or bool((images.max((2, 3)) != images.min((2, 3))).any())
         model(torch.from_numpy(images))
 
-    try:
-        with torch.inference_mode():
-            _pass(source, progress, "Calibrating", run)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.inference_mode():
+        _pass(source, progress, "Calibrating", run)
     return varied
 
 

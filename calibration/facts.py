@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pcn_deploy.calibration.plan import LayerFacts
+from pcn_deploy.models.hooks import hooked
 from pcn_deploy.models.layers import ResidualAdd
 
 
@@ -42,13 +43,8 @@ def inspect_layers(model: nn.Module, example: Tensor) -> list[LayerFacts]:
         return record
 
     leaves = [(path, module) for path, module in model.named_modules() if path and _is_layer(module)]
-    handles = [module.register_forward_hook(hook(path)) for path, module in leaves]
-    try:
-        with torch.inference_mode():
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(module.register_forward_hook(hook(path)) for path, module in leaves), torch.inference_mode():
+        model(example)
     weights = {path: id(getattr(model.get_submodule(path), "weight", None)) for path in facts}
     return [replace(layer, uses=max(1, uses[weights[path]])) for path, layer in facts.items()]
 

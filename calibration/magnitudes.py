@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcn_deploy.calibration.plan import LayerFacts
+from pcn_deploy.models.hooks import hooked
 
 MAX_IMAGES = 16
 _GIGA_MACS = 8.0
@@ -57,13 +58,9 @@ def observe_magnitudes(model: nn.Module, images: npt.NDArray[np.float32]) -> dic
         One entry per module, by name; that of the network itself is an empty string.
     """
     observer = _Observer(model)
-    handles = [hook for path, module in model.named_modules() for hook in observer.follow(path, module)]
-    try:
-        with torch.no_grad(), observer:
-            model(torch.from_numpy(images))
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = (hook for path, module in model.named_modules() for hook in observer.follow(path, module))
+    with hooked(hooks), torch.no_grad(), observer:
+        model(torch.from_numpy(images))
     return observer.found
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.quantized import QuantConv2d, Quantization, QuantLinear, apply_scales
+from pcn_deploy.models.hooks import hooked
 from pcn_deploy.progress import Progress, silent
 
 IMAGES = 512
@@ -90,10 +91,6 @@ def _channel_mean(output: Tensor, layer: nn.Module) -> Tensor:
 
 
 def _run(model: nn.Module, images: Tensor, hooks: dict[str, Any]) -> None:
-    handles = [model.get_submodule(path).register_forward_hook(hook) for path, hook in hooks.items()]
-    try:
-        with torch.inference_mode():
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    handles = (model.get_submodule(path).register_forward_hook(hook) for path, hook in hooks.items())
+    with hooked(handles), torch.inference_mode():
+        model(images)

@@ -26,6 +26,7 @@ from pcn_deploy.calibration.recovery.links import (
     per_input_channel,
 )
 from pcn_deploy.calibration.weights import QMAX
+from pcn_deploy.models.hooks import hooked
 from pcn_deploy.progress import Progress
 
 JUDGES = 32
@@ -134,20 +135,16 @@ def _watch(
     def hook(site: _Site) -> Any:
         return lambda layer, inputs: see(site, layer, inputs[0])
 
-    handles = [
+    handles = (
         model.get_submodule(path).register_forward_pre_hook(hook(site)) for site in sites for path in site.readers
-    ]
+    )
     done = 0
     progress(step, 0, len(source), "images")
-    try:
-        with torch.inference_mode():
-            for images, _ in source.batches(BATCH):
-                model(torch.from_numpy(images))
-                done += len(images)
-                progress(step, done, len(source), "images")
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.inference_mode():
+        for images, _ in source.batches(BATCH):
+            model(torch.from_numpy(images))
+            done += len(images)
+            progress(step, done, len(source), "images")
     progress(step, len(source), len(source), "images")
 
 

@@ -29,6 +29,7 @@ from pcn_deploy.calibration.quantized import (
     quantize_weight,
 )
 from pcn_deploy.calibration.weights import QMAX
+from pcn_deploy.models.hooks import hooked
 from pcn_deploy.progress import Progress, silent
 
 IMAGES = 256
@@ -109,14 +110,10 @@ def _second_moments(quantized: nn.Module, paths: list[str], source: ImageSource)
 
         return add
 
-    handles = [quantized.get_submodule(path).register_forward_pre_hook(hook(path)) for path in paths]
-    try:
-        with torch.inference_mode():
-            for images, _ in source.batches(BATCH):
-                quantized(torch.from_numpy(images))
-    finally:
-        for handle in handles:
-            handle.remove()
+    handles = (quantized.get_submodule(path).register_forward_pre_hook(hook(path)) for path in paths)
+    with hooked(handles), torch.inference_mode():
+        for images, _ in source.batches(BATCH):
+            quantized(torch.from_numpy(images))
     return {path: moment for path, moment in moments.items() if float(moment.diagonal().sum()) > 0}
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pcn_deploy.errors import ModelError
 from pcn_deploy.models.deploy import share_weights
+from pcn_deploy.models.hooks import hooked
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Where the exporter notes, on each node, the modules it belongs to."""
@@ -118,13 +119,9 @@ def _plain_chains(model: nn.Module, example: Tensor, runs: list[Run]) -> list[Ru
         return hook
 
     watched = {run.parent for run in runs} | {run.path(name) for run in runs for name in run.names}
-    handles = [model.get_submodule(path).register_forward_hook(record(path)) for path in watched]
-    try:
-        with torch.no_grad():
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    handles = (model.get_submodule(path).register_forward_hook(record(path)) for path in watched)
+    with hooked(handles), torch.no_grad():
+        model(example)
     return [
         run
         for run in runs

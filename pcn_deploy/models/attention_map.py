@@ -125,11 +125,8 @@ def with_attention_map(model: nn.Module) -> Callable[[Tensor], tuple[Tensor, Ten
 
     def forward(images: Tensor) -> tuple[Tensor, Tensor]:
         maps: list[Tensor] = []
-        handle = block.register_forward_hook(lambda _module, _inputs, output: maps.append(output[1]))
-        try:
+        with block.register_forward_hook(lambda _module, _inputs, output: maps.append(output[1])):
             logits: Tensor = model(images)
-        finally:
-            handle.remove()
         return logits, maps[-1]
 
     return forward
