@@ -42,6 +42,28 @@ def test_an_image_depends_on_its_split_and_index_alone(data: ModuleType) -> None
     assert len(np.unique(pixels.reshape(20, -1), axis=0)) == 20
 
 
+MEANS = {
+    "train": [115.62, 129.85, 112.79, 107.07, 163.0, 127.91, 151.88, 122.98],
+    "calibration": [144.77, 203.61, 118.66, 155.46, 180.52, 111.41, 160.37, 113.64],
+    "test": [157.4, 113.51, 99.79, 136.15, 105.03, 122.43, 136.98, 136.31],
+}
+"""Mean of the first images of each split, as the weights beside it were trained on them."""
+
+
+@pytest.mark.parametrize("split", MEANS)
+def test_the_images_are_those_of_the_weights(data: ModuleType, split: str) -> None:
+    pixels, _ = data.images(split, 8)
+    np.testing.assert_allclose(pixels.mean(axis=(1, 2, 3)), MEANS[split], atol=0.02)  # Versions of Pillow: 0.003
+
+
+def test_no_image_is_in_two_splits_and_the_classes_are_even(data: ModuleType) -> None:
+    drawn = {split: data.images(split, 64) for split in data.SPLITS}
+    seen = {pixels.tobytes() for images, _ in drawn.values() for pixels in images}
+    assert len(seen) == 64 * len(drawn)
+    for _, labels in drawn.values():
+        assert np.bincount(labels, minlength=16).tolist() == [4] * 16
+
+
 @pytest.mark.parametrize("output", ["shapes.npz", "shapes"])
 def test_a_written_split_is_what_the_commands_read(data: ModuleType, tmp_path: Path, output: str) -> None:
     from pcn_deploy import ImageSource
