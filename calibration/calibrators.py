@@ -62,11 +62,15 @@ def calibrate_mse(histogram: Histogram) -> float:
     used = histogram.counts > 0
     counts, centres = histogram.counts[used].astype(np.float64), centres[used]
     candidates = _candidates(histogram, step=4 * _CANDIDATE_STEP) * histogram.width
-    errors = [
-        float(counts @ (np.minimum(np.rint(centres * 127 / limit), 127) * limit / 127 - centres) ** 2)
-        for limit in candidates
+    # what clipping costs, sum of count * (centre - limit)^2, needs only sums over the bins beyond
+    inside = np.searchsorted(centres, candidates)
+    beyond = [np.append(np.cumsum((counts * centres**power)[::-1])[::-1], 0.0)[inside] for power in range(3)]
+    clipping = beyond[2] - 2 * candidates * beyond[1] + candidates**2 * beyond[0]
+    rounding = [
+        float(counts[:end] @ (np.rint(centres[:end] * (127 / limit)) * (limit / 127) - centres[:end]) ** 2)
+        for limit, end in zip(candidates, inside, strict=True)
     ]
-    return float(min(candidates[int(np.argmin(errors))], histogram.amax))
+    return float(min(candidates[int(np.argmin(clipping + rounding))], histogram.amax))
 
 
 def calibrate_entropy(histogram: Histogram) -> float:
