@@ -171,9 +171,9 @@ def _is_wide(layer: LayerFacts) -> str:
     return f"fewer than {MIN_CHANNELS} channels" if narrow and not image_stem else ""
 
 
-def _is_wide_enough_for_fp8(layer: LayerFacts) -> str:
-    narrow = min(layer.in_channels, layer.out_channels) < MIN_CHANNELS
-    return f"fewer than {MIN_CHANNELS} channels" if narrow else ""
+def _has_whole_tiles(layer: LayerFacts) -> str:
+    whole = layer.in_channels % MIN_CHANNELS == layer.out_channels % MIN_CHANNELS == 0
+    return "" if whole else f"FP8 kernels take multiples of {MIN_CHANNELS} channels"
 
 
 def _has_small_kernel(layer: LayerFacts) -> str:
@@ -190,7 +190,7 @@ POSSIBLE_RULES: tuple[Rule, ...] = (_has_weights, _is_used_once)
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "int8": (_has_weights, _is_used_once, _is_dense, _is_matrix_product, _is_wide),
-    "fp8": (_has_weights, _is_used_once, _is_dense, _is_matrix_product, _is_wide_enough_for_fp8, _has_small_kernel),
+    "fp8": (_has_weights, _is_used_once, _is_dense, _is_matrix_product, _has_whole_tiles, _has_small_kernel),
 }
 """Against each of `CODES`, the first that speaks counts."""
 

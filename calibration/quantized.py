@@ -1,7 +1,8 @@
 """The quantised module: the deploy form with fake quantisation where the plan says INT8 or FP8.
 
 It scripts and freezes, and computes on the CPU what TensorRT computes in 8 bits: symmetric codes, zero point 0, round
-half to even, one scale per activation tensor, one per output channel of the weights, biases left alone.
+half to even, one scale per activation tensor, for INT8 one per output channel of the weights and for FP8 one per
+weight, biases left alone.
 
 Source: TensorRT documentation, "Explicit quantization".
 """
@@ -30,7 +31,8 @@ class Quantization:
 
     Attributes:
         input: Scale of its input; of a residual addition, of the identity.
-        weight: Scale per output channel, float32 `(C_out,)`; empty for a residual addition.
+        weight: Scale per output channel, float32 `(C_out,)`; of FP8 one for the whole weight, `(1,)`; empty for a
+            residual addition.
         codes: One of `plan.CODES`.
     """
 
@@ -70,15 +72,18 @@ def plan_scales(
         if not 0 < (entry.input_amax or 0) <= float(np.finfo(np.float32).max):
             msg = f"{path} has no calibrated range (it is {entry.input_amax}). Calibrate it, or leave it out of INT8."
             raise DataError(msg)
-        largest = CODES[entry.precision]
-        scale = np.float32(entry.input_amax) / np.float32(largest)
+        largest = np.float32(CODES[entry.precision])
+        scale = np.float32(entry.input_amax) / largest
         stored = partial(_stored, path=path, remainder=plan.remainder)
         weight = np.zeros(0, np.float32)
         if not isinstance(layer, ResidualAdd):
             if not layer.weight.isfinite().all():
                 msg = f"{path} has weights that are NaN or infinite: mend the checkpoint."
                 raise DataError(msg)
-            weight = weight_scales(layer.weight, weight_calibrator, stored, largest)
+            if entry.precision == "int8":
+                weight = weight_scales(layer.weight, weight_calibrator, stored)
+            else:
+                weight = stored(np.array([float(layer.weight.abs().max()) or 1.0], np.float32) / largest)
         found[path] = Quantization(float(stored(np.array([scale]))[0]), weight, entry.precision)
     return found
 
@@ -120,8 +125,7 @@ def round_to_e4m3(x: Tensor) -> Tensor:
 def quantize_weight(weight: Tensor, scales: Tensor, codes: str = "int8") -> Tensor:
     """Round weights `(C_out, ...)` to what their codes stand for at their channel's scale; INT8 in [-127, 127]."""
     if codes == "fp8":
-        steps = scales.reshape(-1, *[1] * (weight.ndim - 1))
-        return round_to_e4m3(weight / steps) * steps
+        return round_to_e4m3(weight / scales) * scales
     zeros = torch.zeros_like(scales, dtype=torch.int32)
     rounded: Tensor = torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -QMAX, QMAX)
     return rounded

@@ -18,15 +18,14 @@ of A costs (A - sA)^2 and narrows the steps of all K weights of the channel, sA 
 Floats = npt.NDArray[np.float32]
 
 
-def weight_scales(weight: Tensor, calibrator: str, stored: Callable[[Floats], Floats], largest: float = QMAX) -> Floats:
-    """Scale per output channel.
+def weight_scales(weight: Tensor, calibrator: str, stored: Callable[[Floats], Floats]) -> Floats:
+    """Scale of INT8 codes per output channel.
 
     Args:
         weight: Finite, `(C_out, ...)`.
-        calibrator: `max`, where nothing is clipped, or for INT8 `mse`: the clipping of each channel with the least
-            squared error of its codes, never more than that of `max`.
+        calibrator: `max`, where nothing is clipped, or `mse`: the clipping of each channel with the least squared
+            error of its codes, never more than that of `max`.
         stored: What a scale becomes in the type it is stored in; errors are those of the stored scale.
-        largest: The largest code.
 
     Returns:
         float32 `(C_out,)`; of a channel that is all zero, 1.
@@ -35,8 +34,8 @@ def weight_scales(weight: Tensor, calibrator: str, stored: Callable[[Floats], Fl
     """
     rows = weight.detach().flatten(1)
     amax = rows.abs().amax(1).numpy()
-    amax = np.where(amax > 0, amax, largest).astype(np.float32)
-    best = stored((amax / largest).astype(np.float32))
+    amax = np.where(amax > 0, amax, QMAX).astype(np.float32)
+    best = stored((amax / QMAX).astype(np.float32))
     if calibrator == "max":
         return best
     least = squared_error(rows, best)

@@ -44,8 +44,8 @@ def test_codes_are_those_of_the_graph(values: list[float], scale: float) -> None
     stored = (array / np.float32(scale)).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn)
     expected = stored.astype(np.float32) * np.float32(scale)
     np.testing.assert_array_equal(fake_quantize(torch.from_numpy(array), scale, "fp8").numpy(), expected)
-    rounded = quantize_weight(torch.from_numpy(array[None]), torch.tensor([scale]), "fp8")
-    np.testing.assert_array_equal(rounded.numpy()[0], expected)
+    rounded = quantize_weight(torch.from_numpy(array), torch.tensor([scale]), "fp8")
+    np.testing.assert_array_equal(rounded.numpy(), expected)
 
 
 def test_the_plan() -> None:
@@ -57,7 +57,7 @@ def test_the_plan() -> None:
 
     assert one(kernel=(3, 3)) == "fp8: dense product of enough rows and channels"
     assert one(kernel=(7, 7)) == "fp16: a kernel of 49 positions; FP8 takes 32"
-    assert one(in_channels=3, reads_image=True) == "fp16: fewer than 16 channels"
+    assert one(in_channels=3, reads_image=True) == "fp16: FP8 kernels take multiples of 16 channels"
     assert one(groups=64).startswith("fp16: depthwise")
 
 
@@ -71,6 +71,7 @@ def test_a_build_keeps_parity_and_stores_fp8(remainder: str) -> None:
     quantized = result.plan.quantized_entries
     assert len(codes) == len(quantized) > 2
     assert {tensor.data_type for tensor in codes} == {FP8}
+    assert all(not scale.dims for scale in graph.initializer if scale.name.endswith(".weight.scale")), "one per weight"
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     assert {types[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"} == {FP8}
     assert result.bundle.manifest["calibration"]["calibrator"] == "max"
@@ -106,7 +107,10 @@ def test_tensorrt_rtx_builds_for_the_gpus_that_have_it() -> None:
 def test_gpus_without_it_are_refused() -> None:
     with pytest.raises(OptionError, match=r"SM80, SM86 cannot compute in FP8; Ada \(SM89\)"):
         TensorRTRTXBackend(compute_capabilities=("SM80", "SM86")).check_precision("fp8")
+    with pytest.raises(OptionError, match=r"^SM86 cannot compute in FP8"):
+        TensorRTRTXBackend(compute_capabilities=("SM86", "SM89")).check_precision("fp8")
     TensorRTRTXBackend(compute_capabilities=("SM86",)).check_precision("int8")
+    TensorRTRTXBackend().check_precision("fp8")
 
 
 @pytest.mark.parametrize("calibrator", ["entropy", "mse", "auto"])

@@ -44,16 +44,17 @@ class BuildOptions:
 
 
 def fp8_capable(flavour: Flavour, options: BuildOptions) -> tuple[str, ...]:
-    """Those of the compute capabilities to build for that have FP8.
+    """The compute capabilities to build an FP8 engine for; of the default ones, those that have it.
 
     Raises:
-        OptionError: If none has.
+        OptionError: If one that was asked for has not.
     """
     asked = options.compute_capabilities if flavour.ahead_of_time else (cuda.current().capability,)
     able = tuple(name for name in asked if int(name.removeprefix("SM")) >= FIRST_FP8)
-    if not able:
+    if able != asked != PORTABLE:
+        lacking = [name for name in asked if name not in able]
         msg = (
-            f"{', '.join(asked)} cannot compute in FP8; Ada (SM{FIRST_FP8}) and later GPUs can. "
+            f"{', '.join(lacking)} cannot compute in FP8; Ada (SM{FIRST_FP8}) and later GPUs can. "
             "Build with --precision int8 or fp16 for this device."
         )
         raise OptionError(msg)

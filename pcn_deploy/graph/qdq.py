@@ -1,4 +1,4 @@
-"""Explicit quantisation in ONNX: Q/DQ on planned inputs, weights stored as codes with one scale per output channel."""
+"""Explicit quantisation in ONNX: Q/DQ on planned inputs, weights stored as codes; INT8 has a scale per output channel."""
 
 from __future__ import annotations
 
@@ -101,7 +101,9 @@ def _store_codes(graph: ir.Graph, weight: ir.Value, reader: ir.Node, scales: Qua
         raise ModelError(msg)
     values = weight.const_value.numpy()
     scale, largest = scales.weight, CODES[scales.codes]
-    codes = (values / scale.reshape(-1, *[1] * (values.ndim - 1))).clip(-largest, largest)
+    if scales.codes == "fp8":
+        scale = scale.reshape(())
+    codes = (values / (scale.reshape(-1, *[1] * (values.ndim - 1)) if scale.ndim else scale)).clip(-largest, largest)
     codes = (np.rint(codes) if scales.codes == "int8" else codes).astype(STORED[scales.codes])
     axis, replaced, layer = 0, weight, reader
     if reader.op_type == "Transpose":
@@ -117,7 +119,8 @@ def _store_codes(graph: ir.Graph, weight: ir.Value, reader: ir.Node, scales: Qua
         _initializer(graph, f"{name}.scale", scale),
         _initializer(graph, f"{name}.zero_point", np.zeros(scale.shape, codes.dtype)),
     ]
-    node = ir.node("DequantizeLinear", parameters, attributes={"axis": axis}, name=f"{name}.dequantize")
+    attributes = {"axis": axis} if scale.ndim else {}
+    node = ir.node("DequantizeLinear", parameters, attributes=attributes, name=f"{name}.dequantize")
     node.outputs[0].shape, node.outputs[0].type = ir.Shape(codes.shape), weight.type
     graph.insert_before(layer, node)
     ir.convenience.replace_all_uses_with(replaced, node.outputs[0])
