@@ -1,4 +1,4 @@
-"""Explicit quantisation in ONNX: Q/DQ on planned inputs, weights stored as codes; INT8 has a scale per output channel."""
+"""Explicit quantisation in ONNX: Q/DQ on planned inputs, weights stored as codes, INT8 with a scale per channel."""
 
 from __future__ import annotations
 
