@@ -11,8 +11,8 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
-from onnxscript.optimizer import fold_constants
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, IdentityEliminationPass, RemoveUnusedNodesPass
+from onnxscript.optimizer import fold_constants, optimize
 from torch import Tensor, nn
 
 from pcn_deploy.calibration.quantized import Quantization
@@ -64,7 +64,7 @@ def to_onnx(
         progress(step, 1, 3)
         insert_qdq(program.model.graph, quantized)
         progress(step, 2, 3)
-        program.optimize()  # last: it merges equal weights, after which their names no longer tell the layers apart
+        _optimise(program.model)  # last: it merges equal weights, whose names then no longer tell the layers apart
     progress(step, 3, 3)
     finished: ir.Model = program.model
     return finished
@@ -103,6 +103,12 @@ def _fold_constants(model: ir.Model) -> None:
 
     fold_constants(model, should_fold=keep_weights)
     RemoveUnusedNodesPass()(model)
+
+
+def _optimise(model: ir.Model) -> None:
+    """What the exporter's `optimize` does, in one round: a second takes as long and removes Identity nodes only."""
+    optimize(model, num_iterations=1)
+    IdentityEliminationPass()(model)
 
 
 def _export(model: nn.Module, example: Tensor, batch: BatchRange, outputs: tuple[str, ...]) -> Any:
