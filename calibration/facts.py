@@ -73,12 +73,17 @@ def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d | nn.Linear) or not any(module.children())
 
 
+def _has_forward_of(module: nn.Module, kind: type[nn.Module], *methods: str) -> bool:
+    """Whether neither a subclass nor the instance has other methods."""
+    return all(getattr(type(module), name) is getattr(kind, name) and name not in vars(module) for name in methods)
+
+
 def _facts(path: str, module: nn.Module, output: Any, reads_image: bool) -> LayerFacts:
     kind = type(module).__name__
     if not isinstance(output, Tensor):
         return LayerFacts(path=path, kind=kind)
     # a subclass with a forward of its own may do more than its base class: it is no plain layer
-    if isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward:
+    if isinstance(module, nn.Conv2d) and _has_forward_of(module, nn.Conv2d, "__call__", "forward", "_conv_forward"):
         return LayerFacts(
             path=path,
             kind=kind,
@@ -89,7 +94,7 @@ def _facts(path: str, module: nn.Module, output: Any, reads_image: bool) -> Laye
             kernel=(module.kernel_size[0], module.kernel_size[1]),
             reads_image=reads_image,
         )
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+    if isinstance(module, nn.Linear) and _has_forward_of(module, nn.Linear, "__call__", "forward"):
         return LayerFacts(
             path=path,
             kind=kind,

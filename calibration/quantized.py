@@ -214,4 +214,5 @@ def apply_scales(model: nn.Module, scales: dict[str, Quantization]) -> nn.Module
             msg = f"{path} is a {type(layer).__name__}; only Conv2d and Linear can be quantised."
             raise DataError(msg)
         quantized.set_submodule(path, replacement)
-    return quantized.eval()
+    quantized.eval()
+    return quantized

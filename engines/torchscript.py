@@ -63,7 +63,8 @@ class _TorchScriptSession(Session):
 
         if self._module is None:
             raise PcnDeployError(CLOSED)
-        tensors = [torch.from_numpy(inputs[tensor.name]).to(self._device) for tensor in self.spec.inputs]
+        # a copy: the network may write into what it is given
+        tensors = [torch.tensor(inputs[tensor.name], device=self._device) for tensor in self.spec.inputs]
         with torch.inference_mode():
             result = self._module(*tensors)
         results = result if isinstance(result, tuple | list) else (result,)

@@ -84,16 +84,20 @@ class Prepared:
 def in_evaluation_mode(model: nn.Module) -> nn.Module:
     """A copy that shares the weights: the caller's network keeps its mode and its running statistics.
 
-    What `torch.compile` wrapped is unwrapped.
+    Wrappers that compute nothing are taken away.
 
     Raises:
         ModelError: If no graph can be made from the network as it is defined.
     """
     from pcn_deploy.graph.preconditions import check_definition
-    from pcn_deploy.models.deploy import share_weights, without_compile
+    from pcn_deploy.models.deploy import share_weights, simplify, unwrapped
 
+    model = unwrapped(model)
     check_definition(model)
-    return without_compile(share_weights(model)).eval()
+    copied = share_weights(model)
+    simplify(copied)
+    copied.eval()  # returns nothing where a network has a `train` of its own without a return
+    return copied
 
 
 def as_source(images: CalibrationImages, options: CompileOptions, limit: int | None = None) -> ImageSource:
@@ -176,9 +180,10 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     if isinstance(model, PatchConvNet):
         model.check_resolution(*options.transform.resolution)
     progress("Rewriting and planning", 0, 3)
-    check_behaviour(model, torch.from_numpy(synthetic_images(2, options)), batched=options.batch.max > 1)
+    noise = torch.from_numpy(synthetic_images(2, options))
+    check_behaviour(model, noise, batched=options.batch.max > 1)
     progress("Rewriting and planning", 1, 3)
-    deployed, rewrites = to_deploy(model)
+    deployed, rewrites = to_deploy(model, noise[:1])
     progress("Rewriting and planning", 2, 3)
     layers = inspect_layers(deployed, torch.zeros(1, *options.transform.shape))
     notes = note_stretched(deployed, options.transform.shape)

@@ -52,9 +52,9 @@ def difference_error(model: nn.Module, sqnr_db: float, refusal: Exception | None
         return obstacle(
             f"The scripted network computes something else than the network itself ({sqnr_db:.1f} dB)",
             None,
-            "forward decides something by how it is run, such as torch.jit.is_scripting(), or TorchScript reads a line "
-            "in another way than Python.",
-            "leave the decision out; build with -v, look for warnings of TorchScript.",
+            "forward decides something by how it is run, such as torch.jit.is_scripting(), or a module has a forward "
+            "set on it that others of its class do not have.",
+            "leave the decision out; make a class of its own of a module with a forward of its own.",
         )
     first = report(SCRIPTING, refusal, safely(place_in_source, model, refusal))
     return ModelError(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcn_deploy.graph.diagnosis import obstacle, output_error, running_error
 from pcn_deploy.graph.places import place_of_module
@@ -75,28 +77,30 @@ def check_behaviour(model: nn.Module, images: Tensor, *, batched: bool) -> None:
     """Refuse a network whose logits are no function of the image alone: no engine could be equal to it.
 
     Args:
-        model: The network in evaluation mode; buffers that it changes are put back.
+        model: The network in evaluation mode; buffers that it changes are put back, parameters are not.
         images: Two different images, float32 `(2, C, H, W)`.
         batched: Whether more than one image at a time will be given to it.
 
     Raises:
-        ModelError: If it cannot run, returns anything but logits `(N, K)`, changes a buffer, returns something else
-            when it is run again, or gives an image other logits when another one is in its batch.
+        ModelError: If it cannot run, returns anything but logits `(N, K)`, changes a buffer or a parameter, returns
+            something else when it is run again, or gives an image other logits when another one is in its batch.
     """
+    sums = _sums(model)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    _check_types(model, images[:1])
     first = _run(model, images[:1])
     if not (isinstance(first, Tensor) and first.ndim == 2 and first.is_floating_point()):
         raise output_error(first)
     again = _run(model, images[:1])
-    changed = [(name, buffer) for name, buffer in model.named_buffers() if not _equal(buffer, before[name])]
-    for name, buffer in changed:
-        buffer.copy_(before[name])
+    changed = [name for name, buffer in model.named_buffers() if not _equal(buffer, before[name])]
+    for name in changed:
+        model.get_buffer(name).copy_(before[name])
+    for name in [*changed, *(name for name, total in _sums(model).items() if total != sums[name])]:
         path, _, attribute = name.rpartition(".")
-        place = place_of_module(path, model.get_submodule(path))
         raise obstacle(
             HEADLINE,
-            place,
-            f"forward changes its buffer {attribute}: an engine has no state from one image to the next.",
+            place_of_module(path, model.get_submodule(path)),
+            f"forward changes its {attribute}: an engine has no state from one image to the next.",
             "keep what forward computes in local variables, or leave the change out when self.training is false.",
         )
     if not _agree(first, again, REPEATABLE_DB):
@@ -107,7 +111,7 @@ def check_behaviour(model: nn.Module, images: Tensor, *, batched: bool) -> None:
             "leave random numbers out of evaluation: F.dropout(x, training=self.training) or nn.Dropout, no rand or "
             "randn in forward; keep no state from one run to the next.",
         )
-    if batched and not _agree(first, _run(model, images)[:1], INDEPENDENT_DB):
+    if batched and not _agree(torch.cat([first, _run(model, images[1:])]), _run(model, images), INDEPENDENT_DB):
         raise obstacle(
             HEADLINE,
             None,
@@ -117,11 +121,46 @@ def check_behaviour(model: nn.Module, images: Tensor, *, batched: bool) -> None:
         )
 
 
+def _check_types(model: nn.Module, image: Tensor) -> None:
+    """Refuse a network that computes in a type of its own choice, as within `torch.autocast`."""
+    with _Types() as types:
+        _run(model, image)
+    low = types.seen & {torch.float16, torch.bfloat16}
+    if low:
+        raise obstacle(
+            HEADLINE,
+            None,
+            f"forward computes in {' and '.join(str(kind).removeprefix('torch.') for kind in low)}.",
+            "take torch.autocast, half() and the like out of forward; the engine's type is chosen with --precision.",
+        )
+
+
+class _Types(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the types of what operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Execute an operation."""
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor):
+            self.seen.add(made.dtype)
+        return made
+
+
+def _sums(model: nn.Module) -> dict[str, float]:
+    """The sum of each parameter, by which a change shows without a copy of all weights."""
+    with torch.no_grad():
+        return {name: float(parameter.sum(dtype=torch.float64)) for name, parameter in model.named_parameters()}
+
+
 def _run(model: nn.Module, images: Tensor) -> Tensor:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said again when the network is compiled
-            output: Tensor = model(images)
+            output: Tensor = model(images.clone())  # it may write into what it is given
     except Exception as error:  # the network's own code may fail in any way
         headline = f"The network cannot run on one input of shape {tuple(images.shape)}"
         raise running_error(model, error, headline) from error

@@ -40,7 +40,10 @@ def insert_qdq(graph: ir.Graph, quantized: dict[str, Quantization]) -> None:
         weight = graph.initializers.get(f"{path}.weight")
         readers = [use.node for use in weight.uses()] if weight is not None else []
         if weight is None or weight.const_value is None or len(readers) != 1:
-            msg = f"The exported graph does not use {path}.weight exactly once; the layer cannot be quantised."
+            msg = (
+                f"The exported graph does not use {path}.weight exactly once, so {path} cannot be quantised.\n"
+                "Way round: call the layer and use its weight nowhere else, or give it precision fp16 in a --recipe."
+            )
             raise ModelError(msg)
         layer, dequantized = _store_codes(graph, weight, readers[0], scales)
         inputs = list(layer.inputs)

@@ -47,16 +47,7 @@ def to_torchscript(model: nn.Module, images: Tensor) -> bytes:
         # upstream deprecates TorchScript; our range of torch is bounded for that
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", UserWarning)  # remarks on annotations that it passes over
-        refusal: Exception | None = None
-        try:
-            scripted: torch.jit.ScriptModule = torch.jit.script(model)
-        except Exception as error:  # torch raises many kinds here, OSError and its own among them
-            refusal = error
-        if refusal is not None:
-            scripted = _script_traced(model, refusal, (images.shape[1], images.shape[2], images.shape[3]))
-        found = _least_sqnr_db(model, scripted, images)
-        if found < EQUAL_DB:
-            raise difference_error(model, found, refusal)
+        scripted = _script(model, images)
         _save(scripted, path)
         del scripted
         _save(torch.jit.freeze(torch.jit.load(path)), path)  # type: ignore[no-untyped-call]
@@ -68,7 +59,7 @@ def _least_sqnr_db(model: nn.Module, scripted: torch.jit.ScriptModule, images: T
     outputs: list[list[npt.NDArray[np.float32]]] = []
     with torch.no_grad():
         for form in (model, scripted):
-            found = form(images)
+            found = form(images.clone())  # it may write into what it is given
             outputs.append([tensor.numpy() for tensor in ((found,) if isinstance(found, Tensor) else found)])
     return least_sqnr_db(*outputs)
 
@@ -85,11 +76,29 @@ def _save(module: torch.jit.ScriptModule, path: Path) -> None:
         raise output_error(path.name, error) from error
 
 
-def _script_traced(model: nn.Module, refusal: Exception, shape: tuple[int, int, int]) -> torch.jit.ScriptModule:
-    """Script the symbolic trace of a module whose definition was refused."""
+def _script(model: nn.Module, images: Tensor) -> torch.jit.ScriptModule:
+    """Script the definition, else its symbolic trace: the first that computes what the module computes."""
+    refusal: Exception | None = None
+    found = EQUAL_DB
     try:
-        scripted: torch.jit.ScriptModule = torch.jit.script(trace(model, shape).eval())
+        scripted: torch.jit.ScriptModule = torch.jit.script(model)
+        found = _least_sqnr_db(model, scripted, images)
+        if found >= EQUAL_DB:
+            return scripted
+    except Exception as error:  # torch raises many kinds here, OSError and its own among them
+        refusal = error
+    try:
+        traced: torch.jit.ScriptModule = torch.jit.script(trace(model, _image_shape(images)).eval())
+        found_traced = _least_sqnr_db(model, traced, images)
     except Exception as error:  # whatever the network's code does with a symbol instead of a tensor
+        if refusal is None:
+            raise difference_error(model, found, None) from error
         raise scripting_error(model, refusal, error) from refusal
-    log.info("The definition of the network does not script, its symbolic trace does.")
-    return scripted
+    if found_traced < EQUAL_DB:
+        raise difference_error(model, found_traced, refusal)
+    log.info("The definition of the network does not script as it is, its symbolic trace does.")
+    return traced
+
+
+def _image_shape(images: Tensor) -> tuple[int, int, int]:
+    return images.shape[1], images.shape[2], images.shape[3]

@@ -88,7 +88,14 @@ def _check_same(model: nn.Module, mapped: nn.Module, shape: tuple[int, int, int]
     """
     images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        pairs = zip(with_attention_map(model)(images), mapped(images), strict=True)
+        wanted_outputs = with_attention_map(model)(images)
+        if len(wanted_outputs[1]) != len(images):
+            msg = (
+                f"{headline}: there are {len(wanted_outputs[1])} maps for {len(images)} images. The network puts "
+                f"several views of an image into one batch. {_WITHOUT}"
+            )
+            raise ModelError(msg)
+        pairs = zip(wanted_outputs, mapped(images), strict=True)
         same = all(torch.allclose(found, wanted, rtol=_TOLERANCE, atol=_TOLERANCE) for wanted, found in pairs)
     if not same:
         msg = (

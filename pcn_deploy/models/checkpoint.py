@@ -12,6 +12,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
 
-CONTAINERS = ("model", "state_dict", "model_ema")
+CONTAINERS = ("model", "state_dict", "model_ema", "model_state_dict")
 """Keys under which a state dict may be wrapped, first match wins."""
 
 COUNTER = ".num_batches_tracked"
@@ -41,7 +42,7 @@ def read_state_dict(path: Path) -> StateDict:
         path: The file.
 
     Returns:
-        Tensors by name, on the CPU, the container and a `module.` prefix removed.
+        Tensors by name, on the CPU, the container removed.
 
     Raises:
         CheckpointError: If the file is missing, corrupt, holds other objects than tensors and plain values,
@@ -62,15 +63,22 @@ def check_finite(state: StateDict, origin: str) -> None:
         CheckpointError: If a tensor holds NaN or infinity, or is sparse, quantised or complex; the names are in the
             message.
     """
+    state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}  # not what a module adds
     odd = [f"{name} ({tensor.dtype}, {tensor.layout})" for name, tensor in state.items() if not _is_plain(tensor)]
     if odd:
         msg = f"{origin} holds tensors that are not plain numbers: {listed(odd)}. Export dense, unquantised weights."
         raise CheckpointError(msg)
     floats = {name: value for name, value in state.items() if value.is_floating_point() and not name.endswith(COUNTER)}
-    broken = [name for name, tensor in floats.items() if not tensor.float().isfinite().all()]
+    broken = [name for name, tensor in floats.items() if not _is_finite(tensor.float())]
     if broken:
         msg = f"{origin} holds NaN or infinite values in {len(broken)} tensors: {listed(broken)}. Export it again."
         raise CheckpointError(msg)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers; a mask of attention, which is 0 or infinite everywhere, does."""
+    finite = tensor.isfinite()
+    return bool(finite.all() or (not tensor.isnan().any() and (tensor[finite] == 0).all() and finite.any()))
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -134,10 +142,12 @@ def _unwrap(content: Any, path: Path) -> StateDict:
         else {}
     )
     if not tensors:
-        msg = f"{path} holds no tensors by name. Expected a state dict, flat or under one of {', '.join(CONTAINERS)}."
+        there = f" It has the keys {listed(map(repr, content))}." if isinstance(content, dict) and content else ""
+        msg = (
+            f"{path} holds no tensors by name. Expected a state dict, flat or under one of {', '.join(CONTAINERS)}."
+            f"{there} Save it as torch.save(model.state_dict(), path)."
+        )
         raise CheckpointError(msg)
-    if all(key.startswith("module.") for key in tensors):  # as torch.nn.DataParallel saves
-        return {key.removeprefix("module."): value for key, value in tensors.items()}
     return tensors
 
 
@@ -173,14 +183,40 @@ def load_strict(model: nn.Module, state: StateDict, origin: str) -> None:
     Raises:
         CheckpointError: If a key is missing, extra or misshapen; all three lists are in the message.
     """
-    state = _with_counters(model, without_prefix(state, model.state_dict()))
+    state = _with_counters(model, _named_as(model, state))
+    full = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     found = differences(model, state)
+    if found and not any("misshapen" in line for line in found):
+        with suppress(RuntimeError):  # the network may have hooks that take other names
+            model.load_state_dict(full, strict=True, assign=True)
+            return
     if found:
         lines = [f"{origin} does not fit this network:", *(f"  {line}" for line in found)]
         lines.append("Check the model name, --num-classes and that the file belongs to this architecture.")
         raise CheckpointError("\n".join(lines))
-    full = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     model.load_state_dict(full, strict=True, assign=True)
+
+
+def _named_as(model: nn.Module, state: StateDict) -> StateDict:
+    """A state dict under the names that a network has, where they differ by what all of them begin with.
+
+    A weight that the network has under several names may be in the file under one of them, as safetensors saves it.
+    """
+    expected = list(model.state_dict())
+    state = without_prefix(state, expected)
+    prefix = ""
+    while expected and len(heads := {name.removeprefix(prefix).partition(".")[0] for name in expected}) == 1:
+        prefix += f"{heads.pop()}."
+        if {prefix + name for name in state} == set(expected):
+            state = {prefix + name: value for name, value in state.items()}
+    twins: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        twins.setdefault(id(parameter), []).append(name)
+    for names in twins.values():
+        there = next((state[name] for name in names if name in state), None)
+        if there is not None:
+            state = {**dict.fromkeys(names, there), **state} if any(name not in state for name in names) else state
+    return state
 
 
 def differences(model: nn.Module, state: StateDict) -> list[str]:

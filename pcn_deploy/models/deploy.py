@@ -14,15 +14,19 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.swa_utils import AveragedModel
 
+from pcn_deploy.graph.diagnosis import obstacle
 from pcn_deploy.models.aggregation import Aggregation, AttentionPool2d, TokenBlock
 from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d, RelativeSelfAttention2d
 from pcn_deploy.models.patchconvnet import PatchConvNet, TrunkBlock
 from pcn_deploy.models.reparametrization import fuse_reparametrizations
+from pcn_deploy.parity import least_sqnr_db
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +175,7 @@ def fold_batch_norm(model: nn.Module) -> int:
         # exact types: a subclass may standardise its weights, or end in an activation
         if type(norm) is not nn.BatchNorm2d or norm.running_mean is None:
             continue
-        if type(conv) is nn.Conv2d:
+        if type(conv) is nn.Conv2d and not {"forward", "_conv_forward"} & vars(conv).keys():
             model.set_submodule(conv_path, fuse_conv_bn_eval(conv, norm))
         elif isinstance(conv, AttentionAugmentedConv2d):
             _fold_into_augmented(conv, norm)
@@ -198,6 +202,10 @@ def _channels_of(norm: nn.BatchNorm2d, part: slice) -> nn.BatchNorm2d:
     return chosen
 
 
+SAME_DB = 60.0
+"""Least SQNR of the deploy form: each rewrite is exact but for the rounding of float32, which leaves 100 dB and more in
+the networks of this package."""
+
 REWRITES: tuple[Callable[[nn.Module], int], ...] = (
     fuse_reparametrizations,  # first: what computes a weight hides it from the others
     fold_batch_norm,
@@ -212,44 +220,96 @@ def share_weights(model: nn.Module) -> nn.Module:
 
     Returns:
         The copy; its parameters need no gradient.
+
+    Raises:
+        ModelError: If it holds what cannot be copied.
     """
     memo: dict[int, object] = {id(buffer): buffer.detach() for buffer in model.buffers()}
     memo.update(
         (id(parameter), nn.Parameter(parameter.detach(), requires_grad=False)) for parameter in model.parameters()
     )
-    for module in model.modules():  # weights that were computed from parameters cannot be copied with their history
-        memo.update(
-            (id(value), value.detach())
-            for value in vars(module).values()
-            if isinstance(value, Tensor) and value.grad_fn is not None
-        )
-    return copy.deepcopy(model, memo)
+    for module in model.modules():  # what was computed from parameters cannot be copied with its history
+        memo.update((id(value), value.detach()) for value in _computed(vars(module)))
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever the copying of the network's attributes raises
+        reason = f"an attribute cannot be copied ({type(error).__name__}: {error})."
+        advice = "make locks, files and the like where they are needed, not in the network; keep tensors in buffers."
+        msg = "The network cannot be compiled"
+        raise obstacle(msg, None, reason, advice) from error
 
 
-def without_compile(model: nn.Module) -> nn.Module:
-    """Take away what `torch.compile` put around a network, or in place around its parts: its code, as written, stays.
+def _computed(value: Any) -> Iterator[Tensor]:
+    """The tensors in an attribute that were computed from parameters, in containers too."""
+    if isinstance(value, Tensor):
+        if value.grad_fn is not None:
+            yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _computed(item)
 
-    Returns:
-        The network itself.
-    """
-    model = getattr(model, "_orig_mod", model)
-    for path, module in list(model.named_modules()):
-        module._compiled_call_impl = None
-        if path and hasattr(module, "_orig_mod"):
-            model.set_submodule(path, module._orig_mod)
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside of wrappers that add nothing to it: `torch.compile`, data parallelism, averaged weights."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        inner: Any = model.module if isinstance(model, wrappers) else model._orig_mod
+        model = inner
     return model
 
 
-def to_deploy(model: nn.Module) -> tuple[nn.Module, dict[str, int]]:
+def simplify(model: nn.Module) -> None:
+    """Take away, in place, what training put into a network and evaluation does not need.
+
+    Parts that `torch.compile` wrapped are unwrapped; SyncBatchNorm, which in evaluation is BatchNorm2d, becomes that.
+    """
+    for path, module in list(model.named_modules()):
+        vars(module).pop("_compiled_call_impl", None)  # TorchScript refuses a module that has it, even if it is None
+        if path and hasattr(module, "_orig_mod"):
+            model.set_submodule(path, module._orig_mod)
+        if type(module) is nn.SyncBatchNorm:
+            del module.process_group
+            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+
+
+def to_deploy(model: nn.Module, images: Tensor | None = None) -> tuple[nn.Module, dict[str, int]]:
     """Apply every rewrite to a copy of the network, which shares the weights that no rewrite changed.
 
     Args:
         model: Network in evaluation mode; left as it is.
+        images: float32 `(N, C, H, W)`; with them, a rewrite after which the network computes something else on them is
+            left out. A network may look at its own modules, as in `isinstance(layer, nn.BatchNorm2d)`.
 
     Returns:
         The deploy form, without gradients, and how often each rewrite applied.
     """
-    deployed = share_weights(model).eval()
+    deployed, applied = _rewritten(model, REWRITES)
+    if images is None or _computes_the_same(model, deployed, images):
+        return deployed, applied
+    kept: list[Callable[[nn.Module], int]] = []
+    for rewrite in REWRITES:
+        if _computes_the_same(model, _rewritten(model, (*kept, rewrite))[0], images):
+            kept.append(rewrite)
+        else:
+            log.info("%s is left out: with it, the network computes something else.", rewrite.__name__)
+    deployed, applied = _rewritten(model, tuple(kept))
+    return deployed, {rewrite.__name__: applied.get(rewrite.__name__, 0) for rewrite in REWRITES}
+
+
+def _rewritten(model: nn.Module, rewrites: tuple[Callable[[nn.Module], int], ...]) -> tuple[nn.Module, dict[str, int]]:
+    deployed = share_weights(model)
+    deployed.eval()
     with torch.no_grad():
-        applied = {rewrite.__name__: rewrite(deployed) for rewrite in REWRITES}
-    return deployed, applied
+        return deployed, {rewrite.__name__: rewrite(deployed) for rewrite in rewrites}
+
+
+def _computes_the_same(model: nn.Module, deployed: nn.Module, images: Tensor) -> bool:
+    """Whether a rewritten network agrees with the original; one that cannot run any more does not."""
+    with torch.no_grad():
+        expected: Tensor = model(images)
+        try:
+            found: Tensor = deployed(images)
+        except Exception as error:  # the network's own code, which may ask its modules for anything
+            log.debug("The rewritten network cannot run: %r", error)
+            return False
+    return not expected.isfinite().all() or least_sqnr_db([expected.numpy()], [found.numpy()]) >= SAME_DB

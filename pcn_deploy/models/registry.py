@@ -8,7 +8,8 @@ import importlib.util
 import inspect
 import sys
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,7 @@ def create_model(
     state = checkpoint.read_state_dict(Path(weights)) if weights is not None else None
     if num_classes is not None:
         architecture["num_classes"] = num_classes
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _default_dtype_kept():
         torch.manual_seed(seed)
         if info is None:
             model = _call_user_factory(name, architecture)
@@ -106,7 +107,24 @@ def create_model(
                 checkpoint.load_strict(model, state, str(weights))
             except CheckpointError as error:
                 raise CheckpointError("\n".join([str(error), *_advice(info, state)])) from error
-    return model.eval()
+    try:
+        model.eval()
+    except NotImplementedError as error:
+        msg = f"{name!r} returned a program of torch.export, which has no modules. Return the network it was made from."
+        raise ModelError(msg) from error
+    return model
+
+
+@contextmanager
+def _default_dtype_kept() -> Iterator[None]:
+    """A user's factory may leave another type of new tensors behind."""
+    import torch
+
+    before = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _shaped_by(info: ModelInfo, state: StateDict, given: dict[str, Any]) -> tuple[nn.Module, StateDict]:

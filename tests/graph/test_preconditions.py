@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -107,7 +108,7 @@ class Counts(Net):
 
 def test_a_network_with_a_state_is_refused_and_its_state_put_back() -> None:
     net = Counts().eval()
-    with pytest.raises(ModelError, match=r"the network itself \(class Counts\)\nCause: .* buffer count: "):
+    with pytest.raises(ModelError, match=r"the network itself \(class Counts\)\nCause: .* its count: "):
         check_behaviour(net, IMAGES, batched=False)
     assert net.count == 0
 
@@ -125,8 +126,43 @@ class Normalises(Net):
 
 
 def test_the_buffer_that_changes_is_named_with_its_module() -> None:
-    with pytest.raises(ModelError, match=r"norm \(class BatchNorm1d\)\nCause: .* buffer running_mean: "):
+    with pytest.raises(ModelError, match=r"norm \(class BatchNorm1d\)\nCause: .* its running_mean: "):
         check_behaviour(Normalises().eval(), IMAGES, batched=False)
+
+
+class InitialisesItself(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        self.head.bias.data += 0.25
+        return super().forward(x)
+
+
+def test_a_network_that_changes_a_parameter_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"head \(class Linear\)\nCause: forward changes its bias: "):
+        check_behaviour(InitialisesItself().eval(), IMAGES, batched=False)
+
+
+class MixedPrecision(Net):
+    def features(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().features(x).float()
+
+
+def test_a_network_that_chooses_its_types_is_refused() -> None:
+    with pytest.raises(ModelError, match="forward computes in bfloat16"):
+        check_behaviour(MixedPrecision().eval(), IMAGES, batched=False)
+
+
+class WritesIntoTheImage(Net):
+    def features(self, x: Tensor) -> Tensor:
+        return super().features(x.sub_(0.5))
+
+
+def test_a_network_may_write_into_its_image() -> None:
+    before = IMAGES.clone()
+    net = WritesIntoTheImage().eval()
+    check_behaviour(net, IMAGES, batched=True)
+    to_torchscript(net, IMAGES)
+    assert torch.equal(IMAGES, before)
 
 
 class Drops(Net):
@@ -158,7 +194,15 @@ class Centred(Net):
         return y - 0.1 * y.mean(0)
 
 
-@pytest.mark.parametrize("kind", [ByBatch, Centred])
+class Accumulates(Net):
+    """The first image of a batch is not touched by the others."""
+
+    def features(self, x: Tensor) -> Tensor:
+        y = super().features(x)
+        return y + 0.05 * y.cumsum(0)
+
+
+@pytest.mark.parametrize("kind", [ByBatch, Centred, Accumulates])
 def test_logits_that_depend_on_other_images_are_refused(kind: Callable[[], nn.Module]) -> None:
     with pytest.raises(ModelError, match="when another image is in its batch"):
         check_behaviour(kind().eval(), IMAGES, batched=True)
@@ -248,6 +292,23 @@ class AsksHowItRuns(Net):
         return logits
 
 
-def test_a_script_that_decides_otherwise_is_refused() -> None:
+def test_a_script_that_decides_otherwise_is_traced() -> None:
+    net = AsksHowItRuns().eval()
+    frozen = torch.jit.load(io.BytesIO(to_torchscript(net, IMAGES)))  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(frozen(IMAGES), net(IMAGES))
+
+
+class AsksHowItRunsByValue(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).abs().mean((2, 3))
+        if torch.jit.is_scripting() and bool(x.sum() < 1e9):  # type: ignore[attr-defined]
+            y = y * 1.15
+        if bool(x.sum() > 1e9):
+            y = -y
+        logits: Tensor = self.head(y)
+        return logits
+
+
+def test_a_script_that_decides_otherwise_and_cannot_be_traced_is_refused() -> None:
     with pytest.raises(ModelError, match=r"computes something else than the network itself \(\d+\.\d dB\)"):
-        to_torchscript(AsksHowItRuns().eval(), IMAGES)
+        to_torchscript(AsksHowItRunsByValue().eval(), IMAGES)

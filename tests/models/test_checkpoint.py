@@ -14,12 +14,16 @@ import torch
 from safetensors.torch import save_file
 
 from pcn_deploy.errors import CheckpointError
-from pcn_deploy.models.checkpoint import StateDict, load_strict, read_state_dict
+from pcn_deploy.models.checkpoint import StateDict, load_strict, read_state_dict, without_prefix
 from pcn_deploy.models.layouts import infer_patchconvnet, stack_class_heads
 from pcn_deploy.models.patchconvnet import PatchConvNet
 from pcn_deploy.models.registry import create_model
 
 MakeNet = Callable[..., PatchConvNet]
+
+
+def read(path: Path) -> StateDict:
+    return without_prefix(read_state_dict(path))
 
 
 def assert_same(found: StateDict, expected: StateDict) -> None:
@@ -47,15 +51,15 @@ CONTAINERS: dict[str, Callable[[StateDict], Any]] = {
 def test_every_container_is_unwrapped(tmp_path: Path, make_net: MakeNet, container: str) -> None:
     state = make_net().state_dict()
     torch.save(CONTAINERS[container](state), tmp_path / "net.pth")
-    assert_same(read_state_dict(tmp_path / "net.pth"), state)
+    assert_same(read(tmp_path / "net.pth"), state)
 
 
 def test_safetensors(tmp_path: Path, make_net: MakeNet) -> None:
     state = make_net().state_dict()
     save_file(state, tmp_path / "net.safetensors")
-    assert_same(read_state_dict(tmp_path / "net.safetensors"), state)
+    assert_same(read(tmp_path / "net.safetensors"), state)
     save_file(prefixed(state), tmp_path / "wrapped.safetensors")
-    assert_same(read_state_dict(tmp_path / "wrapped.safetensors"), state)
+    assert_same(read(tmp_path / "wrapped.safetensors"), state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -298,7 +302,7 @@ def test_counters_of_a_halved_checkpoint(tmp_path: Path, batches: float) -> None
 def test_a_prefix_that_only_some_keys_have_is_part_of_their_name(tmp_path: Path) -> None:
     state = {"module.weight": torch.zeros(2), "bias": torch.zeros(2)}
     torch.save(state, tmp_path / "w.pth")
-    assert_same(read_state_dict(tmp_path / "w.pth"), state)
+    assert_same(read(tmp_path / "w.pth"), state)
 
 
 def test_a_stray_block_is_named(make_net: MakeNet) -> None:
