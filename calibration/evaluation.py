@@ -16,6 +16,9 @@ from pcn_deploy.progress import Progress, silent
 BATCH = 16
 """Images per forward pass."""
 
+_TELLING = 50
+"""With fewer images, chance cannot be told from skill."""
+
 Forward = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 """From images `(N, C, H, W)` to logits `(N, K)`."""
 
@@ -47,7 +50,8 @@ class Answers:
             progress: Told the number of images done.
 
         Raises:
-            DataError: If images are unusable, logits are not finite, or a label is none of the K classes.
+            DataError: If images are unusable, logits are not finite, a label is none of the K classes, or the network
+                is right no more often than by chance.
         """
         expected, reference, done = [], [], 0
         step = "Answers of the network"
@@ -64,7 +68,27 @@ class Answers:
             done += len(images)
             progress(step, done, len(source), "images")
         progress(step, len(source), len(source), "images")
-        return cls(source.readable(), np.concatenate(expected), np.concatenate(reference), source.has_labels)
+        found = cls(source.readable(), np.concatenate(expected), np.concatenate(reference), source.has_labels)
+        found._check_better_than_chance(logits.shape[1])
+        return found
+
+    @property
+    def top1(self) -> float:
+        """Share of the images that the trained network answers as expected, in percent."""
+        return 100 * float((self.reference == self.expected).mean())
+
+    def _check_better_than_chance(self, classes: int) -> None:
+        """A network that is never right cannot lose anything: any engine would be proven."""
+        chance = 1 / classes
+        limit = chance + 3 * (chance * (1 - chance) / len(self)) ** 0.5
+        if self.labelled and len(self) >= _TELLING and self.top1 <= 100 * limit:
+            msg = (
+                f"The trained network is right on {self.top1:.1f} % of the {len(self)} labelled images of "
+                f"{self.source.name}, no more than by chance. Are its classes in another order? Sub-folders are "
+                "numbered in the order of their names, unless all names are numbers. Without labels the network's own "
+                "answers count as right."
+            )
+            raise DataError(msg)
 
     def __len__(self) -> int:
         return len(self.expected)

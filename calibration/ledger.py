@@ -6,12 +6,24 @@ One JSON object per line: first the identity of the run, then one measurement ea
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
 from pcn_deploy.errors import DataError, OutputError
 
-_VERSION = 1
+_VERSION = 2
+
+
+def _checksum(name: str, value: Any) -> int:
+    return zlib.crc32(json.dumps([name, value]).encode())
+
+
+def _checked(name: str, value: Any, checksum: int) -> str:
+    if checksum != _checksum(name, value):
+        msg = f"the measurement {name!r} was altered"
+        raise ValueError(msg)
+    return name
 
 
 class Ledger:
@@ -47,7 +59,7 @@ class Ledger:
 
     def __setitem__(self, name: str, value: Any) -> None:
         self._found[name] = value
-        self._write(json.dumps([name, value]))
+        self._write(json.dumps([name, value, _checksum(name, value)]))
 
     def remove(self) -> None:
         """Delete the file: the run is complete."""
@@ -57,10 +69,14 @@ class Ledger:
     def _read(self, path: Path, head: dict[str, Any]) -> None:
         try:
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            written = json.loads(lines[0]) if lines else {}
+            if not (lines and lines[0].endswith("\n")):  # killed while the head was written: nothing is lost
+                path.unlink()
+                self._write(json.dumps(head))
+                return
+            written = json.loads(lines[0])
             # a line that was being written when the run was killed has no end
             entries = [json.loads(line) for line in lines[1:] if line.endswith("\n")]
-            self._found = {str(name): value for name, value in entries}
+            self._found = {_checked(*entry): entry[1] for entry in entries}
         except (OSError, ValueError, TypeError) as error:
             msg = f"{path} does not hold the measurements of an earlier run ({error}). Remove it, or name another file."
             raise DataError(msg) from error

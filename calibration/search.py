@@ -3,12 +3,18 @@
 Layers are given up one by one, most harmful first, until the bound of `calibration.bound` is within the budget; then
 each of them is tried in INT8 again, least harmful first, because some harmed only in company. So the plan found never
 leaves more layers unquantised than giving up in that order alone would.
+
+The images that chose a plan judge it too kindly. Where there are others, they are asked about a sequence of plans that
+the first ones fixed, from a safe one to the one found, and the last of them that holds is taken: such a sequence, which
+ends at the first failure, keeps the confidence of a single test. Source: Angelopoulos et al., "Learn then Test", 2021,
+section 3 (fixed sequence testing).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +28,10 @@ from pcn_deploy.progress import Progress, silent
 STEP = "Searching"
 _LUCK = 3
 
+SAFE = 1.88 * math.sqrt(2)
+"""Standard deviations of the drop that a bound on some images must be below a budget for the bound on as many others to
+be within it with a probability of 97 %: 1.88, times the root of 2 for the difference of two samples."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
@@ -33,6 +43,7 @@ class SearchResult:
         counts: Images lost and gained by the plan found, simulated.
         reached: Whether its bound is within the budget.
         evaluations: Plans that were judged, those an earlier run had judged included.
+        confirmed: Images lost and gained on others than those that chose it, simulated; None if there are none.
     """
 
     budget: float
@@ -40,6 +51,7 @@ class SearchResult:
     counts: PairedCounts
     reached: bool
     evaluations: int
+    confirmed: PairedCounts | None = None
 
     @property
     def images_needed(self) -> int | None:
@@ -49,6 +61,11 @@ class SearchResult:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {**asdict(self), "drop": self.counts.drop, "drop_bound": self.counts.drop_bound}
+
+
+def _with_slack(counts: PairedCounts) -> PairedCounts:
+    """The engine rounds where the simulation does not, and may lose a few images more: half a standard deviation."""
+    return replace(counts, lost=counts.lost + math.ceil(math.sqrt(counts.lost + counts.gained) / 2))
 
 
 class Search:
@@ -109,6 +126,46 @@ class Search:
             reached=reached,
             evaluations=self.evaluations,
         )
+
+    def confirm(self, found: SearchResult, others: Answers, rank: Callable[[], list[str]]) -> SearchResult:
+        """Take the last plan that holds on other images, of a sequence from a safe one to the one found.
+
+        Args:
+            found: What `run` found.
+            others: Images that took no part in it.
+            rank: Asked for the units, most harmful first.
+
+        Returns:
+            The plan that holds; if none does, the safest, with `reached` false.
+        """
+        harmful = [unit for unit in rank() if unit not in found.unquantized]
+        sequence = [list(found.unquantized)]
+        more = 1
+        while not self._safe(self._judge(sequence[-1])) and len(sequence[-1]) < len(self._units) - 1:
+            sequence.append([*found.unquantized, *harmful[:more]][: len(self._units) - 1])
+            more *= 2
+        holds: SearchResult | None = None
+        for given_up in reversed(sequence):
+            counts = self._judge_on(others, given_up)
+            judged = replace(found, unquantized=tuple(given_up), counts=self._judge(given_up), confirmed=counts)
+            if not self._within(_with_slack(counts)):
+                return replace(holds or replace(judged, reached=False), evaluations=self.evaluations)
+            holds = judged
+        return replace(holds or found, evaluations=self.evaluations)
+
+    def _safe(self, counts: PairedCounts) -> bool:
+        deviation = 100 * math.sqrt(counts.lost + counts.gained + 1) / counts.images
+        return counts.drop_bound + SAFE * deviation <= self._budget
+
+    def _judge_on(self, others: Answers, given_up: list[str]) -> PairedCounts:
+        key = f"confirm:{','.join(sorted(given_up))}"
+        if key not in self._ledger:
+            forward = self._forward(frozenset(self._units) - frozenset(given_up))
+            counts = others.count(others.predict(forward, self._progress, "Confirming"))
+            self._ledger[key] = [counts.lost, counts.gained]
+        self.evaluations += 1
+        lost, gained = self._ledger[key]
+        return PairedCounts(len(others), lost, gained)
 
     def _judge_all(self) -> PairedCounts:
         """Judge the plan with every unit in INT8, and put the images that it moves first."""

@@ -35,6 +35,7 @@ class BudgetProof:
         held_out: Whether no image took part in the search.
         labelled: Whether the images have labels; if not, the answers of the trained network count as right.
         counts: Images judged, lost and gained.
+        top1: Of the trained network, in percent.
         budget: Largest drop of top-1, in percentage points.
     """
 
@@ -44,6 +45,7 @@ class BudgetProof:
     held_out: bool
     labelled: bool
     counts: PairedCounts
+    top1: float
     budget: float
 
     def __bool__(self) -> bool:
@@ -136,7 +138,7 @@ def search_plan(
     Args:
         network: The network with every layer quantised that may be.
         judges: The images.
-        record: Where judgements are kept, so that a killed search goes on; None for nowhere.
+        record: Where judgements are kept, so that a killed search goes on; None for nowhere. It is left there.
         progress: Told how far the steps are.
 
     Returns:
@@ -156,8 +158,13 @@ def search_plan(
     ledger = Ledger(record, {"run": run_digest(network, [judges.search, judges.proof]), "budget": judges.budget})
     chosen = judges.search.spread(RANKING_IMAGES)
     search = Search(simulation, units, judges.search, judges.budget, ledger, progress)
-    found = search.run(lambda: rank(simulation, units, chosen, ledger, progress))
-    ledger.remove()
+
+    def ranked() -> list[str]:
+        return rank(simulation, units, chosen, ledger, progress)
+
+    found = search.run(ranked)
+    if judges.held_out and len(found.unquantized) < len(units):
+        found = search.confirm(found, judges.proof, ranked)
     codes = network.plan.precision.upper()
     if len(found.unquantized) == len(units):
         msg = (
@@ -186,6 +193,7 @@ def prove(engine: Engine, judges: Judges, progress: Progress) -> BudgetProof:
         held_out=judges.held_out,
         labelled=judges.proof.labelled,
         counts=judges.proof.count(answers),
+        top1=judges.proof.top1,
         budget=judges.budget,
     )
 

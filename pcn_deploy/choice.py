@@ -60,15 +60,16 @@ def compile_fastest(
     Raises:
         PcnDeployError: Whatever ends the build of FP16.
     """
+    int8_options, fp16_options = replace(options, precision="int8"), replace(options, precision="fp16", recovery=())
     refusal = ""
     int8: CompileResult | None = None
     try:
-        int8 = build(replace(options, precision="int8"))
+        int8 = build(int8_options)
         if not int8:
             refusal = "INT8 broke its parity budget"
     except (ModelError, ParityError) as error:
         refusal = str(error)
-    fp16 = build(replace(options, precision="fp16", recovery=()))
+    fp16 = build(fp16_options)
     if int8 is None or refusal:
         choice = Choice(precision="fp16", reason=f"INT8 is not possible: {refusal}", latency_ms={})
     elif not fp16:

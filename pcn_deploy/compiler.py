@@ -140,6 +140,8 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     if proofs:
         search = found.to_json() if found else None
         bundle.add_json("budget.json", {"search": search, "proofs": [proof.to_json() for proof in proofs]})
+    if search_record is not None:
+        search_record.unlink(missing_ok=True)
     return CompileResult(bundle=bundle, plan=plan, reports=reports, search=found, proofs=proofs)
 
 

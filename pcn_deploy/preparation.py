@@ -181,6 +181,7 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
         model.check_resolution(*options.transform.resolution)
     progress("Rewriting and planning", 0, 3)
     noise = torch.from_numpy(synthetic_images(2, options))
+    noise[1] = 1 - 2 * noise[1]  # two images of plain noise may look the same to a network
     check_behaviour(model, noise, batched=options.batch.max > 1)
     progress("Rewriting and planning", 1, 3)
     deployed, rewrites = to_deploy(model, noise[:1])

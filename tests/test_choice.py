@@ -15,6 +15,7 @@ from pcn_deploy import CompileOptions, CompileResult
 from pcn_deploy import choice as choice_module
 from pcn_deploy.choice import compile_fastest, decide
 from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.errors import OptionError
 
 torch = pytest.importorskip("torch")
 
@@ -106,3 +107,11 @@ def test_the_command_says_which_was_kept_and_why(tmp_path: Path) -> None:
     assert result.stdout.startswith(f"Kept {kept}: ")
     manifest = pcn_deploy.Bundle.open(tmp_path / "out.pcn").manifest
     assert (manifest["precision"], manifest["choice"]["precision"]) == (kept, kept)
+
+
+def test_a_target_that_has_no_fp16_is_refused_before_anything_is_built() -> None:
+    def build(_options: CompileOptions) -> CompileResult:
+        pytest.fail("built for nothing")
+
+    with pytest.raises(OptionError, match="target torchscript cannot be fp16"):
+        compile_fastest(build, options(precision="int8", targets=("cpu", "torchscript")))

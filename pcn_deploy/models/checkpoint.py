@@ -188,13 +188,18 @@ def load_strict(model: nn.Module, state: StateDict, origin: str) -> None:
     found = differences(model, state)
     if found and not any("misshapen" in line for line in found):
         with suppress(RuntimeError):  # the network may have hooks that take other names
-            model.load_state_dict(full, strict=True, assign=True)
+            _load(model, full)
             return
     if found:
         lines = [f"{origin} does not fit this network:", *(f"  {line}" for line in found)]
         lines.append("Check the model name, --num-classes and that the file belongs to this architecture.")
         raise CheckpointError("\n".join(lines))
-    model.load_state_dict(full, strict=True, assign=True)
+    _load(model, full)
+
+
+def _load(model: nn.Module, state: StateDict) -> None:
+    """Copy into the tensors that are there, which a network may know by other names too; assign where they are none."""
+    model.load_state_dict(state, strict=True, assign=any(parameter.is_meta for parameter in model.parameters()))
 
 
 def _named_as(model: nn.Module, state: StateDict) -> StateDict:

@@ -39,6 +39,23 @@ def test_a_line_that_was_cut_off_is_measured_again(tmp_path: Path) -> None:
     assert Ledger(path, RUN)["two"] == 2
 
 
+@pytest.mark.parametrize("text", ["", '{"version": '])
+def test_a_run_killed_while_it_began_begins_again(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.partial"
+    path.write_text(text)
+    Ledger(path, RUN)["one"] = 1
+    assert Ledger(path, RUN)["one"] == 1
+
+
+@pytest.mark.parametrize("value", ["[99]", "null", '["a", "b"]'])
+def test_an_altered_measurement_is_refused(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "run.partial"
+    Ledger(path, RUN)["one"] = [1, 2]
+    path.write_text(path.read_text().replace("[1, 2]", value))
+    with pytest.raises(DataError, match="the measurement 'one' was altered"):
+        Ledger(path, RUN)
+
+
 def test_the_measurements_of_another_run_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.partial"
     Ledger(path, RUN)["one"] = 1

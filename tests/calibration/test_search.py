@@ -206,3 +206,55 @@ def test_a_plan_is_not_given_up_before_the_moved_images_are_seen() -> None:
     assert not stop._is_hopeless(100, PairedCounts(1000, 30, 0))
     assert stop._is_hopeless(200, PairedCounts(1000, 30, 0))
     assert not stop._is_hopeless(200, PairedCounts(1000, 4, 0))
+
+
+class KnownCounts(Search):
+    """A fake: images lost by the number of layers given up, on those that chose the plan and on the others."""
+
+    def __init__(self, first: list[int], others: list[int]) -> None:
+        self._units = {name: (name,) for name in "abcdefgh"}
+        self._budget, self.evaluations = 0.5, 0
+        self._first, self._others = first, others
+        self.asked: list[int] = []
+
+    def _judge(self, given_up: Any) -> PairedCounts:
+        return PairedCounts(3000, lost=self._first[len(list(given_up))])
+
+    def _judge_on(self, others: Answers, given_up: list[str]) -> PairedCounts:
+        self.asked.append(len(given_up))
+        return PairedCounts(3000, lost=self._others[len(given_up)])
+
+
+FOUND = SearchResult(budget=0.5, unquantized=("a",), counts=PairedCounts(3000, 7), reached=True, evaluations=3)
+
+
+@pytest.mark.parametrize(
+    ("others", "asked", "left", "reached"),
+    [
+        ([99, 3, 2, 1, 1, 1, 1, 1], [5, 3, 2, 1], "a", True),
+        ([99, 30, 30, 1, 1, 1, 1, 1], [5, 3, 2], "abc", True),
+        ([99, 1, 1, 1, 1, 30, 1, 1], [5], "abcde", False),
+        ([99, 8, 1, 1, 1, 1, 1, 1], [5, 3, 2, 1], "ab", True),  # 8 are within the budget, but not with the slack
+    ],
+)
+def test_the_last_plan_that_holds_on_other_images_is_taken(
+    others: list[int], asked: list[int], left: str, reached: bool
+) -> None:
+    search = KnownCounts([30, 7, 6, 5, 5, 2, 0, 0], others)
+    found = search.confirm(FOUND, None, lambda: list("bacdefgh"))  # type: ignore[arg-type]
+    assert search.asked == asked, "from the safe one on, and no further than the first that does not hold"
+    assert found.unquantized == tuple(left)
+    assert found.reached is reached
+    assert found.confirmed == PairedCounts(3000, lost=others[len(left)])
+
+
+def test_labels_that_are_right_by_chance_only_are_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.random((90, 3), np.float32), rng.integers(0, 3, 90)
+    np.savez(tmp_path / "set.npz", images=np.zeros((90, 32, 32, 3), np.uint8), labels=labels)
+    source = ImageSource(tmp_path / "set.npz", TRANSFORM)
+    answers = iter(np.array_split(logits, range(16, 90, 16)))
+    with pytest.raises(DataError, match=r"right on \d+\.\d % of the 90 labelled images .* no more than by chance"):
+        Answers.of(lambda _: next(answers), source)
+    answers = iter(np.array_split(logits + 2 * np.eye(3, dtype=np.float32)[labels], range(16, 90, 16)))
+    assert Answers.of(lambda _: next(answers), source).top1 == 100

@@ -15,7 +15,7 @@ from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.preconditions import check_behaviour, check_definition
 from pcn_deploy.graph.torchscript import to_torchscript
 
-IMAGES = torch.rand(2, 3, 8, 8)
+IMAGES = torch.rand(2, 3, 8, 8) * torch.tensor([1.0, -3.0]).reshape(2, 1, 1, 1)
 
 
 class Net(nn.Module):
@@ -167,7 +167,7 @@ def test_a_network_may_write_into_its_image() -> None:
 
 class Drops(Net):
     def features(self, x: Tensor) -> Tensor:
-        return F.dropout(super().features(x))
+        return super().features(F.dropout(x))
 
 
 class Noisy(Net):

@@ -183,11 +183,27 @@ def test_names_that_agree_to_the_letter_are_left_alone(tmp_path: Path) -> None:
     load_strict(nn.DataParallel(Net()), read_state_dict(tmp_path / "net.pth"), "file")
 
 
+class Aliased(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.also = [self.head.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) @ self.also[0]
+
+
+def test_another_name_of_a_weight_is_loaded_too() -> None:
+    net, other = Aliased().eval(), Aliased().eval()
+    load_strict(other, net.state_dict(), "file")
+    same(net, other)
+
+
 def test_tied_weights_are_needed_once() -> None:
     net, other = Tied(), Tied()
     state = {name: value for name, value in net.state_dict().items() if name != "second.weight"}
     load_strict(other, state, "file")
-    assert torch.equal(other.second.weight, net.first.weight)
+    assert other.second.weight is other.first.weight
+    assert torch.equal(other.first.weight, net.first.weight)
 
 
 def test_names_that_the_network_translates_itself_fit() -> None:
