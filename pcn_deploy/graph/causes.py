@@ -57,6 +57,23 @@ CAUSES: tuple[Cause, ...] = (
         "out checks of shapes.",
     ),
     Cause(
+        r"'Proxy' object does not support item assignment",
+        "a part of a tensor is assigned; a symbolic trace follows values, not memory.",
+        "make a new tensor of the parts: torch.cat, torch.stack, torch.where or x.index_copy(...).",
+    ),
+    Cause(
+        r"\bProxy\b|not 'Proxy'",
+        "the code asks for a Python number or a type where a symbolic trace has a symbol.",
+        "compute numbers from settings in __init__, stay with tensor operations in forward, and leave out float(), "
+        "int(), isinstance and torch.is_tensor.",
+    ),
+    Cause(
+        r"complex(64|128|32)?\b|aten[.:]+_?fft|ComplexFloat",
+        "it computes with complex numbers, which ONNX and TensorRT do not have.",
+        "compute real and imaginary parts as two real tensors; a Fourier transform of fixed size is a product with a "
+        "constant matrix.",
+    ),
+    Cause(
         r"No ONNX function found|UnsupportedOperator|No decompositions? registered",
         "ONNX has no counterpart of the operator{operator}.",
         "express it with other operators, such as matmul, where, softmax or a convolution, or leave this "
@@ -68,6 +85,12 @@ CAUSES: tuple[Cause, ...] = (
         "a tensor becomes a number, a list or a NumPy array, which leaves the graph.",
         "stay with tensors: torch functions instead of NumPy's, x.mean() instead of x.mean().item(), and "
         "register_buffer for constants.",
+    ),
+    Cause(
+        r"attributes values that overlaps",
+        "one tensor is known by two names: as a parameter or buffer, and in a list or attribute of another module.",
+        "hand it to the forward that needs it as an argument, or register it there: "
+        "self.scale = scale, with scale an nn.Parameter.",
     ),
     Cause(
         r"Cannot infer concrete type of torch.nn.Module|module is not installed as a submodule",

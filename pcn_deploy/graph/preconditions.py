@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+import random
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
@@ -82,13 +85,15 @@ def check_behaviour(model: nn.Module, images: Tensor, *, batched: bool) -> None:
         batched: Whether more than one image at a time will be given to it.
 
     Raises:
-        ModelError: If it cannot run, returns anything but logits `(N, K)`, changes a buffer or a parameter, returns
-            something else when it is run again, or gives an image other logits when another one is in its batch.
+        ModelError: If it cannot run, returns anything but logits `(N, K)`, changes a buffer or a parameter, draws
+            random numbers of Python's or NumPy's, returns something else when it is run again, or gives an image other
+            logits when another one is in its batch.
     """
-    sums = _sums(model)
+    sums, dice = _sums(model), _dice()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    _check_types(model, images[:1])
-    first = _run(model, images[:1])
+    with _Types() as types:
+        first = _run(model, images[:1])
+    _check_types(types.seen)
     if not (isinstance(first, Tensor) and first.ndim == 2 and first.is_floating_point()):
         raise output_error(first)
     again = _run(model, images[:1])
@@ -102,6 +107,13 @@ def check_behaviour(model: nn.Module, images: Tensor, *, batched: bool) -> None:
             place_of_module(path, model.get_submodule(path)),
             f"forward changes its {attribute}: an engine has no state from one image to the next.",
             "keep what forward computes in local variables, or leave the change out when self.training is false.",
+        )
+    if dice != _dice():
+        raise obstacle(
+            HEADLINE,
+            None,
+            "forward draws a random number of Python's or NumPy's, and a graph would keep what came up once.",
+            "draw it only in training: if self.training and random.random() < p.",
         )
     if not _agree(first, again, REPEATABLE_DB):
         raise obstacle(
@@ -121,11 +133,9 @@ def check_behaviour(model: nn.Module, images: Tensor, *, batched: bool) -> None:
         )
 
 
-def _check_types(model: nn.Module, image: Tensor) -> None:
+def _check_types(seen: set[torch.dtype]) -> None:
     """Refuse a network that computes in a type of its own choice, as within `torch.autocast`."""
-    with _Types() as types:
-        _run(model, image)
-    low = types.seen & {torch.float16, torch.bfloat16}
+    low = seen & {torch.float16, torch.bfloat16}
     if low:
         raise obstacle(
             HEADLINE,
@@ -154,6 +164,11 @@ def _sums(model: nn.Module) -> dict[str, float]:
     """The sum of each parameter, by which a change shows without a copy of all weights."""
     with torch.no_grad():
         return {name: float(parameter.sum(dtype=torch.float64)) for name, parameter in model.named_parameters()}
+
+
+def _dice() -> bytes:
+    """What the next random numbers of Python and NumPy depend on."""
+    return pickle.dumps((random.getstate(), np.random.get_state()))  # noqa: NPY002 - what old code draws from
 
 
 def _run(model: nn.Module, images: Tensor) -> Tensor:

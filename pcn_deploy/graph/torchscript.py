@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pcn_deploy.graph.diagnosis import difference_error, scripting_error
+from pcn_deploy.graph.diagnosis import difference_error, running_error, scripting_error
 from pcn_deploy.graph.symbolic import trace
 from pcn_deploy.memory import output_error, temporary_path
 from pcn_deploy.parity import least_sqnr_db
@@ -50,7 +50,11 @@ def to_torchscript(model: nn.Module, images: Tensor) -> bytes:
         scripted = _script(model, images)
         _save(scripted, path)
         del scripted
-        _save(torch.jit.freeze(torch.jit.load(path)), path)  # type: ignore[no-untyped-call]
+        try:
+            frozen = torch.jit.freeze(torch.jit.load(path))  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise running_error(model, error, "The scripted network cannot be frozen") from error
+        _save(frozen, path)
         return path.read_bytes()
 
 

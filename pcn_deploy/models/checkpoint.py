@@ -51,7 +51,7 @@ def read_state_dict(path: Path) -> StateDict:
     if not path.is_file():
         msg = f"Weights file {str(path)!r} does not exist. Check the path given to --weights."
         raise CheckpointError(msg)
-    state = _unwrap(_read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path), path)
+    state = _unwrap(_read_safetensors(path) if _is_safetensors(path) else _read_pickle(path), path)
     check_finite(state, str(path))
     return state
 
@@ -83,6 +83,13 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _is_plain(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_complex()
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its name, or by how it begins: the length of a header in JSON, and the header."""
+    with path.open("rb") as file:
+        length, opening = file.read(8), file.read(1)
+    return path.suffix == ".safetensors" or (opening == b"{" and int.from_bytes(length, "little") < path.stat().st_size)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def create_model(
         if info is None:
             model = _call_user_factory(name, architecture)
             if state is not None:
-                checkpoint.load_strict(model, state, str(weights))
+                _load_into_user_network(model, state, str(weights))
         elif state is None:
             model = _make(info, _arguments(info, {}, architecture))
         else:
@@ -136,6 +136,29 @@ def _shaped_by(info: ModelInfo, state: StateDict, given: dict[str, Any]) -> tupl
         return _make(info, _arguments(info, read, given)), state
 
 
+def _load_into_user_network(model: nn.Module, state: StateDict, origin: str) -> None:
+    from pcn_deploy.models.checkpoint import differences, load_strict
+
+    try:
+        load_strict(model, state, origin)
+    except CheckpointError as error:
+        fitting = [
+            f"Its {len(inner)} tensors under '{head}.' fit: save those only."
+            for head, inner in _inner_states(state)
+            if not differences(model, inner)
+        ]
+        raise CheckpointError("\n".join([str(error), *fitting])) from error
+
+
+def _inner_states(state: StateDict) -> Iterator[tuple[str, StateDict]]:
+    """The part of a checkpoint under the first word that most of its names have, with that word; if there is one."""
+    heads = Counter(key.partition(".")[0] for key in state)
+    for head, count in heads.most_common(1):
+        if 2 * count > len(state):
+            prefix = f"{head}."
+            yield head, {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
 def _advice(info: ModelInfo, state: StateDict) -> list[str]:
     """What a checkpoint that does not fit is: another registered network, or one of them beside other tensors."""
     fitting = _that_fit(state)
@@ -143,12 +166,10 @@ def _advice(info: ModelInfo, state: StateDict) -> list[str]:
         return [f"It fits {info.name} as it is: leave --num-classes and arguments of the architecture out."]
     if fitting:
         return [f"It fits {' and '.join(fitting)}: give that as the model."]
-    heads = Counter(key.partition(".")[0] for key in state)
-    for head, count in heads.most_common(2):
-        inner = {key.removeprefix(f"{head}."): value for key, value in state.items() if key.startswith(f"{head}.")}
-        fitting = _that_fit(inner) if 2 * count > len(state) else []
+    for head, inner in _inner_states(state):
+        fitting = _that_fit(inner)
         if fitting:
-            return [f"Its {count} tensors under '{head}.' fit {' and '.join(fitting)}: save those only."]
+            return [f"Its {len(inner)} tensors under '{head}.' fit {' and '.join(fitting)}: save those only."]
     return []
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -180,6 +182,22 @@ class Noisy(Net):
 def test_random_logits_are_refused(kind: Callable[[], nn.Module]) -> None:
     with pytest.raises(ModelError, match="two runs on the same image"):
         check_behaviour(kind().eval(), IMAGES, batched=False)
+
+
+class SkipsALayer(Net):
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def features(self, x: Tensor) -> Tensor:
+        y = super().features(x)
+        return y if self.draw() > 1e-9 else 2 * y
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_decisions_by_lot_are_refused_whatever_comes_up(draw: Callable[[], float]) -> None:
+    with pytest.raises(ModelError, match="draws a random number"):
+        check_behaviour(SkipsALayer(draw).eval(), IMAGES, batched=False)
 
 
 class ByBatch(Net):

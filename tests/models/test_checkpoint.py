@@ -60,6 +60,8 @@ def test_safetensors(tmp_path: Path, make_net: MakeNet) -> None:
     assert_same(read(tmp_path / "net.safetensors"), state)
     save_file(prefixed(state), tmp_path / "wrapped.safetensors")
     assert_same(read(tmp_path / "wrapped.safetensors"), state)
+    (tmp_path / "net.safetensors").rename(tmp_path / "net.pth")
+    assert_same(read(tmp_path / "net.pth"), state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

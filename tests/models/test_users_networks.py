@@ -242,6 +242,15 @@ def exported():
 """
 
 
+def test_a_file_of_the_network_and_a_little_more_says_which_part_fits(tmp_path: Path) -> None:
+    (tmp_path / "odd_factories.py").write_text(FACTORY)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    saved = {**{f"model.{name}": value for name, value in net.state_dict().items()}, "loss.weight": torch.ones(2)}
+    torch.save(saved, tmp_path / "lightning.ckpt")
+    with pytest.raises(CheckpointError, match=r"\nIts 2 tensors under 'model\.' fit: save those only\.$"):
+        create_model(f"{tmp_path / 'odd_factories.py'}:typed", weights=tmp_path / "lightning.ckpt")
+
+
 def test_factories(tmp_path: Path) -> None:
     (tmp_path / "odd_factories.py").write_text(FACTORY)
     create_model(f"{tmp_path / 'odd_factories.py'}:typed")
