@@ -66,7 +66,7 @@ def row(task: Task, reference: npt.NDArray[np.float32], recovery: tuple[str, ...
 def main() -> None:
     """Print one table per task."""
     parser = argparse.ArgumentParser(description="What each accuracy recovery gains.")
-    parser.add_argument("--images", type=int, help="test images of each task; all of them by default")
+    parser.add_argument("--images", type=int, default=30_000, help="test images of each task, or as many as it has")
     parser.add_argument("--task", default="", help="only tasks with this in their name")
     given = parser.parse_args()
     for task in tasks(given.images):

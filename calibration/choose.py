@@ -1,4 +1,8 @@
-"""The calibrator that costs this network least: every one is tried on calibration images, from the same histograms."""
+"""The calibrator that costs this network least: every one is tried on calibration images, from the same histograms.
+
+Those that clip must gain clearly: other images reach beyond the ranges of these, and what clipping costs there cannot
+be seen here. On the digits of the examples it gains 0.7 dB here and costs 2 to 4 dB on unseen images.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,8 @@ from pcn_deploy.progress import Progress, silent
 
 IMAGES = 64
 """Images that judge, spread evenly over the calibration images."""
+CLIPPING_DB = 1.0
+"""Least gain of SQNR over `max`, which clips nothing, for which ranges are clipped."""
 STEP = "Choosing the calibrator"
 
 
@@ -31,7 +37,7 @@ def choose_calibrator(
     weight_calibrator: str,
     progress: Progress = silent,
 ) -> Calibration:
-    """Take the ranges with the largest SQNR of the logits.
+    """Take the ranges with the largest SQNR of the logits; those of `max` unless others gain `CLIPPING_DB`.
 
     Args:
         deployed: The deploy form.
@@ -57,8 +63,11 @@ def choose_calibrator(
         found[name] = (_sqnr_db(deployed, quantized, source), candidate)
     progress(STEP, len(CALIBRATORS), len(CALIBRATORS))
     chosen = max(found, key=lambda name: found[name][0])
+    if found[chosen][0] < found["max"][0] + CLIPPING_DB:
+        chosen = "max"
     figures = ", ".join(f"{name} {sqnr:.1f}" for name, (sqnr, _) in found.items())
-    note = f"calibrator {chosen} was chosen by the SQNR of the logits, in dB: {figures}."
+    note = f"calibrator {chosen} was chosen by the SQNR of the logits, in dB: {figures}"
+    note += f"; to clip must gain {CLIPPING_DB:g} dB." if chosen == "max" else "."
     return replace(found[chosen][1], notes=(*seen.notes, note))
 
 

@@ -8,6 +8,7 @@ import torch
 from small_builds import images, network, options
 
 import pcn_deploy
+from pcn_deploy.calibration import choose
 from pcn_deploy.calibration.calibrators import CALIBRATORS
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.quantized import apply_scales
@@ -30,11 +31,14 @@ def loss(calibrator: str, percentile: float = 99.99) -> tuple[float, str]:
     return meter.metrics()["sqnr_db"], ready.calibration.calibrator
 
 
+@pytest.mark.parametrize("gain", [0.0, 1.0, 100.0])
 @pytest.mark.parametrize("percentile", [99.99, 60.0])
-def test_the_best_of_all_is_taken(percentile: float) -> None:
+def test_the_best_is_taken_if_it_gains_enough(monkeypatch: pytest.MonkeyPatch, percentile: float, gain: float) -> None:
+    monkeypatch.setattr(choose, "CLIPPING_DB", gain)
     alone = {name: loss(name, percentile)[0] for name in CALIBRATORS}
+    best = max(alone, key=lambda one: alone[one])
     found, name = loss("auto", percentile)
-    assert name == max(alone, key=lambda one: alone[one])
+    assert name == (best if alone[best] - alone["max"] >= gain else "max")
     np.testing.assert_allclose(found, alone[name])
     assert max(alone.values()) > min(alone.values())
 
