@@ -70,7 +70,9 @@ def plan_scales(
             msg = f"The plan quantises {path}, which is a {type(layer).__name__}; only Conv2d and Linear can be."
             raise DataError(msg)
         if not 0 < (entry.input_amax or 0) <= float(np.finfo(np.float32).max):
-            msg = f"{path} has no calibrated range (it is {entry.input_amax}). Calibrate it, or leave it out of INT8."
+            msg = (
+                f"The range of {path} is {entry.input_amax}; expected a float32 above 0. Calibrate it or leave it out."
+            )
             raise DataError(msg)
         largest = np.float32(CODES[entry.precision])
         scale = np.float32(entry.input_amax) / largest

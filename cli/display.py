@@ -191,9 +191,15 @@ def broken_budget(proof: BudgetProof) -> str:
     )
 
 
+def counted(count: int, thing: str) -> str:
+    """A number of things in words: 1 image, 2 images."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
 def recovery_summary(recovery: dict[str, int]) -> str:
     """What each recovery changed."""
-    return f"Recovery: {', '.join(f'{name} ({count} layers)' for name, count in recovery.items())}."
+    changed = ", ".join(f"{name} ({counted(count, 'layer')})" for name, count in recovery.items())
+    return f"Recovery: {changed}."
 
 
 def search_summary(search: SearchResult, quantized: int) -> str:
@@ -201,6 +207,6 @@ def search_summary(search: SearchResult, quantized: int) -> str:
     left = search.unquantized
     names = f": {', '.join(left)}" if left else ""
     return (
-        f"Search: {len(left)} layers left unquantised{names}; {quantized} stay quantised. "
-        f"{search.evaluations} plans judged, simulated drop {search.counts.drop:.2f} points."
+        f"Search: {counted(len(left), 'layer')} left unquantised{names}; {quantized} quantised. "
+        f"{counted(search.evaluations, 'plan')} judged, simulated drop {search.counts.drop:.2f} points."
     )

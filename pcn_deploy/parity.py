@@ -57,16 +57,16 @@ def budget_for(precision: str, max_drop: float | None = None) -> ParityBudget:
 
     Args:
         precision: One of `BUDGETS`.
-        max_drop: Percentage points, 0 or more.
+        max_drop: Percentage points, from 0 to below 100.
 
     Raises:
-        OptionError: If the limit is negative or not finite.
+        OptionError: If the limit is negative, or allows everything.
     """
     default = BUDGETS[precision]
     if max_drop is None:
         return default
-    if not (math.isfinite(max_drop) and max_drop >= 0):
-        msg = f"--max-drop {max_drop}: expected percentage points of top-1, 0 or more."
+    if not 0 <= max_drop < 100:
+        msg = f"--max-drop {max_drop}: expected percentage points of top-1, from 0 to below 100."
         raise OptionError(msg)
     return ParityBudget(cosine_min=default.cosine_min, sqnr_db=default.sqnr_db, top1_drop=max_drop)
 

@@ -171,7 +171,7 @@ def test_the_command_prints_the_proof(words: list[Any], tmp_path: Path, monkeypa
     result = invoke(*words, "--data", tmp_path / "images.npz", "--max-drop", 6)
     assert result.exit_code == 0, result.output
     printed = " ".join(result.stdout.split())
-    assert f"Search: 1 layers left unquantised: {HARMFUL}" in printed
+    assert f"Search: 1 layer left unquantised: {HARMFUL}" in printed
     assert "Judged by the labels of" in printed
     assert "none of these images chose the plan" in printed
     assert (tmp_path / "out.pcn").exists()

@@ -101,7 +101,8 @@ def _analyze(given: dict[str, Any], processes: Processes) -> None:
     measurements = {"model": given["model"], "calibrator": compile_options.calibrator, **found.to_json()}
     given["output"].write_text(json.dumps(measurements, indent=1) + "\n", encoding="utf-8")
     if given["picture"] is not None:
-        draw(found, given["picture"], f"{given['model']}: cost of INT8 per layer, {found.sensitivity.images} images")
+        images = display.counted(found.sensitivity.images, "image")
+        draw(found, given["picture"], f"{given['model']}: cost of INT8 per layer, {images}")
     if given["as_json"]:
         display.print_json(measurements)
     else:
@@ -129,7 +130,7 @@ def _print(found: Analysis, output: Path) -> None:
     drop = "" if every.top1_drop is None else f", top-1 drops by {every.top1_drop:.2f} points"
     click.echo(
         f"All in INT8: {every.sqnr_db:.1f} dB, same answer on {every.top1_agreement:.2f} %{drop} "
-        f"({sensitivity.images} images of {found.data})."
+        f"({display.counted(sensitivity.images, 'image')} of {found.data})."
     )
     if found.resumed:
         click.echo(f"{found.resumed} measurements were taken over from the run before.")

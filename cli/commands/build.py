@@ -226,9 +226,10 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
         display.print_table("Drop of top-1, in percentage points", display.PROOF_COLUMNS, rows)
         click.echo(display.proof_basis(result.proofs[0]))
     seen = bundle.manifest["calibration"]
-    click.echo(f"Golden set: {reports[0]['images']} images, from {bundle.manifest['golden']}.")
+    click.echo(f"Golden set: {display.counted(reports[0]['images'], 'image')}, from {bundle.manifest['golden']}.")
     if seen:
-        click.echo(f"Ranges: {seen['calibrator']} on {seen['images']} images; {seen['unreadable']} could not be read.")
+        images = display.counted(seen["images"], "image")
+        click.echo(f"Ranges: {seen['calibrator']} on {images}; {seen['unreadable']} could not be read.")
         if "recovery" in seen:
             click.echo(display.recovery_summary(seen["recovery"]))
     elif bundle.manifest["precision"] in CODES:

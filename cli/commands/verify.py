@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -82,11 +83,11 @@ def _verify(
         return verify(engine, data, reference=reference, budget=budget, limit=images, progress=progress)
 
 
-def _print(report: dict[str, object]) -> None:
+def _print(report: dict[str, Any]) -> None:
     title = f"Parity with the eager network on {report['data']}"
     display.print_table(title, display.PARITY_COLUMNS, display.parity_rows([report]))
     if report["unreadable"]:
-        click.echo(f"{report['unreadable']} images could not be read and were left out.")
+        click.echo(f"{display.counted(report['unreadable'], 'image')} could not be read, left out.")
     metrics = report["metrics"]
-    if isinstance(metrics, dict) and "top1_reference" in metrics:
+    if "top1_reference" in metrics:
         click.echo(f"top-1: eager {metrics['top1_reference']:.2f} %, engine {metrics['top1_engine']:.2f} %")
