@@ -177,7 +177,7 @@ def run(task: Task, folder: Path, python: Path) -> Iterator[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--images", type=int, help="test images of each task")
+    parser.add_argument("--images", type=int, default=30_000, help="test images of each task, or as many as it has")
     parser.add_argument("--public-python", type=Path, default=Path(".venv-public/bin/python"))
     options = parser.parse_args()
     print("task | quantised by | INT8 products | SQNR, dB | top-1, % | drop, points (95 % bound)")
