@@ -138,12 +138,12 @@ class Search:
         Returns:
             The plan that holds; if none does, the safest, with `reached` false.
         """
-        harmful = [unit for unit in rank() if unit not in found.unquantized]
         sequence = [list(found.unquantized)]
-        more = 1
-        while not self._safe(self._judge(sequence[-1])) and len(sequence[-1]) < len(self._units) - 1:
-            sequence.append([*found.unquantized, *harmful[:more]][: len(self._units) - 1])
-            more *= 2
+        harmful = [unit for unit in rank() if unit not in found.unquantized]
+        for unit in harmful[:-1]:  # one layer stays
+            if self._safe(self._judge(sequence[-1])):
+                break
+            sequence.append([*sequence[-1], unit])
         holds: SearchResult | None = None
         for given_up in reversed(sequence):
             counts = self._judge_on(others, given_up)

@@ -231,10 +231,10 @@ FOUND = SearchResult(budget=0.5, unquantized=("a",), counts=PairedCounts(3000, 7
 @pytest.mark.parametrize(
     ("others", "asked", "left", "reached"),
     [
-        ([99, 3, 2, 1, 1, 1, 1, 1], [5, 3, 2, 1], "a", True),
-        ([99, 30, 30, 1, 1, 1, 1, 1], [5, 3, 2], "abc", True),
+        ([99, 3, 2, 1, 1, 1, 1, 1], [5, 4, 3, 2, 1], "a", True),
+        ([99, 30, 30, 1, 1, 1, 1, 1], [5, 4, 3, 2], "abc", True),
         ([99, 1, 1, 1, 1, 30, 1, 1], [5], "abcde", False),
-        ([99, 8, 1, 1, 1, 1, 1, 1], [5, 3, 2, 1], "ab", True),  # 8 are within the budget, but not with the slack
+        ([99, 8, 1, 1, 1, 1, 1, 1], [5, 4, 3, 2, 1], "ab", True),  # 8 are within the budget, but not with the slack
     ],
 )
 def test_the_last_plan_that_holds_on_other_images_is_taken(
