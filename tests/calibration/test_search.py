@@ -231,16 +231,16 @@ FOUND = SearchResult(budget=0.5, unquantized=("a",), counts=PairedCounts(3000, 7
 @pytest.mark.parametrize(
     ("others", "asked", "left", "reached"),
     [
-        ([99, 3, 2, 1, 1, 1, 1, 1], [5, 4, 3, 2, 1], "a", True),
-        ([99, 30, 30, 1, 1, 1, 1, 1], [5, 4, 3, 2], "abc", True),
-        ([99, 1, 1, 1, 1, 30, 1, 1], [5], "abcde", False),
-        ([99, 8, 1, 1, 1, 1, 1, 1], [5, 4, 3, 2, 1], "ab", True),  # 8 are within the budget, but not with the slack
+        ([99, 3, 2, 1, 1, 1, 1, 1], [6, 4, 3, 2, 1], "a", True),
+        ([99, 30, 30, 1, 1, 1, 1, 1], [6, 4, 3, 2], "bac", True),
+        ([99, 1, 1, 1, 1, 1, 30, 1], [6], "bacdef", False),
+        ([99, 8, 1, 1, 1, 1, 1, 1], [6, 4, 3, 2, 1], "ba", True),  # 8 are within the budget, but not with the slack
     ],
 )
 def test_the_last_plan_that_holds_on_other_images_is_taken(
     others: list[int], asked: list[int], left: str, reached: bool
 ) -> None:
-    search = KnownCounts([30, 7, 6, 5, 5, 2, 0, 0], others)
+    search = KnownCounts([30, 7, 6, 5, 5, 5, 0, 0], others)
     found = search.confirm(FOUND, None, lambda: list("bacdefgh"))  # type: ignore[arg-type]
     assert search.asked == asked, "from the safe one on, and no further than the first that does not hold"
     assert found.unquantized == tuple(left)
