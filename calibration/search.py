@@ -7,8 +7,8 @@ leaves more layers unquantised than giving up in that order alone would.
 The images that chose a plan judge it too kindly. Where there are others, they are asked about a sequence of plans that
 the first ones fixed, from a safe one to the one found, and the last of them that holds is taken: such a sequence, which
 ends at the first failure, keeps the confidence of a single test. Source: Angelopoulos et al., "Learn then Test", 2021,
-section 3 (fixed sequence testing). Between them stand the plan at which the order alone would have stopped, and those 1,
-2, 4, ... layers further in it: all that the order alone would ask about, so it never ends with fewer layers.
+section 3 (fixed sequence testing). Between them stand the plan at which the order alone would have stopped, and those
+1, 2, 4, ... layers further in it: all that the order alone would ask about, so it never ends with fewer layers.
 """
 
 from __future__ import annotations
