@@ -73,11 +73,11 @@ class Ledger:
                 path.unlink()
                 self._write(json.dumps(head))
                 return
-            written = json.loads(lines[0])
+            written = dict(json.loads(lines[0]))
             # a line that was being written when the run was killed has no end
             entries = [json.loads(line) for line in lines[1:] if line.endswith("\n")]
             self._found = {_checked(*entry): entry[1] for entry in entries}
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             msg = f"{path} does not hold the measurements of an earlier run ({error}). Remove it, or name another file."
             raise DataError(msg) from error
         differing = sorted(key for key in {*head, *written} if head.get(key) != written.get(key))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +33,8 @@ ALLOWED = {
 }
 """What a layer may be in a plan of each precision."""
 
+_LARGEST = 3.4028234e38
+"""Of float32, in which scales are computed."""
 _TABLES = {"layers": False, "operations": True}
 _KEYS = ("kind", "precision", "reason", "input_amax")
 _HEAD = """\
@@ -181,7 +182,7 @@ def parse_recipe(text: str, source: str = "the recipe") -> Recipe:
         raise DependencyError.for_extra(error.name or "tomli", "compile", "reading a recipe on Python 3.10") from error
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # what is no TOML, or more than Python takes
         msg = f"{source} is not valid TOML: {error}."
         raise OptionError(msg) from error
     _check_keys(data, ("precision", "remainder", *_TABLES), source)
@@ -210,9 +211,9 @@ def _entry(name: str, given: Any, precision: str, operations: bool, at: str) -> 
     amax = table.get("input_amax")
     if amax is not None:
         number = isinstance(amax, int | float) and not isinstance(amax, bool)
-        if not number or not math.isfinite(amax) or amax <= 0 or chosen not in CODES:
+        if not number or not 0 < amax <= _LARGEST or chosen not in CODES:
             where = "only where precision is int8 or fp8"
-            msg = f"{at}: input_amax is {amax!r}; expected a finite number above 0, and {where}."
+            msg = f"{at}: input_amax is {amax!r}; expected a number above 0 that float32 can hold, {where}."
             raise OptionError(msg)
     return PlanEntry(
         op=name,
@@ -234,7 +235,9 @@ def _table(value: Any, at: str) -> dict[str, Any]:
 def _check_keys(table: dict[str, Any], known: Sequence[str], at: str) -> None:
     unknown = [key for key in table if key not in known]
     if unknown:
-        msg = f"{at}: unknown key {unknown[0]!r}; expected {', '.join(known)}."
+        nested = isinstance(table[unknown[0]], dict)
+        quotes = ' A name with dots goes in quotes: [layers."blocks.0.conv"].' if nested else ""
+        msg = f"{at}: unknown key {unknown[0]!r}; expected {', '.join(known)}.{quotes}"
         raise OptionError(msg)
 
 

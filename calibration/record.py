@@ -159,7 +159,10 @@ def from_json(text: bytes, where: str) -> Calibration:
         return _from_values(data)
     except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError, OptionError, zlib.error) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        msg = f"{where} is not a calibration, or was altered or cut off ({reason}). Delete it and calibrate again."
+        msg = (
+            f"{where} is not a calibration, or was altered or cut off ({reason}). "
+            "Name another file, or delete that one to calibrate again."
+        )
         raise DataError(msg) from error
 
 

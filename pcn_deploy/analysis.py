@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pcn_deploy.budget import run_digest
+from pcn_deploy.budget import run_digests
 from pcn_deploy.calibration.evaluation import Answers
 from pcn_deploy.calibration.ledger import Ledger
 from pcn_deploy.options import CompileOptions
@@ -88,7 +88,7 @@ def analyze(
     simulation = Simulation(network.unrounded, apply_scales(network.deployed, network.scales), network.scales)
     judged_by = source if evaluation is None else as_source(evaluation, options)
     answers = Answers.of(simulation.logits, judged_by.subset(images), progress)
-    ledger = Ledger(record, {"run": run_digest(network, [answers])})
+    ledger = Ledger(record, run_digests(network, [answers]))
     kinds = {entry.op: entry.kind for entry in network.plan.entries}
     sensitivity = measure_sensitivity(simulation, kinds, answers, ledger, progress)
     ledger.remove()

@@ -18,6 +18,24 @@ _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 """From the palette of Okabe and Ito, which people with any colour vision can tell apart."""
 
 
+def check_picture(path: Path) -> None:
+    """Refuse early what `draw` could not do after a long analysis.
+
+    Raises:
+        DependencyError: If matplotlib is missing.
+        OutputError: If it does not know the ending of the file.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise DependencyError.for_extra(error.name or "matplotlib", "plot", "drawing the analysis") from error
+    known = FigureCanvasAgg(Figure()).get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        msg = f"{path}: a picture ends in .png, .svg or .pdf."
+        raise OutputError(msg)
+
+
 def draw(analysis: Analysis, path: Path, title: str) -> None:
     """Draw the ranking beside the course through the network.
 
@@ -30,11 +48,10 @@ def draw(analysis: Analysis, path: Path, title: str) -> None:
         DependencyError: If matplotlib is missing.
         OutputError: If the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise DependencyError.for_extra(error.name or "matplotlib", "plot", "drawing the analysis") from error
+    check_picture(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     shown = min(SHOWN, len(analysis.sensitivity.layers))
     figure = Figure(figsize=(13, max(4.5, 1.8 + 0.28 * shown)), layout="constrained")
     FigureCanvasAgg(figure)

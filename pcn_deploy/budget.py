@@ -155,7 +155,7 @@ def search_plan(
 
     simulation = Simulation(network.unrounded, apply_scales(network.deployed, network.scales), network.scales)
     units = network.units()
-    ledger = Ledger(record, {"run": run_digest(network, [judges.search, judges.proof]), "budget": judges.budget})
+    ledger = Ledger(record, {**run_digests(network, [judges.search, judges.proof]), "budget": judges.budget})
     chosen = judges.search.spread(RANKING_IMAGES)
     search = Search(simulation, units, judges.search, judges.budget, ledger, progress)
 
@@ -198,13 +198,19 @@ def prove(engine: Engine, judges: Judges, progress: Progress) -> BudgetProof:
     )
 
 
-def run_digest(network: Prepared, judges: list[Answers]) -> str:
-    """Digest of all that decides a measurement: weights, scales, images and expected answers."""
+def run_digests(network: Prepared, judges: list[Answers]) -> dict[str, str]:
+    """Digests of all that decides a measurement: weights, scales, images and expected answers."""
     from pcn_deploy.calibration.cache import digest_weights
 
-    sha = hashlib.sha256(digest_weights(network.deployed).encode())
-    for path, scales in network.scales.items():
-        sha.update(f"{path}{scales.input!r}".encode() + scales.weight.tobytes())
-    for answers in judges:
-        sha.update(answers.source.digest.encode() + answers.expected.tobytes() + answers.reference.tobytes())
-    return sha.hexdigest()
+    scales, images, answers = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+    for path, own in network.scales.items():
+        scales.update(f"{path}{own.input!r}".encode() + own.weight.tobytes())
+    for judge in judges:
+        images.update(judge.source.digest.encode())
+        answers.update(judge.expected.tobytes() + judge.reference.tobytes())
+    return {
+        "weights": digest_weights(network.deployed),
+        "scales": scales.hexdigest(),
+        "images to judge by": images.hexdigest(),
+        "expected answers": answers.hexdigest(),
+    }

@@ -272,8 +272,9 @@ def _check_agreement(
         found = least_sqnr_db(expected, _outputs("cpu", as_fp32(), spec, images))
     if found < AGREEMENT_DB:
         msg = (
-            f"TorchScript and ONNX were made from one module but differ ({found:.1f} dB): the network does something "
-            "that the exporter or a rewrite got wrong. Please report it, with the definition of the network."
+            f"TorchScript and ONNX were made from one module but differ ({found:.1f} dB): the network decides by how "
+            "it is run, such as torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export(), or the exporter got "
+            "it wrong. Leave such decisions out; if there are none, please report it with the definition."
         )
         raise ModelError(msg)
 

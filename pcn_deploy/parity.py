@@ -2,6 +2,8 @@
 
 Definitions, with reference r and engine output y, one row per image:
 cosine = r.y / (|r| |y|) of the worst image; SQNR = 10 log10(sum r^2 / sum (r - y)^2) in dB over all images;
+SQNR of the differences = the same, of what each logit differs from the mean of its row by, on both sides: one number
+added to all logits of an image changes no answer, and makes the errors of the others look small;
 top-1 agreement = share of images with the same largest logit; top-1 drop = accuracy of r minus that of y, in
 percentage points. The default budgets are justified in docs/parity.md.
 """
@@ -81,7 +83,8 @@ class ParityReport:
             machine and ONNX Runtime executed the same graph instead.
         images: Number of images compared.
         data: Where they came from.
-        metrics: Names as in the module's definitions; `top1_*` and `top1_drop` in percent, with labels only;
+        metrics: Names as in the module's definitions, `sqnr_differences_db` of logits only; `top1_*` and `top1_drop` in
+            percent, with labels only;
             `attention_map_*` where the engine has that output and the reference too.
         budget: What was allowed.
         failures: One sentence per limit that was broken.
@@ -143,6 +146,7 @@ class ParityMeter:
         self._cosine_min = 1.0
         self._max_abs = 0.0
         self._signal, self._noise = ExactSum(), ExactSum()
+        self._centred_signal, self._centred_noise = ExactSum(), ExactSum()
         self._agree = self._reference_hits = self._engine_hits = 0
 
     def update(self, reference: Logits, engine: Logits, labels: npt.NDArray[np.int64] | None = None) -> None:
@@ -172,6 +176,8 @@ class ParityMeter:
         self._signal.add((ref**2).sum(1))
         error = np.where(np.isfinite(out), ref - out, np.inf)
         self._noise.add((error**2).sum(1))
+        self._centred_signal.add((_centred(ref) ** 2).sum(1))
+        self._centred_noise.add(np.where(np.isinf(error).any(1), np.inf, (_centred(ref - _finite(out)) ** 2).sum(1)))
         self._max_abs = max(self._max_abs, float(np.abs(error).max(initial=0.0)))
         self._cosine_min = min(self._cosine_min, float(_cosine(ref, out).min(initial=1.0)))
         best_ref, best_out = ref.argmax(1), out.argmax(1)
@@ -184,17 +190,21 @@ class ParityMeter:
             self._reference_hits += int((best_ref == labels).sum())
             self._engine_hits += int((best_out == labels).sum())
 
+    @property
+    def _sums(self) -> tuple[ExactSum, ...]:
+        return self._signal, self._noise, self._centred_signal, self._centred_noise
+
     def state(self) -> bytes:
         """Everything counted so far, as JSON, for `merge` in another process."""
-        sums = {key: [each.units, each.infinite] for key, each in (("signal", self._signal), ("noise", self._noise))}
+        sums = [[each.units, each.infinite] for each in self._sums]
         extremes = {"cosine_min": self._cosine_min, "max_abs": self._max_abs}
         counts = [self._images, self._labelled, self._agree, self._reference_hits, self._engine_hits]
-        return json.dumps({**sums, **extremes, "counts": counts}).encode()
+        return json.dumps({"sums": sums, **extremes, "counts": counts}).encode()
 
     def merge(self, state: bytes) -> None:
         """Add what another meter counted. Nothing is rounded: the metrics are those of one meter for all images."""
         other = json.loads(state)
-        for mine, (units, infinite) in ((self._signal, other["signal"]), (self._noise, other["noise"])):
+        for mine, (units, infinite) in zip(self._sums, other["sums"], strict=True):
             mine.merge(ExactSum(units, infinite=infinite))
         self._cosine_min = min(self._cosine_min, other["cosine_min"])
         self._max_abs = max(self._max_abs, other["max_abs"])
@@ -220,6 +230,8 @@ class ParityMeter:
             "max_abs_error": min(self._max_abs, float(np.finfo(np.float64).max)),  # JSON has no infinity
             "top1_agreement": 100.0 * self._agree / self._images,
         }
+        if self._output == LOGITS:
+            found["sqnr_differences_db"] = _sqnr_db(float(self._centred_signal), float(self._centred_noise))
         if self._labelled:
             reference = 100.0 * self._reference_hits / self._labelled
             engine = 100.0 * self._engine_hits / self._labelled
@@ -279,6 +291,16 @@ def _cosine(ref: npt.NDArray[np.float64], out: npt.NDArray[np.float64]) -> npt.N
     return worst
 
 
+def _centred(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Rows less their means; a single logit has no others to differ from, and stays."""
+    centred: npt.NDArray[np.float64] = rows - rows.mean(1, keepdims=True) if rows.shape[1] > 1 else rows
+    return centred
+
+
+def _finite(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.where(np.isfinite(rows), rows, 0.0)
+
+
 def _sqnr_db(signal: float, noise: float) -> float:
     if noise == 0:
         return SQNR_CEILING_DB
@@ -293,6 +315,11 @@ def _failures(metrics: dict[str, float], budget: ParityBudget) -> list[str]:
         found.append(f"cosine {metrics['cosine_min']:.5f} of the worst image is below {budget.cosine_min}")
     if metrics["sqnr_db"] < budget.sqnr_db:
         found.append(f"SQNR {metrics['sqnr_db']:.1f} dB is below {budget.sqnr_db:.1f} dB")
+    elif (differences := metrics.get("sqnr_differences_db", math.inf)) < budget.sqnr_db:
+        found.append(
+            f"SQNR {metrics['sqnr_db']:.1f} dB is that of what all logits of an image have in common; "
+            f"that of their differences, {differences:.1f} dB, is below {budget.sqnr_db:.1f} dB"
+        )
     if metrics.get("top1_drop", 0.0) > budget.top1_drop:
         found.append(f"top-1 drops by {metrics['top1_drop']:.2f} points, more than {budget.top1_drop:.2f}")
     return found

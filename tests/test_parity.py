@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -170,10 +171,25 @@ def test_one_bad_image_among_many_decides_the_cosine() -> None:
     assert "SQNR 18.8 dB is below 30.0 dB" in report.failures[1]
 
 
+def test_what_all_logits_have_in_common_hides_no_error() -> None:
+    rng = np.random.default_rng(0)
+    reference, wrong = (rng.standard_normal((20, 10)).astype(np.float32) for _ in range(2))
+    report = judge(reference + 300, wrong + 300)
+    assert report.metrics["cosine_min"] > 0.9999
+    assert report.metrics["sqnr_db"] > 40
+    assert len(report.failures) == 1
+    assert re.search(r"^SQNR 4\d\.\d dB is that of .* differences, -\d\.\d dB, is below 30\.0 dB$", report.failures[0])
+    shifted = (reference + rng.standard_normal((20, 1)) / 100).astype(np.float32)
+    assert judge(reference + 30, shifted + 30).metrics["sqnr_differences_db"] > 90, "the same for all logits: no error"
+    alone = ParityMeter()
+    alone.update(reference[:, :1], reference[:, :1] + 1e-3)
+    assert 50 < alone.metrics()["sqnr_differences_db"] < 70, "a single logit is measured from zero"
+
+
 def test_the_drop_alone_fails() -> None:
     """Logits nearly equal, but the class changes: only labels can tell that it matters."""
-    reference = np.array([[1.0, 0.9999]] * 10, np.float32)
-    engine = reference[:, ::-1].copy()
+    reference = np.array([[1.0, 0.9999, -1.0]] * 10, np.float32)
+    engine = reference[:, [1, 0, 2]].copy()
     assert judge(reference, engine)
     report = judge(reference, engine, np.zeros(10, np.int64))
     assert report.failures == ("top-1 drops by 100.00 points, more than 1.00",)
@@ -239,7 +255,8 @@ def test_the_json_form_keeps_its_keys() -> None:
     assert json.loads(json.dumps(found)) == found
     assert (found["passed"], found["target"], found["executed_by"], found["images"]) == (True, "tensorrt", "cpu", 3)
     assert (found["data"], found["failures"]) == ("golden", [])
-    names = {"cosine_min", "sqnr_db", "max_abs_error", "top1_agreement", "top1_reference", "top1_engine", "top1_drop"}
+    names = {"cosine_min", "sqnr_db", "sqnr_differences_db", "max_abs_error"}
+    names |= {"top1_agreement", "top1_reference", "top1_engine", "top1_drop"}
     assert set(found["metrics"]) == names
     assert found["budget"] == {"cosine_min": 0.99, "sqnr_db": 30.0, "top1_drop": 1.0}
 

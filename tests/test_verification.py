@@ -237,4 +237,4 @@ def test_images_are_compared_by_their_logits(path_with_map: Path) -> None:
     with pcn_deploy.load(path_with_map, "torchscript") as other, pcn_deploy.load(path_with_map, "cpu") as engine:
         report = pcn_deploy.verify(engine, [given], reference=other.predict)
     assert report
-    assert set(report.metrics) == {"cosine_min", "sqnr_db", "max_abs_error", "top1_agreement"}
+    assert set(report.metrics) == {"cosine_min", "sqnr_db", "sqnr_differences_db", "max_abs_error", "top1_agreement"}

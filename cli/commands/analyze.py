@@ -9,12 +9,12 @@ from typing import Any
 import click
 
 from pcn_deploy.analysis import SAMPLE, Analysis, analyze
-from pcn_deploy.analysis_picture import draw
+from pcn_deploy.analysis_picture import check_picture, draw
 from pcn_deploy.bundle import check_output
 from pcn_deploy.calibration.distributed import Processes, join
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
-from pcn_deploy.errors import DataError
+from pcn_deploy.errors import DataError, OutputError
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.preparation import synthetic_source, take_part
 
@@ -71,6 +71,11 @@ def _analyze(given: dict[str, Any], processes: Processes) -> None:
     for path in (given["output"], given["picture"]) if processes.first else ():
         if path is not None:
             check_output(path, overwrite=given["overwrite"])
+    if given["picture"] is not None:
+        check_picture(given["picture"])
+        if given["picture"] == given["output"]:
+            message = f"--picture and -o name the same file, {given['output']}. Name two."
+            raise OutputError(message)
     source = options.source_of(given)
     compile_options = CompileOptions(
         precision="int8",

@@ -26,6 +26,12 @@ class Cause:
 
 CAUSES: tuple[Cause, ...] = (
     Cause(
+        r"Could not export Python function call",
+        "forward calls a torch.autograd.Function, Python code that neither a graph nor a file can hold.",
+        "write the function with torch's own operators where self.training is false: x * torch.sigmoid(x) for a Swish "
+        "that saves memory.",
+    ),
+    Cause(
         rf"{re.escape(HELPER)}|unknown to einops|Python builtin|is not supported in Torchscript|"
         r"Expected a single top-level function",
         "TorchScript cannot compile the function that is called there.",
@@ -42,7 +48,7 @@ CAUSES: tuple[Cause, ...] = (
         "tensors with register_buffer, and make new tensors with device=x.device.",
     ),
     Cause(
-        r"specialized it to be a constant|Constraints violated \(batch\)",
+        r"specialized it to be a constant|Constraints violated \(batch\)|Unsupported attribute type.*Symbolic",
         "the code works for one batch size only.",
         "build with a fixed batch (--batch N), or keep the batch free: x.flatten(1) or "
         "x.reshape(x.shape[0], -1), with no "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
 from collections.abc import Iterator
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 
 from pcn_deploy.calibration.quantized import Quantization
 from pcn_deploy.errors import ModelError
-from pcn_deploy.graph.diagnosis import export_error, running_error
+from pcn_deploy.graph.diagnosis import export_error, obstacle, running_error
+from pcn_deploy.graph.places import place_of_module
+from pcn_deploy.graph.preconditions import HEADLINE
 from pcn_deploy.graph.qdq import insert_qdq
-from pcn_deploy.graph.repeat import Run, find_runs, keep_first, unroll
+from pcn_deploy.graph.repeat import SCOPES, Run, find_runs, keep_first, unroll
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.specs import BATCH_AXIS, LOGITS, BatchRange, EngineSpec, TensorSpec
 
@@ -61,6 +64,7 @@ def to_onnx(
     progress(step, 0, 3)
     with _quiet_exporter(), torch.no_grad():
         program = _export_unrolled(model, example, batch, _runs(model, example), outputs)
+        _check_no_lot(model, program.model.graph)
         progress(step, 1, 3)
         insert_qdq(program.model.graph, quantized)
         progress(step, 2, 3)
@@ -92,6 +96,17 @@ def _export_unrolled(
         log.debug("Every block is exported on its own: %s", error)
         return _export_unrolled(model, example, batch, [], outputs)
     return program
+
+
+def _check_no_lot(model: nn.Module, graph: ir.Graph) -> None:
+    """Refuse a graph that draws random numbers; rare ones do not show when a network is run a few times."""
+    for node in graph:
+        if node.op_type.startswith("Random") or node.op_type in {"Bernoulli", "Multinomial"}:
+            modules = dict(model.named_modules())
+            scopes = [path for path in ast.literal_eval(node.metadata_props.get(SCOPES, "[]")) if path in modules]
+            place = place_of_module(scopes[-1], modules[scopes[-1]]) if scopes else None
+            reason = f"forward draws random numbers in evaluation too (the graph has a {node.op_type})."
+            raise obstacle(HEADLINE, place, reason, "draw them only if self.training.")
 
 
 def _fold_constants(model: ir.Model) -> None:

@@ -7,6 +7,7 @@ repetition with the weights of its own block.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from pcn_deploy.errors import ModelError
 from pcn_deploy.models.deploy import share_weights
 from pcn_deploy.models.hooks import hooked
+
+log = logging.getLogger(__name__)
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Where the exporter notes, on each node, the modules it belongs to."""
@@ -55,7 +58,8 @@ def find_runs(model: nn.Module, example: Tensor) -> list[Run]:
     for path, module in model.named_modules():
         if type(module) is nn.Sequential and not any(_holds(run, path) for run in candidates):
             candidates += [Run(path, names) for names in _equal_neighbours(module)]
-    return _plain_chains(model, example, candidates) if candidates else []
+    runs = _plain_chains(model, example, candidates) if candidates else []
+    return runs if runs and _ask_nothing_else(model, example[:1], runs) else []
 
 
 def _holds(run: Run, path: str) -> bool:
@@ -128,6 +132,31 @@ def _plain_chains(model: nn.Module, example: Tensor, runs: list[Run]) -> list[Ru
         if calls[run.parent] == 1 and all(calls[run.path(name)] == 1 for name in run.names)
         if run.path(run.names[0]) in keeping
     ]
+
+
+def _ask_nothing_else(model: nn.Module, example: Tensor, runs: list[Run]) -> bool:
+    """Whether the network does no more with its blocks than execute them.
+
+    It may also read their weights, or count them. Then it computes something else without them than with blocks that
+    hand on what they are given.
+    """
+    image = torch.linspace(-1, 1, example.numel()).reshape(example.shape)
+    others = [run.path(name) for run in runs for name in run.names[1:]]
+    handles = (model.get_submodule(path).register_forward_hook(lambda _m, inputs, _o: inputs[0]) for path in others)
+    try:
+        with torch.no_grad():
+            with hooked(handles):
+                expected = model(image.clone())
+            found = keep_first(model, runs)(image.clone())
+    except Exception as error:  # the network's own code, which may ask its blocks for anything
+        log.debug("The network cannot do without some of its blocks: %r", error)
+        return False
+    pairs = zip(_tensors(expected), _tensors(found), strict=True)
+    return all(torch.equal(first.nan_to_num(), second.nan_to_num()) for first, second in pairs)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else list(output)
 
 
 def keep_first(model: nn.Module, runs: list[Run]) -> nn.Module:

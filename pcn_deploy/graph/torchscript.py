@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pcn_deploy.graph.diagnosis import difference_error, running_error, scripting_error
+from pcn_deploy.errors import ModelError
+from pcn_deploy.graph.diagnosis import difference_error, report, running_error, scripting_error
 from pcn_deploy.graph.symbolic import trace
 from pcn_deploy.memory import output_error, temporary_path
 from pcn_deploy.parity import least_sqnr_db
@@ -77,6 +78,8 @@ def _save(module: torch.jit.ScriptModule, path: Path) -> None:
     try:
         torch.jit.save(module, path)
     except RuntimeError as error:
+        if "Could not export" in str(error):  # what scripting lets through and a file cannot hold
+            raise ModelError(report("The scripted network cannot be saved", error, None)) from error
         raise output_error(path.name, error) from error
 
 

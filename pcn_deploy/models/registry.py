@@ -236,6 +236,9 @@ def _call_user_factory(spec: str, arguments: dict[str, Any]) -> nn.Module:
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise ModelError(_no_factory(spec, module, attribute))
+    if isinstance(factory, nn.Module):
+        msg = f"{spec!r} is a network, not a function that makes one. Write def factory(): return {attribute}"
+        raise ModelError(msg)
     _check_signature(spec, factory, arguments)
     try:
         model = factory(**arguments)

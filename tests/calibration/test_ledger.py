@@ -63,7 +63,9 @@ def test_the_measurements_of_another_run_are_refused(tmp_path: Path) -> None:
         Ledger(path, {**RUN, "run": "xyz"})
 
 
-@pytest.mark.parametrize("text", ["no json\n", '{"version": 1}\n17\n', "\xff\n[1]\n"])
+@pytest.mark.parametrize(
+    "text", ["no json\n", '{"version": 1}\n17\n', "\xff\n[1]\n", "[]\n", "5\n", "[" * 100_000 + "\n"]
+)
 def test_a_file_that_holds_something_else_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.partial"
     path.write_bytes(text.encode("latin-1"))

@@ -93,6 +93,9 @@ def test_an_addition_leaves_int8_with_its_branch() -> None:
         ('precision="fp16"\n[layers.stem]\nprecision="bf16"', "is 'bf16'; expected fp16 or fp32"),
         ('precision="int8"\n[operations.block]\nprecision="int8"', "is 'int8'; expected fp16 or fp32"),
         ('precision="fp16"\n[layers.stem]\nprecision="fp16"\nkind=3', "kind and reason are texts"),
+        ('precision="fp16"\n[layers.blocks.0]\nprecision="fp16"', "unknown key '0'.* goes in quotes"),
+        ("precision=1" + "0" * 5000, "not valid TOML"),
+        ("x=" + "[" * 3000, "not valid TOML"),
     ],
 )
 def test_what_cannot_be_read_is_named(text: str, words: str) -> None:
@@ -100,10 +103,11 @@ def test_what_cannot_be_read_is_named(text: str, words: str) -> None:
         parse_recipe(text)
 
 
-@pytest.mark.parametrize("amax", ["0", "0.0", "-1.5", "nan", "inf", "-inf", "true", '"1"'])
+@pytest.mark.parametrize("amax", ["0", "0.0", "-1.5", "nan", "inf", "-inf", "true", '"1"', "3e300", "1" + "0" * 400])
 def test_a_range_is_a_finite_number_above_zero(amax: str) -> None:
     text = f'precision="int8"\n[layers.stem]\nprecision="int8"\ninput_amax={amax}'
-    with pytest.raises(OptionError, match=r'\[layers\."stem"\]: input_amax is .*expected a finite number above 0'):
+    words = r'\[layers\."stem"\]: input_amax is .*expected a number above 0 that float32 can hold'
+    with pytest.raises(OptionError, match=words):
         parse_recipe(text)
 
 

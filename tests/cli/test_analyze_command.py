@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on(files: dict[str, Path], tmp_path: Path, monkeypatc
     ("more", "code", "words_expected"),
     [
         (("--calibrator", "guess"), 2, ("'guess' is not one of",)),
-        (("--picture", "out.xyz"), 1, ("The picture cannot be written to out.xyz",)),
+        (("--picture", "out.xyz"), 1, ("out.xyz: a picture ends in .png",)),
         (("--data", "nowhere"), 1, ("nowhere", "neither a folder of images nor an .npz")),
     ],
 )

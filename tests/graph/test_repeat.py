@@ -102,6 +102,33 @@ class Block(nn.Module):
         return nn.functional.leaky_relu(y, self.slope)
 
 
+class Counting(nn.Module):
+    """Weighs the sum of its blocks by their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block(), Block())
+        self.stem = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        z: Tensor = (y + self.blocks(y) / len(self.blocks)).mean((2, 3))
+        return z
+
+
+class Reading(Counting):
+    """Reads a weight of its last block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.blocks(self.stem(x)).mean((2, 3)) * self.blocks.get_parameter("2.conv.weight").sum()
+        return y
+
+
+@pytest.mark.parametrize("kind", [Counting, Reading])
+def test_what_asks_more_of_its_blocks_is_exported_as_a_whole(kind: Callable[[], nn.Module]) -> None:
+    check_export(kind(), (3, 8, 8), [])
+
+
 class Masked(nn.Module):
     """Holds a tensor that is neither parameter nor buffer, too long for its text to show what differs."""
 
