@@ -32,7 +32,6 @@ NETWORKS = {
     "efficientnet_b0": ("efficientnet-pytorch", f"{OWN}:efficientnet_b0"),
     "resnet18, raw": ("transformers", f"{OWN}:transformers_resnet18_raw"),
     "resnet18, wrapped": ("transformers", f"{OWN}:transformers_resnet18"),
-    "resnet18, plain": ("transformers", f"{OWN}:transformers_resnet18_plain"),
 }
 
 

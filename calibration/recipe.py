@@ -33,8 +33,6 @@ ALLOWED = {
 }
 """What a layer may be in a plan of each precision."""
 
-_LARGEST = 3.4028234e38
-"""Of float32, in which scales are computed."""
 _TABLES = {"layers": False, "operations": True}
 _KEYS = ("kind", "precision", "reason", "input_amax")
 _HEAD = """\
@@ -210,10 +208,12 @@ def _entry(name: str, given: Any, precision: str, operations: bool, at: str) -> 
     chosen = _choice(table, "precision", allowed, at)
     amax = table.get("input_amax")
     if amax is not None:
+        if chosen not in CODES:
+            msg = f"{at}: input_amax goes only where precision is int8 or fp8. Remove it."
+            raise OptionError(msg)
         number = isinstance(amax, int | float) and not isinstance(amax, bool)
-        if not number or not 0 < amax <= _LARGEST or chosen not in CODES:
-            where = "only where precision is int8 or fp8"
-            msg = f"{at}: input_amax is {amax!r}; expected a number above 0 that float32 can hold, {where}."
+        if not number or not 0 < amax <= sys.float_info.max:
+            msg = f"{at}: input_amax is {amax!r}; expected a finite number above 0."
             raise OptionError(msg)
     return PlanEntry(
         op=name,

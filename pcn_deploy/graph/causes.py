@@ -74,7 +74,7 @@ CAUSES: tuple[Cause, ...] = (
         "int(), isinstance and torch.is_tensor.",
     ),
     Cause(
-        r"complex(64|128|32)?\b|aten[.:]+_?fft|ComplexFloat",
+        r"complex(64|128)\b|aten[.:]+_?fft|ComplexFloat",
         "it computes with complex numbers, which ONNX and TensorRT do not have.",
         "compute real and imaginary parts as two real tensors; a Fourier transform of fixed size is a product with a "
         "constant matrix.",

@@ -1,21 +1,23 @@
 """Trace a network symbolically, as it runs for one batch of images of a known channel count, height and width.
 
 A plain `torch.fx` trace knows nothing of its tensors, so a check of a shape stops it. Here every node is also executed
-on a tensor without data whose batch alone is a symbol: what is the same for every batch and every image, such as a
-height or a number of axes, is a plain value, and what depends on them stays a symbol and is still refused.
+on tensors without data, for batches of several sizes: what is the same in all of them, such as a height or a number of
+axes, is a plain value, and what depends on the batch or on an image stays a symbol and is still refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+_BATCHES = (1, 2, 1009)
+"""One, the least of several, and a prime beyond what code compares with: what depends on the batch differs in one."""
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, torch.layout)
 _ROOT = "net"
 
@@ -38,11 +40,10 @@ class _Tracer(fx.Tracer):
     def __init__(self, shape: tuple[int, int, int], is_leaf: Callable[[nn.Module, str], bool] | None) -> None:
         super().__init__()
         self._is_leaf = is_leaf
-        self._symbols = ShapeEnv(specialize_zero_one=False)
-        self._mode = FakeTensorMode(shape_env=self._symbols, allow_non_fake_inputs=True)
-        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * 3])  # type: ignore[var-annotated]
-        self._image = self._mode.from_tensor(torch.empty(2, *shape), symbolic_context=context)
-        self._values: dict[fx.Node, Any] = {}
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._mode:
+            self._images = [torch.empty(batch, *shape) for batch in _BATCHES]
+        self._values: dict[fx.Node, list[Any]] = {}
         self._untraced = _hooks_of_tracing()
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
@@ -55,21 +56,31 @@ class _Tracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         """Add a node; a result that is no tensor and the same for every batch is returned as it is."""
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
-        conditions = len(self._symbols.guards)
         try:
             with _replaced(self._untraced), self._mode, torch.no_grad():
-                value = self._value(proxy.node)
+                values = [self._value(proxy.node, index) for index in range(len(_BATCHES))]
         except Exception:  # whatever the operation lacks without data: what follows from it is not known
             return proxy
-        self._values[proxy.node] = value
-        known = type(value) in _PLAIN and len(self._symbols.guards) == conditions
+        self._values[proxy.node] = values
+        known = all(type(value) in _PLAIN and value == values[0] for value in values)
         if not known or target is getattr:  # attributes are asked for their node
             return proxy
         self.graph.erase_node(proxy.node)
-        return value
+        return values[0]
 
-    def _value(self, node: fx.Node) -> Any:
-        """Execute a node on what its arguments were.
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Iterate over a tuple or list, whose length is known."""
+        length = self.length_of(obj)
+        return super().iter(obj) if length is None else (obj[index] for index in range(length))  # type: ignore[index]
+
+    def length_of(self, obj: fx.Proxy) -> int | None:
+        """Length of a tuple or list; None for anything else."""
+        values = self._values.get(obj.node, [])
+        lengths = {len(value) if isinstance(value, tuple | list) else None for value in values}
+        return lengths.pop() if len(lengths) == 1 else None
+
+    def _value(self, node: fx.Node, index: int) -> Any:
+        """Execute a node on what its arguments were for one of the batches.
 
         Raises:
             Exception: If one of them is not known, or it needs data.
@@ -77,8 +88,8 @@ class _Tracer(fx.Tracer):
         if node.op == "get_attr":
             return _attribute(self.root, str(node.target))
         if node.op == "placeholder":
-            return self._image
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value_of)
+            return self._images[index]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), partial(self._value_of, index=index))
         target: Any = node.target
         if node.op == "call_method":
             target, args = getattr(args[0], target), args[1:]
@@ -86,13 +97,29 @@ class _Tracer(fx.Tracer):
             target = self.root.get_submodule(target)
         return target(*args, **kwargs)
 
-    def _value_of(self, node: fx.Node) -> Any:
-        return _attribute(self.root, str(node.target)) if node.op == "get_attr" else self._values[node]
+    def _value_of(self, node: fx.Node, index: int) -> Any:
+        return _attribute(self.root, str(node.target)) if node.op == "get_attr" else self._values[node][index]
 
 
 def _hooks_of_tracing() -> dict[str, Any]:
     """The methods of modules in whose place tracing puts its own."""
     return {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
+
+
+@contextmanager
+def _lengths_known() -> Iterator[None]:
+    """Let `len` tell the length of what stands for a tuple or a list, such as a shape."""
+    unknown = fx.Proxy.__len__
+
+    def length(proxy: fx.Proxy) -> int:
+        found = proxy.tracer.length_of(proxy) if isinstance(proxy.tracer, _Tracer) else None
+        return unknown(proxy) if found is None else found
+
+    fx.Proxy.__len__ = length  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        fx.Proxy.__len__ = unknown  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -130,7 +157,8 @@ def trace(
         Exception: Whatever the network's code raises with symbols in the place of tensors.
     """
     root = _ImageOnly(model)
-    graph = _Tracer(shape, is_leaf).trace(root)
+    with _lengths_known():
+        graph = _Tracer(shape, is_leaf).trace(root)
     held: dict[str, Any] = {}
     for node in graph.nodes:
         node.type = None

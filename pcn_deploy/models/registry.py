@@ -226,8 +226,10 @@ def _call_user_factory(spec: str, arguments: dict[str, Any]) -> nn.Module:
     from torch import nn
 
     where, _, attribute = spec.rpartition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # the console script, unlike `python -m`, does not look there
+    beside = [Path(where).resolve().parent] if where.endswith(".py") else []
+    for folder in (Path.cwd(), *beside):  # where `python -m` and `python FILE` look, and the console script does not
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
     try:
         module = _import_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except (Exception, SystemExit) as error:

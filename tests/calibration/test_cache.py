@@ -190,7 +190,7 @@ EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
 @pytest.mark.parametrize("case", EDITS)
 def test_an_impossible_record_is_refused(net: Counting, cache: Path, case: str) -> None:
     cache.write_text(json.dumps(edited(json.loads(cache.read_text()), EDITS[case])))
-    with pytest.raises(DataError, match=r"cache\.json is not a calibration, or was altered or cut off \(.*delete that one"):
+    with pytest.raises(DataError, match=r"is not a calibration, or was altered or cut off \(.*delete that one"):
         calibrate(net, LAYERS, source(), "entropy", cache=cache)
 
 

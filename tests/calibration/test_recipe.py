@@ -103,10 +103,10 @@ def test_what_cannot_be_read_is_named(text: str, words: str) -> None:
         parse_recipe(text)
 
 
-@pytest.mark.parametrize("amax", ["0", "0.0", "-1.5", "nan", "inf", "-inf", "true", '"1"', "3e300", "1" + "0" * 400])
+@pytest.mark.parametrize("amax", ["0", "0.0", "-1.5", "nan", "inf", "-inf", "true", '"1"', "1" + "0" * 400])
 def test_a_range_is_a_finite_number_above_zero(amax: str) -> None:
     text = f'precision="int8"\n[layers.stem]\nprecision="int8"\ninput_amax={amax}'
-    words = r'\[layers\."stem"\]: input_amax is .*expected a number above 0 that float32 can hold'
+    words = r'\[layers\."stem"\]: input_amax is .*expected a finite number above 0'
     with pytest.raises(OptionError, match=words):
         parse_recipe(text)
 

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcn_deploy.errors import ModelError
+from pcn_deploy.graph.export import to_onnx
 from pcn_deploy.graph.preconditions import check_behaviour, check_definition
 from pcn_deploy.graph.torchscript import to_torchscript
+from pcn_deploy.specs import BatchRange
 
 IMAGES = torch.rand(2, 3, 8, 8) * torch.tensor([1.0, -3.0]).reshape(2, 1, 1, 1)
 
@@ -198,6 +200,17 @@ class SkipsALayer(Net):
 def test_decisions_by_lot_are_refused_whatever_comes_up(draw: Callable[[], float]) -> None:
     with pytest.raises(ModelError, match="draws a random number"):
         check_behaviour(SkipsALayer(draw).eval(), IMAGES, batched=False)
+
+
+class DropsRarely(Net):
+    def features(self, x: Tensor) -> Tensor:
+        y = super().features(x)
+        return y * (torch.rand(y.shape[0], 1) > 1e-9).float()
+
+
+def test_a_graph_that_draws_lots_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"forward draws random numbers .* RandomUniform"):
+        to_onnx(DropsRarely().eval(), (3, 8, 8), BatchRange(min=1, opt=2, max=4), {})
 
 
 class ByBatch(Net):

@@ -175,6 +175,12 @@ def broken():
 
 def wrong():
     return 3
+
+made = good()
+
+def with_neighbour():
+    from neighbour_for_the_registry_test import make
+    return make()
 """
 
 
@@ -188,7 +194,10 @@ def test_the_users_own_factory(tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "own.pth")
     loaded = create_model(f"{path}:good", weights=tmp_path / "own.pth")
     assert torch.equal(loaded(torch.ones(1, 3, 2, 2)), torch.full((1, 4), 12.0))
-    for name, words in (("broken", "no such width"), ("wrong", "returned int"), ("absent", "absent")):
+    (tmp_path / "neighbour_for_the_registry_test.py").write_text("from torch import nn\nmake = nn.Flatten\n")
+    assert isinstance(create_model(f"{path}:with_neighbour"), torch.nn.Flatten)
+    refusals = {"broken": "no such width", "wrong": "returned int", "absent": "absent", "made": "is a network, not"}
+    for name, words in refusals.items():
         with pytest.raises(ModelError, match=words):
             create_model(f"{path}:{name}", random_weights=True)
     with pytest.raises(ModelError, match="no such file"):
