@@ -7,8 +7,9 @@ leaves more layers unquantised than giving up in that order alone would.
 The images that chose a plan judge it too kindly. Where there are others, they are asked about a sequence of plans that
 the first ones fixed, from a safe one to the one found, and the last of them that holds is taken: such a sequence, which
 ends at the first failure, keeps the confidence of a single test. Source: Angelopoulos et al., "Learn then Test", 2021,
-section 3 (fixed sequence testing). Between them stand the plan at which the order alone would have stopped, and those
-1, 2, 4, ... layers further in it: all that the order alone would ask about, so it never ends with fewer layers.
+section 3 (fixed sequence testing). It is made of the plan found, the one at which the order alone would have stopped,
+those one layer further each until one is safe, and some beyond: all but the first is what the order alone would ask
+about, so it never ends with fewer layers.
 """
 
 from __future__ import annotations
@@ -139,13 +140,16 @@ class Search:
         Returns:
             The plan that holds; if none does, the safest, with `reached` false.
         """
-        ranking, sequence = rank(), [list(found.unquantized)]
-        reached, more = 1 + max((ranking.index(unit) for unit in found.unquantized), default=-1), 0
-        while not self._safe(self._judge(sequence[-1])) and len(sequence[-1]) < len(ranking) - 1:
-            safer = ranking[: min(reached + more, len(ranking) - 1)]
-            if len(safer) > len(sequence[-1]):
-                sequence.append(safer)
-            more = max(1, 2 * more)
+        ranking, own = rank(), list(found.unquantized)
+        most = len(ranking) - 1  # one layer stays
+        sizes = [min(most, 1 + max((ranking.index(unit) for unit in own), default=-1))]
+        while sizes[-1] < most and not self._safe(self._judge(ranking[: sizes[-1]])):
+            sizes.append(sizes[-1] + 1)
+        safe, further = sizes[-1], 1
+        while sizes[-1] < most:
+            sizes.append(min(most, safe + further))
+            further *= 2
+        sequence = [*([own] if len(own) < sizes[0] else []), *(ranking[:size] for size in sizes)]
         holds: SearchResult | None = None
         for given_up in reversed(sequence):
             counts = self._judge_on(others, given_up)

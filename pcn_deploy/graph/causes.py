@@ -68,6 +68,11 @@ CAUSES: tuple[Cause, ...] = (
         "make a new tensor of the parts: torch.cat, torch.stack, torch.where or x.index_copy(...).",
     ),
     Cause(
+        r"'len' is not supported in symbolic tracing",
+        "len(x) of a batch is a Python number, and a graph is for any number of images.",
+        "write x.shape[0].",
+    ),
+    Cause(
         r"\bProxy\b|not 'Proxy'",
         "the code asks for a Python number or a type where a symbolic trace has a symbol.",
         "compute numbers from settings in __init__, stay with tensor operations in forward, and leave out float(), "

@@ -86,7 +86,7 @@ def _check_same(model: nn.Module, mapped: nn.Module, shape: tuple[int, int, int]
     Raises:
         ModelError: If they differ.
     """
-    images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted_outputs = with_attention_map(model)(images)
         if len(wanted_outputs[1]) != len(images):

@@ -261,12 +261,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def simplify(model: nn.Module) -> None:
     """Take away, in place, what training put into a network and evaluation does not need.
 
-    Parts that `torch.compile` wrapped are unwrapped; SyncBatchNorm, which in evaluation is BatchNorm2d, becomes that.
+    Parts in a wrapper that computes nothing are unwrapped; SyncBatchNorm becomes BatchNorm2d, which it is in evaluation.
     """
     for path, module in list(model.named_modules()):
         vars(module).pop("_compiled_call_impl", None)  # TorchScript refuses a module that has it, even if it is None
-        if path and hasattr(module, "_orig_mod"):
-            model.set_submodule(path, module._orig_mod)
+        if path and unwrapped(module) is not module:
+            model.set_submodule(path, unwrapped(module))
         if type(module) is nn.SyncBatchNorm:
             del module.process_group
             module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]

@@ -231,10 +231,11 @@ FOUND = SearchResult(budget=0.5, unquantized=("a",), counts=PairedCounts(3000, 7
 @pytest.mark.parametrize(
     ("others", "asked", "left", "reached"),
     [
-        ([99, 3, 2, 1, 1, 1, 1, 1], [6, 4, 3, 2, 1], "a", True),
-        ([99, 30, 30, 1, 1, 1, 1, 1], [6, 4, 3, 2], "bac", True),
-        ([99, 1, 1, 1, 1, 1, 30, 1], [6], "bacdef", False),
-        ([99, 8, 1, 1, 1, 1, 1, 1], [6, 4, 3, 2, 1], "ba", True),  # 8 are within the budget, but not with the slack
+        ([99, 3, 2, 1, 1, 1, 1, 1], [7, 6, 5, 4, 3, 2, 1], "a", True),
+        ([99, 30, 30, 1, 1, 1, 1, 1], [7, 6, 5, 4, 3, 2], "bac", True),
+        ([99, 1, 1, 1, 1, 1, 30, 1], [7, 6], "bacdefg", True),
+        ([99, 1, 1, 1, 1, 1, 1, 30], [7], "bacdefg", False),
+        ([99, 8, 1, 1, 1, 1, 1, 1], [7, 6, 5, 4, 3, 2, 1], "ba", True),  # 8 are within the budget, not with the slack
     ],
 )
 def test_the_last_plan_that_holds_on_other_images_is_taken(
@@ -246,6 +247,12 @@ def test_the_last_plan_that_holds_on_other_images_is_taken(
     assert found.unquantized == tuple(left)
     assert found.reached is reached
     assert found.confirmed == PairedCounts(3000, lost=others[len(left)])
+
+
+def test_beyond_the_safe_plan_steps_grow() -> None:
+    search = KnownCounts([0] * 8, [0] * 8)
+    assert search.confirm(FOUND, None, lambda: list("bacdefgh")).unquantized == ("a",)  # type: ignore[arg-type]
+    assert search.asked == [7, 6, 4, 3, 2, 1], "2 is safe, then 1, 2, 4 and at most all but one"
 
 
 def test_labels_that_are_right_by_chance_only_are_refused(tmp_path: Path) -> None:

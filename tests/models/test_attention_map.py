@@ -377,6 +377,17 @@ def test_a_branch_that_tracing_drops_is_noticed() -> None:
         output_attention_map(Typed().eval(), SHAPE)
 
 
+class TwoViews(Pooled):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(torch.cat([x, x.flip(3)]))
+        return y[: x.shape[0]] + y[x.shape[0] :]
+
+
+def test_several_views_in_one_batch_have_no_map_each() -> None:
+    with pytest.raises(ModelError, match="there are 6 maps for 3 images"):
+        output_attention_map(TwoViews().eval(), (3, 32, 32))
+
+
 def test_an_aggregation_executed_twice() -> None:
     with pytest.raises(ModelError, match=r"pool\.block is executed 2 times for one image"):
         output_attention_map(Twice(), SHAPE)

@@ -91,6 +91,16 @@ def test_wrappers_are_taken_away(wrap: Callable[[nn.Module], nn.Module]) -> None
     same(net, found)
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_wrapped_parts_are_unwrapped(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    net, whole = Net().eval(), Net().eval()
+    whole.load_state_dict(net.state_dict())
+    net.set_submodule("layers", wrap(net.layers))
+    found = in_evaluation_mode(net)
+    assert [path for path, _ in found.named_modules()] == [path for path, _ in whole.named_modules()]
+    same(whole, found)
+
+
 def test_what_scripts_still_does(make_net: Callable[..., nn.Module]) -> None:
     net = make_net()
     net.compile()
