@@ -261,7 +261,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def simplify(model: nn.Module) -> None:
     """Take away, in place, what training put into a network and evaluation does not need.
 
-    Parts in a wrapper that computes nothing are unwrapped; SyncBatchNorm becomes BatchNorm2d, which it is in evaluation.
+    Parts in a wrapper that computes nothing are unwrapped; SyncBatchNorm becomes BatchNorm2d, as it is in evaluation.
     """
     for path, module in list(model.named_modules()):
         vars(module).pop("_compiled_call_impl", None)  # TorchScript refuses a module that has it, even if it is None
