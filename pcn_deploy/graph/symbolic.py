@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 _BATCHES = (1, 2, 1009)
 """One, the least of several, and a prime beyond what code compares with: what depends on the batch differs in one."""
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, torch.layout)
+_ATTRIBUTES = {"ndim", "dtype", "is_cuda", "requires_grad"}
+"""Those of a tensor that are plain values; not its device, which may be another where the graph is used."""
 _ROOT = "net"
 
 
@@ -38,7 +41,7 @@ class _Tracer(fx.Tracer):
     """A tracer that knows the shapes."""
 
     def __init__(self, shape: tuple[int, int, int], is_leaf: Callable[[nn.Module, str], bool] | None) -> None:
-        super().__init__()
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type] # else `math` would be asked for symbols
         self._is_leaf = is_leaf
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode:
@@ -79,6 +82,15 @@ class _Tracer(fx.Tracer):
         lengths = {len(value) if isinstance(value, tuple | list) else None for value in values}
         return lengths.pop() if len(lengths) == 1 else None
 
+    def known_attribute(self, obj: fx.Proxy, name: str) -> Any:
+        """An attribute of a tensor that is the same in every batch; None if that is not known."""
+        values = [getattr(value, name, None) for value in self._values.get(obj.node, [])]
+        return values[0] if values and all(value == values[0] for value in values) else None
+
+    def create_arg(self, a: Any) -> Any:
+        """What a node is given; a number of NumPy as a plain one, which the generated code can name."""
+        return super().create_arg(a.item() if isinstance(a, np.generic) else a)
+
     def _value(self, node: fx.Node, index: int) -> Any:
         """Execute a node on what its arguments were for one of the batches.
 
@@ -107,19 +119,28 @@ def _hooks_of_tracing() -> dict[str, Any]:
 
 
 @contextmanager
-def _lengths_known() -> Iterator[None]:
-    """Let `len` tell the length of what stands for a tuple or a list, such as a shape."""
-    unknown = fx.Proxy.__len__
+def _answers_known() -> Iterator[None]:
+    """Let what stands for a tensor tell its `_ATTRIBUTES`, and what stands for a tuple or a list its length.
+
+    `torch.fx` asks for attributes when they are used, and refuses `len`.
+    """
+    unknown_length, unknown_attribute = fx.Proxy.__len__, fx.Proxy.__getattr__
 
     def length(proxy: fx.Proxy) -> int:
         found = proxy.tracer.length_of(proxy) if isinstance(proxy.tracer, _Tracer) else None
-        return unknown(proxy) if found is None else found
+        return unknown_length(proxy) if found is None else found
 
-    fx.Proxy.__len__ = length  # type: ignore[method-assign]
+    def attribute(proxy: fx.Proxy, name: str) -> Any:
+        if name in _ATTRIBUTES and isinstance(proxy.tracer, _Tracer):
+            found = proxy.tracer.known_attribute(proxy, name)
+            return unknown_attribute(proxy, name) if found is None else found
+        return unknown_attribute(proxy, name)
+
+    fx.Proxy.__len__, fx.Proxy.__getattr__ = length, attribute  # type: ignore[method-assign]
     try:
         yield
     finally:
-        fx.Proxy.__len__ = unknown  # type: ignore[method-assign]
+        fx.Proxy.__len__, fx.Proxy.__getattr__ = unknown_length, unknown_attribute  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -157,7 +178,7 @@ def trace(
         Exception: Whatever the network's code raises with symbols in the place of tensors.
     """
     root = _ImageOnly(model)
-    with _lengths_known():
+    with _answers_known():
         graph = _Tracer(shape, is_leaf).trace(root)
     held: dict[str, Any] = {}
     for node in graph.nodes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,7 +43,24 @@ class Guarded(nn.Module):
         return x.mean((2, 3)) * x.shape[2]
 
 
-@pytest.mark.parametrize("kind", [Padded, Split, Guarded])
+class Generic(nn.Module):
+    """Everyday questions about a tensor, and settings made with NumPy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.parts = np.power(4, -0.5), np.int64(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.scale * np.sqrt(x.shape[1]) + torch.finfo(x.dtype).eps
+        axes = {4: [2, 3]}[y.ndim] if not y.is_cuda else []
+        side = min(y.shape[-2:]) + math.prod(y.shape[2:]) + sum(size // 2 for size in y.shape[-2:])
+        for axis in range(2, y.ndim):
+            y = y.roll(int(self.parts), axis)
+        z: Tensor = y.mean(axes) * side
+        return z
+
+
+@pytest.mark.parametrize("kind", [Padded, Split, Guarded, Generic])
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_the_trace_computes_the_same_for_every_batch(kind: Callable[[], nn.Module], batch: int) -> None:
     images = torch.rand(batch, *SHAPE)
