@@ -269,14 +269,17 @@ class ParityMeter:
 def least_sqnr_db(expected: Iterable[Logits], found: Iterable[Logits]) -> float:
     """The least SQNR, in dB, between two lists of outputs `(N, ...)`, each compared with its counterpart.
 
+    Of outputs `(N, K)`, such as logits, that of the differences in a row counts too.
+
     Raises:
         DataError: If shapes differ, or what is expected is not finite.
     """
     ratios = []
     for first, second in zip(expected, found, strict=True):
-        meter = ParityMeter("output")
+        meter = ParityMeter(LOGITS if first.ndim == 2 else "output")
         meter.update(first, second)
-        ratios.append(meter.metrics()["sqnr_db"])
+        metrics = meter.metrics()
+        ratios.append(min(metrics["sqnr_db"], metrics.get("sqnr_differences_db", math.inf)))
     return min(ratios)
 
 

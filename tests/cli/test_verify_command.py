@@ -23,7 +23,7 @@ from pcn_deploy.errors import IncompatibleError
 torch = pytest.importorskip("torch")
 
 
-METRICS = {"cosine_min", "sqnr_db", "max_abs_error", "top1_agreement"}
+METRICS = {"cosine_min", "sqnr_db", "sqnr_differences_db", "max_abs_error", "top1_agreement"}
 
 
 def test_the_golden_set(path: Path) -> None:

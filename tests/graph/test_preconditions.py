@@ -225,6 +225,18 @@ class Centred(Net):
         return y - 0.1 * y.mean(0)
 
 
+class HiddenLeak(Net):
+    """What it takes from the other images is small beside what all logits have in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.bias.data[:] = 1000
+
+    def features(self, x: Tensor) -> Tensor:
+        y = super().features(x)
+        return y + 0.5 * y.mean(0)
+
+
 class Accumulates(Net):
     """The first image of a batch is not touched by the others."""
 
@@ -233,7 +245,7 @@ class Accumulates(Net):
         return y + 0.05 * y.cumsum(0)
 
 
-@pytest.mark.parametrize("kind", [ByBatch, Centred, Accumulates])
+@pytest.mark.parametrize("kind", [ByBatch, HiddenLeak, Centred, Accumulates])
 def test_logits_that_depend_on_other_images_are_refused(kind: Callable[[], nn.Module]) -> None:
     with pytest.raises(ModelError, match="when another image is in its batch"):
         check_behaviour(kind().eval(), IMAGES, batched=True)
