@@ -159,6 +159,15 @@ class Search:
             holds = judged
         return replace(holds or found, evaluations=self.evaluations)
 
+    def judge_last(self, rank: Callable[[], list[str]]) -> tuple[str, PairedCounts]:
+        """The unit that harms least, and the plan with that alone in INT8.
+
+        Args:
+            rank: Asked for the units, most harmful first.
+        """
+        *others, last = rank()
+        return last, self._judge(others)
+
     def _safe(self, counts: PairedCounts) -> bool:
         deviation = 100 * math.sqrt(counts.lost + counts.gained + 1) / counts.images
         return counts.drop_bound + SAFE * deviation <= self._budget

@@ -22,7 +22,6 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from pcn_deploy.calibration.bound import images_needed
 from pcn_deploy.progress import Progress as ProgressCallable
 from pcn_deploy.progress import silent
 from pcn_deploy.specs import ATTENTION_MAP
@@ -183,7 +182,7 @@ def proof_basis(proof: BudgetProof) -> str:
 def broken_budget(proof: BudgetProof) -> str:
     """Why a proof failed, and what would mend it."""
     counts = proof.counts
-    needed = images_needed(counts, proof.budget)
+    needed = proof.images_needed
     remedy = f"{needed} images would prove it at this rate" if needed else "more images will not help at this rate"
     return (
         f"{proof.target}: top-1 drops by {counts.drop:.2f} points, with 95 % confidence by no more than "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ class BudgetProof:
         counts: Images judged, lost and gained.
         top1: Of the trained network, in percent.
         budget: Largest drop of top-1, in percentage points.
+        given: Images given in all, those that chose the plan included.
     """
 
     target: str
@@ -47,9 +49,16 @@ class BudgetProof:
     counts: PairedCounts
     top1: float
     budget: float
+    given: int
 
     def __bool__(self) -> bool:
         return self.counts.drop_bound <= self.budget
+
+    @property
+    def images_needed(self) -> int | None:
+        """Images to give, at the rates seen, such that those that judge prove the budget; None if no number would."""
+        needed = images_needed(self.counts, self.budget)
+        return None if needed is None else math.ceil(needed * self.given / self.counts.images)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -60,7 +69,7 @@ class BudgetProof:
             "drop": counts.drop,
             "drop_bound": counts.drop_bound,
             "confidence": CONFIDENCE,
-            "images_needed": None if self else images_needed(counts, self.budget),
+            "images_needed": None if self else self.images_needed,
         }
 
 
@@ -79,6 +88,11 @@ class Judges:
     proof: Answers
     held_out: bool
     budget: float
+
+    @property
+    def given(self) -> int:
+        """Images in all."""
+        return len(self.proof) if self.search is self.proof else len(self.search) + len(self.proof)
 
     @classmethod
     def share_out(cls, answers: Answers, budget: float, *, searching: bool) -> Judges:
@@ -167,9 +181,12 @@ def search_plan(
         found = search.confirm(found, judges.proof, ranked)
     codes = network.plan.precision.upper()
     if len(found.unquantized) == len(units):
+        last, counts = search.judge_last(ranked)
         msg = (
-            f"No {codes} layer is left: each of the {len(units)} would break the budget of {judges.budget} points of "
-            "top-1. Build with --precision fp16, calibrate with more images, or allow a larger drop."
+            f"No {codes} layer is left within the budget of {judges.budget} points of top-1. The best found is {last} "
+            f"alone in {codes}: {counts.lost} of {counts.images} images lost, {counts.gained} gained, a drop of up to "
+            f"{counts.drop_bound:.2f} with {CONFIDENCE:.0%} confidence. Build with --precision fp16, give more images "
+            "with --data, or allow a larger drop."
         )
         raise ParityError(msg)
     left = frozenset(layer for unit in found.unquantized for layer in units[unit])
@@ -195,6 +212,7 @@ def prove(engine: Engine, judges: Judges, progress: Progress) -> BudgetProof:
         counts=judges.proof.count(answers),
         top1=judges.proof.top1,
         budget=judges.budget,
+        given=judges.given,
     )
 
 
