@@ -13,7 +13,7 @@ from small_builds import images, network, options
 
 import pcn_deploy
 from pcn_deploy import CompileResult
-from pcn_deploy.budget import Judges, check_count
+from pcn_deploy.budget import Judges, check_count, run_digests
 from pcn_deploy.calibration.evaluation import Answers
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.record import Calibration
@@ -85,6 +85,34 @@ def test_a_layer_given_up_is_judged_by_the_rules_of_fp16() -> None:
     assert left[HARMFUL].precision == "fp32"
     assert "subnormal in FP16" in left[HARMFUL].reason
     assert {left[op] for op in left if op != HARMFUL} <= set(prepared.plan.entries)
+
+
+def test_each_difference_of_two_runs_has_a_digest_of_its_own() -> None:
+    """A record of earlier measurements holds only where all of them are equal."""
+
+    def digests(
+        *, calibrator: str = "max", spoiled: float = 0.0, judged: int = 20, labels: int = 0, answers: int = 0
+    ) -> dict[str, str]:
+        chosen, net = options(precision="int8", calibrator=calibrator), network()
+        net.head.bias.data += spoiled
+        prepared = prepare(in_evaluation_mode(net), chosen, ImageSource(images(4), chosen.transform), silent)
+        source = ImageSource([images(judged)], chosen.transform)
+        assert sum(len(batch) for batch, _ in source.batches(8)) == judged
+        expected, reference = np.full(judged, labels), np.full(judged, answers)
+        return run_digests(prepared, [Answers(source, expected, reference, labelled=True)])
+
+    first = digests()
+    assert digests() == first
+    changes: dict[str, dict[str, Any]] = {
+        "weights": {"spoiled": 1.0},
+        "scales": {"calibrator": "mse"},
+        "images to judge by": {"judged": 21},
+        "expected answers": {"labels": 1},
+    }
+    for what, change in changes.items():
+        assert digests(**change)[what] != first[what], what
+    assert digests(answers=1)["expected answers"] != first["expected answers"]
+    assert set(first) == set(changes)
 
 
 def test_every_layer_harmful(monkeypatch: pytest.MonkeyPatch) -> None:
