@@ -6,7 +6,7 @@ Public methods check once what is common to all; a backend fills in the `_impl` 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar
@@ -45,14 +45,19 @@ class GraphSource:
     """What an engine is built from.
 
     Attributes:
-        onnx: The typed ONNX graph, explicit Q/DQ included, serialised.
+        onnx: The typed ONNX graph, explicit Q/DQ included, serialised; or what reads it, so that its weights need not
+            stay in memory while an engine is built from them.
         torchscript: The frozen TorchScript module, serialised; empty where it is not at hand.
         spec: Interface of the network and the batch range to build for.
     """
 
-    onnx: bytes
+    onnx: bytes | Callable[[], bytes]
     torchscript: bytes
     spec: EngineSpec
+
+    def read_onnx(self) -> bytes:
+        """The ONNX graph; keep no reference that is not needed."""
+        return self.onnx if isinstance(self.onnx, bytes) else self.onnx()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,13 +41,14 @@ class OnnxRuntimeBackend(Backend):
 
         progress("Loading into ONNX Runtime", 0, 1)
         try:
-            _session(source.onnx, optimise=False)
+            graph = source.read_onnx()
+            _session(graph, optimise=False)
         except Exception as error:  # ONNX Runtime's exceptions share no public base
             msg = f"ONNX Runtime {onnxruntime.__version__} refuses the graph on the CPU: {error}"
             raise BuildError(msg) from error
         progress("Loading into ONNX Runtime", 1, 1)
         return EngineArtifact(
-            data=source.onnx,
+            data=graph,
             built_with={"onnxruntime": onnxruntime.__version__, "provider": "CPUExecutionProvider"},
         )
 

@@ -295,7 +295,7 @@ def _build_engines(
     bundle: Bundle, backends: list[Backend], spec: EngineSpec, options: CompileOptions, progress: Progress
 ) -> None:
     graphs = GraphSource(
-        onnx=bundle.read("model.onnx"),
+        onnx=partial(bundle.read, "model.onnx"),
         torchscript=bundle.read("model.ts") if "torchscript" in options.targets else b"",
         spec=spec,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from pcn_deploy.bundle import Bundle, check_output
@@ -51,7 +52,7 @@ def add_engine(
     check_target_precision(target, bundle.manifest["precision"])
     executed_by = executor(backend, bundle.manifest["remainder"])
     source = GraphSource(
-        onnx=bundle.read("model.onnx"),
+        onnx=partial(bundle.read, "model.onnx"),
         torchscript=bundle.read("model.ts") if backend.member == "model.ts" else b"",
         spec=EngineSpec.from_json(bundle.manifest["interface"]),
     )

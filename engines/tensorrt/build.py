@@ -114,14 +114,16 @@ class _Build:
         # the same; in TensorRT 10 it must be given. Its number differs between versions: it is looked up.
         network = builder.create_network(1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = self.trt.OnnxParser(network, self.log)  # holds the weights: must outlive the build
-        if not parser.parse(source.onnx):
+        graph = source.read_onnx()
+        if not parser.parse(graph):
             self._refuse("did not accept the ONNX graph", parser)
-        counts = check_precision(self.trt, network, source.onnx)
+        counts = check_precision(self.trt, network, graph)
         config = builder.create_builder_config()
         if not options.tf32:
             config.clear_flag(self.trt.BuilderFlag.TF32)
-        if "FP8" in wanted_by(source.onnx)[1]:
+        if "FP8" in wanted_by(graph)[1]:
             options = replace(options, compute_capabilities=fp8_capable(self.flavour, options))
+        del graph  # the parser has a copy
         target = self._target(config, options)
         batch = self._batch(builder, network, config, source.spec)
         monitor = attach(self.trt, config, meter)

@@ -172,7 +172,7 @@ class TestOnnxRuntime(ContractTemplate):
 
     def broken(self) -> list[GraphSource]:
         good = self.source()
-        return [self._graph("NoSuchOperator"), replace(good, onnx=b""), replace(good, onnx=good.onnx[:-20])]
+        return [self._graph("NoSuchOperator"), replace(good, onnx=b""), replace(good, onnx=good.read_onnx()[:-20])]
 
     def test_a_library_that_does_not_load(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "onnxruntime.py").write_text("raise ImportError('libgomp.so.1: cannot open')")
