@@ -218,7 +218,7 @@ def _add_graphs(bundle: Bundle, network: Prepared, options: CompileOptions, prog
     import torch
 
     from pcn_deploy.calibration.quantized import apply_scales
-    from pcn_deploy.graph.export import engine_spec, serialise, to_onnx
+    from pcn_deploy.graph.export import engine_spec, release_weights, serialise, to_onnx
     from pcn_deploy.graph.torchscript import to_torchscript
     from pcn_deploy.graph.typed import reduce_precision
 
@@ -240,6 +240,7 @@ def _add_graphs(bundle: Bundle, network: Prepared, options: CompileOptions, prog
     spec = engine_spec(graph, options.batch)
     bundle.manifest["interface"] = spec.to_json()
     bundle.add("model.onnx", serialise(graph))
+    release_weights(graph)
     return spec
 
 

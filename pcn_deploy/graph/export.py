@@ -163,6 +163,12 @@ def serialise(model: ir.Model) -> bytes:
     return data
 
 
+def release_weights(model: ir.Model) -> None:
+    """Let go of the weights of a graph that is no longer needed: the optimiser's rules keep the last graph they saw."""
+    for value in model.graph.initializers.values():
+        value.const_value = None
+
+
 def engine_spec(model: ir.Model, batch: BatchRange) -> EngineSpec:
     """Read the interface of an exported graph."""
     return EngineSpec(
