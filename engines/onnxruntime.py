@@ -39,9 +39,9 @@ class OnnxRuntimeBackend(Backend):
     def _build_impl(self, source: GraphSource, progress: Progress) -> EngineArtifact:
         import onnxruntime
 
+        graph = source.read_onnx()
         progress("Loading into ONNX Runtime", 0, 1)
         try:
-            graph = source.read_onnx()
             _session(graph, optimise=False)
         except Exception as error:  # ONNX Runtime's exceptions share no public base
             msg = f"ONNX Runtime {onnxruntime.__version__} refuses the graph on the CPU: {error}"
