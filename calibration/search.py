@@ -15,7 +15,7 @@ about, so it never ends with fewer layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -173,14 +173,11 @@ class Search:
         return counts.drop_bound + SAFE * deviation <= self._budget
 
     def _judge_on(self, others: Answers, given_up: list[str]) -> PairedCounts:
-        key = f"confirm:{','.join(sorted(given_up))}"
-        if key not in self._ledger:
+        def judge() -> PairedCounts:
             forward = self._forward(frozenset(self._units) - frozenset(given_up))
-            counts = others.count(others.predict(forward, self._progress, "Confirming"))
-            self._ledger[key] = [counts.lost, counts.gained]
-        self.evaluations += 1
-        lost, gained = self._ledger[key]
-        return PairedCounts(len(others), lost, gained)
+            return others.count(others.predict(forward, self._progress, "Confirming"))
+
+        return self._kept("confirm", given_up, judge, len(others))
 
     def _judge_all(self) -> PairedCounts:
         """Judge the plan with every unit in INT8, and put the images that it moves first."""
@@ -202,15 +199,22 @@ class Search:
     def _within(self, counts: PairedCounts) -> bool:
         return counts.drop_bound <= self._budget
 
-    def _judge(self, given_up: Iterable[str]) -> PairedCounts:
-        left = frozenset(self._units) - frozenset(given_up)
-        key = f"plan:{','.join(sorted(given_up))}"
+    def _judge(self, given_up: list[str]) -> PairedCounts:
+        def judge() -> PairedCounts:
+            forward = self._forward(frozenset(self._units) - frozenset(given_up))
+            return self._answers.compare(forward, self._is_hopeless)
+
+        return self._kept("plan", given_up, judge, len(self._answers))
+
+    def _kept(self, kind: str, given_up: list[str], judge: Callable[[], PairedCounts], images: int) -> PairedCounts:
+        """A judgement of a plan: that of the ledger, else a new one, which is kept there."""
+        key = f"{kind}:{','.join(sorted(given_up))}"
         if key not in self._ledger:
-            counts = self._answers.compare(self._forward(left), self._is_hopeless)
+            counts = judge()
             self._ledger[key] = [counts.lost, counts.gained]
         self.evaluations += 1
         lost, gained = self._ledger[key]
-        return PairedCounts(len(self._answers), lost, gained)
+        return PairedCounts(images, lost, gained)
 
     def _is_hopeless(self, seen: int, counts: PairedCounts) -> bool:
         luckier = PairedCounts(counts.images, counts.lost, counts.gained + _LUCK)

@@ -84,8 +84,7 @@ class ParityReport:
         images: Number of images compared.
         data: Where they came from.
         metrics: Names as in the module's definitions, `sqnr_differences_db` of logits only; `top1_*` and `top1_drop` in
-            percent, with labels only;
-            `attention_map_*` where the engine has that output and the reference too.
+            percent, with labels only; `attention_map_*` where the engine has that output and the reference too.
         budget: What was allowed.
         failures: One sentence per limit that was broken.
         unreadable: Image files that could not be read and were left out.
@@ -176,8 +175,11 @@ class ParityMeter:
         self._signal.add((ref**2).sum(1))
         error = np.where(np.isfinite(out), ref - out, np.inf)
         self._noise.add((error**2).sum(1))
-        self._centred_signal.add((_centred(ref) ** 2).sum(1))
-        self._centred_noise.add(np.where(np.isinf(error).any(1), np.inf, (_centred(ref - _finite(out)) ** 2).sum(1)))
+        if self._output == LOGITS:
+            infinite = np.isinf(error)
+            noise = (_centred(np.where(infinite, 0.0, error)) ** 2).sum(1)
+            self._centred_signal.add((_centred(ref) ** 2).sum(1))
+            self._centred_noise.add(np.where(infinite.any(1), np.inf, noise))
         self._max_abs = max(self._max_abs, float(np.abs(error).max(initial=0.0)))
         self._cosine_min = min(self._cosine_min, float(_cosine(ref, out).min(initial=1.0)))
         best_ref, best_out = ref.argmax(1), out.argmax(1)
@@ -298,10 +300,6 @@ def _centred(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Rows less their means; a single logit has no others to differ from, and stays."""
     centred: npt.NDArray[np.float64] = rows - rows.mean(1, keepdims=True) if rows.shape[1] > 1 else rows
     return centred
-
-
-def _finite(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    return np.where(np.isfinite(rows), rows, 0.0)
 
 
 def _sqnr_db(signal: float, noise: float) -> float:

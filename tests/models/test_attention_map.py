@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pcn_deploy.calibration.facts import inspect_layers
 from pcn_deploy.calibration.plan import make_plan
 from pcn_deploy.calibration.quantized import Quantization
-from pcn_deploy.errors import ModelError, OptionError
+from pcn_deploy.errors import ModelError
 from pcn_deploy.graph import export
 from pcn_deploy.graph.repeat import Run, find_runs
 from pcn_deploy.graph.torchscript import to_torchscript
@@ -221,25 +221,6 @@ def test_pooling_is_replaced_in_one_line() -> None:
         assert parameter.grad is not None, name
         if not name.endswith("attn.k.bias"):  # it cancels in the softmax
             assert parameter.grad.abs().max() > 0, name
-
-
-def test_another_feature_map_than_it_was_made_for() -> None:
-    words = (
-        r"AttentionPool2d\(32\) was given \(2, 64, 5, 3\); expected .*\(N, 32, H, W\)\. Make it AttentionPool2d\(64\)"
-    )
-    with pytest.raises(OptionError, match=words):
-        AttentionPool2d(32)(torch.rand(2, 64, 5, 3))
-    with pytest.raises(OptionError, match=r"was given \(2, 32\); expected a feature map \(N, 32, H, W\)\.$"):
-        AttentionPool2d(32)(torch.rand(2, 32))
-
-
-@pytest.mark.parametrize(
-    "choices",
-    [{"channels": 0}, {"channels": 8.0}, {"channels": True}, {"mlp_ratio": 0.0}, {"layer_scale": float("inf")}],
-)
-def test_a_pool_of_impossible_widths(choices: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match=f"{next(iter(choices))}={next(iter(choices.values()))!r}"):
-        AttentionPool2d(**{"channels": 8, **choices})
 
 
 def test_the_hook_is_gone_afterwards(networks: dict[str, nn.Module]) -> None:
