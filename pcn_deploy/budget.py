@@ -194,7 +194,7 @@ def search_plan(
     return network.leave_out(left, reason), found
 
 
-def prove(engine: Engine, judges: Judges, progress: Progress) -> BudgetProof:
+def prove_budget(engine: Engine, judges: Judges, progress: Progress) -> BudgetProof:
     """Judge a built engine.
 
     Args:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.budget import BudgetProof, Judges, check_count, prove, search_plan
+from pcn_deploy.budget import BudgetProof, Judges, check_count, prove_budget, search_plan
 from pcn_deploy.bundle import Bundle
 from pcn_deploy.calibration.evaluation import Answers
 from pcn_deploy.calibration.images import ImageSource
@@ -35,9 +35,10 @@ from pcn_deploy.preparation import (
     synthetic_images,
 )
 from pcn_deploy.progress import Progress, silent
+from pcn_deploy.proof import prove
 from pcn_deploy.runtime import Engine, executor
 from pcn_deploy.specs import EngineSpec
-from pcn_deploy.verification import eager, verify_golden
+from pcn_deploy.verification import eager
 
 if TYPE_CHECKING:
     from torch import nn
@@ -317,11 +318,12 @@ def _prove(
     by: dict[str, str] = {}
     for backend in backends:
         by[backend.target] = executor(backend, bundle.manifest["remainder"])
-        if by[backend.target] not in reports:
+        if by[backend.target] in reports:
+            continue
+        reports[by[backend.target]] = prove(bundle, backend.target, budget, progress)
+        if judges is not None:
             with Engine.open(bundle, backend.target, executed_by=by[backend.target]) as engine:
-                reports[engine.executed_by] = verify_golden(engine, budget, progress)
-                if judges is not None:
-                    proofs[engine.executed_by] = prove(engine, judges, progress)
+                proofs[engine.executed_by] = prove_budget(engine, judges, progress)
     found = tuple(replace(reports[executed_by], target=target) for target, executed_by in by.items())
     for report in found:
         bundle.add_json(f"parity/{report.target}.json", report.to_json())

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,7 @@ class ParityReport:
         budget: What was allowed.
         failures: One sentence per limit that was broken.
         unreadable: Image files that could not be read and were left out.
+        executions: Metrics of further executions of the same graph, by their name; their failures are among `failures`.
     """
 
     target: str
@@ -98,6 +99,7 @@ class ParityReport:
     budget: ParityBudget
     failures: tuple[str, ...] = field(default=())
     unreadable: int = 0
+    executions: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return not self.failures
@@ -106,6 +108,14 @@ class ParityReport:
     def passed(self) -> bool:
         """Whether every limit was kept."""
         return not self.failures
+
+    def with_execution(self, other: ParityReport) -> ParityReport:
+        """This report, with that of another execution of the same graph: passed only if both did."""
+        return replace(
+            self,
+            failures=(*self.failures, *(f"{other.executed_by}: {failure}" for failure in other.failures)),
+            executions={**self.executions, other.executed_by: other.metrics},
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `verify --json` prints them and the bundle holds them."""
@@ -128,6 +138,7 @@ def report_from_json(data: dict[str, Any]) -> ParityReport:
         budget=ParityBudget(**data["budget"]),
         failures=tuple(data["failures"]),
         unreadable=int(data["unreadable"]),
+        executions=dict(data.get("executions", {})),  # bundles of 0.1.0 have none
     )
 
 

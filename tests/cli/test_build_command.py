@@ -349,7 +349,7 @@ def test_a_failed_parity_writes_nothing(weights: Path, out: Path, monkeypatch: p
         engine.outputs = lambda images: {"logits": real(images)["logits"][:, ::-1]}
         return verification.verify_golden(engine, *rest)
 
-    monkeypatch.setattr("pcn_deploy.compiler.verify_golden", spoiled)
+    monkeypatch.setattr("pcn_deploy.proof.verify_golden", spoiled)
     result = invoke("patchconvnet", "--weights", weights, *SMALL, "-o", out, "--json")
     assert result.exit_code == 3
     found = json.loads(result.stdout)

@@ -1,0 +1,71 @@
+"""The verdict on what was built: the golden set through the engine, and through every further execution of its graph.
+
+`prove` is all that the verdict of a build consists of, so that it can be asked of any bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pcn_deploy.bundle import Bundle
+from pcn_deploy.engines.base import Session
+from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.parity import ParityBudget, ParityReport
+from pcn_deploy.progress import Progress, silent
+from pcn_deploy.runtime import Engine, executor
+from pcn_deploy.specs import EngineSpec
+from pcn_deploy.verification import verify_golden
+
+GRAPH = "model.onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """One more way to execute `model.onnx`, which must pass the same verdict as the engine.
+
+    Attributes:
+        name: What reports call it.
+        applies: Whether it says something of a bundle with this manifest (`precision`, `remainder`).
+        open: Opens a session on the bytes of the graph.
+    """
+
+    name: str
+    applies: Callable[[dict[str, Any]], bool]
+    open: Callable[[bytes, EngineSpec], Session]
+
+
+EXECUTIONS: tuple[Execution, ...] = ()
+"""In every build, beside the engine of each target that is made from the graph."""
+
+
+def prove(bundle: Bundle, target: str, budget: ParityBudget | None = None, progress: Progress = silent) -> ParityReport:
+    """Judge one engine of a bundle in all the ways that a build does.
+
+    Where the engine cannot run on this machine, ONNX Runtime runs the graph it was built from.
+
+    Args:
+        bundle: Holds the engine, its graph and the golden set.
+        target: The engine.
+        budget: What is still parity; by default what the bundle was built for.
+        progress: Told the number of images done.
+
+    Returns:
+        The report of the engine; it fails where any execution does.
+
+    Raises:
+        BundleError: If the golden set was altered.
+        PcnDeployError: What opening the engine raises.
+    """
+    budget = budget or ParityBudget(**bundle.manifest["parity_budget"])
+    backend = get_backend(target)
+    with Engine.open(bundle, target, executed_by=executor(backend, bundle.manifest["remainder"])) as engine:
+        report, spec = verify_golden(engine, budget, progress), engine.spec
+    if backend.member == "model.ts":
+        return report
+    for execution in EXECUTIONS:
+        if execution.applies(bundle.manifest):
+            with Engine(bundle, target, execution.name, execution.open(bundle.read(GRAPH), spec)) as engine:
+                report = report.with_execution(verify_golden(engine, budget, progress))
+    return report
