@@ -11,9 +11,7 @@ stages run in a child process, so that measuring costs them little. Linux x86-64
 """
 
 import argparse
-import ctypes
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -30,7 +28,6 @@ COMPUTE_CAPABILITIES = ("SM80", "SM86", "SM89", "SM120")
 LAYER_SCALE = 0.2  # the initial 1e-4 of the official code would hide every block from the calibration
 POLL_SECONDS = 0.1
 MIB = 2**20
-PLUGIN_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"  # its wheel carries the TensorRT-RTX libraries
 DISTRIBUTIONS = (
     "torch",
     "nvidia-modelopt",
@@ -43,24 +40,10 @@ DISTRIBUTIONS = (
     "onnxslim",
     "polygraphy",
     "numpy",
-    "tensorrt-rtx-cu13-bindings",
-    "onnxruntime-ep-nv-tensorrt-rtx-cu13",
+    "tensorrt-rtx-cu13",
 )
 
 # --- the child: the stages ----------------------------------------------------------------------------------
-
-
-def load_tensorrt() -> Any:
-    """Load the TensorRT-RTX libraries from the plug-in wheel and return the bindings."""
-    spec = importlib.util.find_spec(PLUGIN_PACKAGE)
-    if spec is None or spec.origin is None:
-        sys.exit(f"{PLUGIN_PACKAGE} is not installed: pip install -r benchmarks/public-requirements.txt")
-    folder = Path(spec.origin).parent
-    for pattern in ("libtensorrt_rtx.so.1*", "libtensorrt_onnxparser_rtx.so.1*"):
-        ctypes.CDLL(str(next(folder.glob(pattern))), mode=ctypes.RTLD_GLOBAL)
-    import tensorrt_rtx_bindings
-
-    return tensorrt_rtx_bindings
 
 
 def make_model(seed: int, weights: Path | None) -> Any:
@@ -113,10 +96,9 @@ def run_stages(options: argparse.Namespace) -> dict[str, Any]:
     with stage("import"):
         import numpy as np
         import onnx
+        import tensorrt_rtx as trt
         import torch
         from modelopt.onnx.quantization import quantize
-
-        trt = load_tensorrt()
 
     float_path = options.out / "s60.onnx"
     int8_path = options.out / "s60.int8.onnx"

@@ -11,7 +11,7 @@ import pytest
 import pcn_deploy
 from pcn_deploy import BatchRange, CompileOptions, Transform
 
-RTX_IS_HERE = any(map(find_spec, ("tensorrt_rtx", "tensorrt_rtx_bindings")))
+RTX_IS_HERE = find_spec("tensorrt_rtx") is not None
 needs_rtx = pytest.mark.skipif(not RTX_IS_HERE, reason="TensorRT-RTX is not installed")
 
 

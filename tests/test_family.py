@@ -73,7 +73,7 @@ def _parameters(precisions: bool) -> list[Any]:
     ]
 
 
-HAS_TENSORRT_RTX = importlib.util.find_spec("tensorrt_rtx_bindings") is not None
+HAS_TENSORRT_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 LAST_NORMS = {"BasicBlock": "bn2", "Bottleneck": "bn3", "InvertedResidual": "bn3"}
 
 

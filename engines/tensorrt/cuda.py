@@ -9,9 +9,10 @@ import ctypes
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from pcn_deploy.engines.tensorrt.library import package_folders
 from pcn_deploy.errors import DependencyError, PcnDeployError
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
@@ -88,12 +89,9 @@ def _candidates() -> Iterator[str]:
     """Names of the CUDA runtime: on the loader's path, in the toolkit, in installed wheels."""
     yield from ("libcudart.so.13", "libcudart.so.12")
     yield os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/lib64/libcudart.so"
-    for package, pattern in (
-        ("nvidia", "*/lib/libcudart.so.*"),
-        ("onnxruntime_ep_nv_tensorrt_rtx", "libcudart.so.*"),
-    ):
-        for folder in package_folders(package):
-            yield from sorted((str(path) for path in folder.glob(pattern)), reverse=True)
+    wheels = find_spec("nvidia")  # a namespace that the wheels of NVIDIA share
+    for folder in (wheels and wheels.submodule_search_locations) or ():
+        yield from sorted(map(str, Path(folder).glob("*/lib/libcudart.so.*")), reverse=True)
 
 
 def version_text(number: int) -> str:

@@ -22,18 +22,14 @@ class Flavour:
         target: Name on the command line and in the bundle.
         title: Name as people write it.
         extra: Extra of this distribution that installs it.
-        modules: Python bindings, in the order they are tried; all have the same interface.
-        library_package: Installed package whose folder also holds the shared libraries, or an empty string.
-        library_prefixes: Beginnings of the file names of those libraries, in the order they are loaded.
+        module: Python module of the bindings, which load the library behind them; both have the same interface.
         ahead_of_time: Whether it builds without a GPU, for a list of compute capabilities.
     """
 
     target: str
     title: str
     extra: str
-    modules: tuple[str, ...]
-    library_package: str = ""
-    library_prefixes: tuple[str, ...] = ()
+    module: str
     ahead_of_time: bool = False
 
     @property
@@ -42,14 +38,12 @@ class Flavour:
         return f"Install it: pip install 'pcn-deploy[{self.extra}]'"
 
 
-TENSORRT = Flavour(target="tensorrt", title="TensorRT", extra="tensorrt", modules=("tensorrt",))
+TENSORRT = Flavour(target="tensorrt", title="TensorRT", extra="tensorrt", module="tensorrt")
 
 TENSORRT_RTX = Flavour(
     target="tensorrt-rtx",
     title="TensorRT-RTX",
     extra="tensorrt-rtx",
-    modules=("tensorrt_rtx", "tensorrt_rtx_bindings"),
-    library_package="onnxruntime_ep_nv_tensorrt_rtx",
-    library_prefixes=("libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1"),
+    module="tensorrt_rtx",
     ahead_of_time=True,
 )

@@ -1,25 +1,14 @@
-"""Finding and loading the bindings of a flavour, and the shared libraries behind them."""
+"""Finding and loading the bindings of a flavour."""
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from pcn_deploy.engines.tensorrt.flavour import Flavour
 from pcn_deploy.errors import DependencyError
-
-
-def package_folders(package: str) -> list[Path]:
-    """Folders of an installed package, found without importing it; none if it is missing."""
-    try:
-        spec = find_spec(package)
-    except (ImportError, ValueError):
-        return []
-    return [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
 
 
 @cache
@@ -35,28 +24,14 @@ def load(flavour: Flavour) -> Any:
     Raises:
         DependencyError: If it is not installed, or a shared library behind it does not load.
     """
-    reasons = []
-    for name in flavour.modules:
-        try:
-            if find_spec(name) is None:
-                reasons.append(f"package {name} is not installed")
-                continue
-            if name == flavour.modules[-1]:
-                _preload(flavour)
-            return import_module(name)
-        except Exception as error:  # a broken install raises what it likes, and the caller needs the reason
-            reasons.append(f"package {name} does not load ({error})")
-    msg = f"{flavour.title} is missing: {'; '.join(reasons)}"
+    try:
+        if find_spec(flavour.module) is not None:
+            return import_module(flavour.module)
+    except Exception as error:  # a broken install raises what it likes, and the caller needs the reason
+        msg = f"{flavour.title} is missing: package {flavour.module} does not load ({error})"
+        raise DependencyError(msg) from error
+    msg = f"{flavour.title} is missing: package {flavour.module} is not installed"
     raise DependencyError(msg)
-
-
-def _preload(flavour: Flavour) -> None:
-    """Load the shared libraries that another package carries; bindings find them by their soname."""
-    folders = package_folders(flavour.library_package) if flavour.library_package else []
-    for prefix in flavour.library_prefixes:
-        found = sorted(path for folder in folders for path in folder.glob(f"{prefix}*"))
-        for path in found[:1]:
-            ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
 
 
 def version(trt: Any) -> str:

@@ -55,7 +55,7 @@ FLAVOURS = [pytest.param(TENSORRT, id="tensorrt"), pytest.param(TENSORRT_RTX, id
 
 
 def bindings(flavour: Flavour) -> Any:
-    if not any(map(find_spec, flavour.modules)):
+    if find_spec(flavour.module) is None:
         pytest.skip(f"{flavour.title} is not installed. {flavour.remedy}")
     return library.load(flavour)
 

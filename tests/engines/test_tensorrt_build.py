@@ -33,7 +33,7 @@ RANGE = BatchRange(min=1, opt=2, max=4)
 
 def rtx() -> Any:
     """The real library. Where its package is installed, a library that does not load fails the test."""
-    if not any(map(find_spec, TENSORRT_RTX.modules)):
+    if find_spec(TENSORRT_RTX.module) is None:
         pytest.skip(f"TensorRT-RTX is not installed. {TENSORRT_RTX.remedy}")
     return library.load(TENSORRT_RTX)
 
@@ -295,7 +295,7 @@ def test_a_missing_library_is_named_with_its_pip_line(flavour: Flavour, monkeypa
     backend = get_backend(flavour.target)
     state = backend.availability()
     assert (state.can_build, state.can_run) == (False, False)
-    line = rf"{flavour.modules[-1]} is not installed\. Install it: pip install 'pcn-deploy\[{flavour.extra}\]'"
+    line = rf"{flavour.module} is not installed\. Install it: pip install 'pcn-deploy\[{flavour.extra}\]'"
     with pytest.raises(DependencyError, match=line):
         backend.build(GraphSource(onnx=b"", torchscript=b"", spec=spec()))
     with pytest.raises(DependencyError, match=line):

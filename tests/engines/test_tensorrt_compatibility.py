@@ -20,7 +20,7 @@ H200 = Device("NVIDIA H200", "SM90")
 
 def rtx() -> Any:
     """The real library. Where its package is installed, a library that does not load fails the test."""
-    if not any(map(find_spec, TENSORRT_RTX.modules)):
+    if find_spec(TENSORRT_RTX.module) is None:
         pytest.skip(f"TensorRT-RTX is not installed. {TENSORRT_RTX.remedy}")
     return library.load(TENSORRT_RTX)
 
