@@ -12,13 +12,13 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass, IdentityEliminationPass, RemoveUnusedNodesPass
-from onnxscript.optimizer import fold_constants, optimize
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
 from pcn_deploy.calibration.quantized import Quantization
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.diagnosis import export_error, obstacle, running_error
+from pcn_deploy.graph.optimise import fold_shapes, simplify_exactly
 from pcn_deploy.graph.places import place_of_module
 from pcn_deploy.graph.preconditions import HEADLINE
 from pcn_deploy.graph.qdq import insert_qdq
@@ -68,7 +68,9 @@ def to_onnx(
         progress(step, 1, 3)
         insert_qdq(program.model.graph, quantized)
         progress(step, 2, 3)
-        _optimise(program.model)  # last: it merges equal weights, whose names then no longer tell the layers apart
+        simplify_exactly(
+            program.model
+        )  # last: it merges equal weights, whose names then no longer tell the layers apart
     progress(step, 3, 3)
     finished: ir.Model = program.model
     return finished
@@ -88,7 +90,7 @@ def _export_unrolled(
 ) -> Any:
     """Export one block of each run and unroll; the whole network where its blocks cannot be repeated."""
     program = _export(keep_first(model, runs), example, batch, outputs)
-    _fold_constants(program.model)
+    fold_shapes(program.model)
     try:
         for run in runs:
             unroll(program.model.graph, model, run)
@@ -107,23 +109,6 @@ def _check_no_lot(model: nn.Module, graph: ir.Graph) -> None:
             place = place_of_module(scopes[-1], modules[scopes[-1]]) if scopes else None
             reason = f"forward draws random numbers in evaluation too (the graph has a {node.op_type})."
             raise obstacle(HEADLINE, place, reason, "draw them only if self.training.")
-
-
-def _fold_constants(model: ir.Model) -> None:
-    """Compute what depends on no weight (shapes, paddings, absent biases), so that weights are read by layers only."""
-
-    def keep_weights(node: ir.Node) -> bool | None:
-        reads_weight = any(value is not None and value.is_initializer() for value in node.inputs)
-        return False if reads_weight and node.op_type not in {"Shape", "Size"} else None
-
-    fold_constants(model, should_fold=keep_weights)
-    RemoveUnusedNodesPass()(model)
-
-
-def _optimise(model: ir.Model) -> None:
-    """What the exporter's `optimize` does, in one round: a second takes as long and removes Identity nodes only."""
-    optimize(model, num_iterations=1)
-    IdentityEliminationPass()(model)
 
 
 def _export(model: nn.Module, example: Tensor, batch: BatchRange, outputs: tuple[str, ...]) -> Any:
