@@ -109,3 +109,29 @@ class Transform:
         unit = np.asarray(crop, np.float32).reshape(height, width, -1) / np.float32(255)
         normal = np.subtract(unit, np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(normal.transpose(2, 0, 1), dtype=np.float32)
+
+
+def drawn_images(count: int, transform: Transform, seed: int) -> npt.NDArray[np.float32]:
+    """Smooth coloured spots, as the transform gives them: what is like a photograph where there is none.
+
+    Args:
+        count: Number of images.
+        transform: Its channels, resolution and statistics.
+        seed: Of the spots.
+
+    Returns:
+        float32 `(count, C, H, W)`.
+    """
+    generator = np.random.default_rng(seed)
+    channels, height, width = transform.shape
+    spots = generator.random((count, channels, 8, 8))
+    rows, columns = (_enlargement(size, spots.shape[-1]) for size in (height, width))
+    unit = rows @ spots @ columns.T
+    mean, std = (np.reshape(values, (channels, 1, 1)) for values in (transform.mean, transform.std))
+    return np.asarray((unit - mean) / std, np.float32)
+
+
+def _enlargement(size: int, grid: int) -> npt.NDArray[np.float64]:
+    """Weights of linear interpolation from `grid` points to `size` pixels, `(size, grid)`."""
+    at = np.linspace(0, grid - 1, size)
+    return np.asarray(np.maximum(0, 1 - np.abs(at[:, None] - np.arange(grid))))

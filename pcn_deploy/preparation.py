@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.calibration.transform import drawn_images
 from pcn_deploy.errors import DataError, ModelError
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.progress import Progress, silent
@@ -180,11 +181,10 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     if isinstance(model, PatchConvNet):
         model.check_resolution(*options.transform.resolution)
     progress("Rewriting and planning", 0, 3)
-    noise = torch.from_numpy(synthetic_images(2, options))
-    noise[1] = 1 - 2 * noise[1]  # two images of plain noise may look the same to a network
-    check_behaviour(model, noise, batched=options.batch.max > 1)
+    pair = torch.from_numpy(_two_images(options, source))
+    check_behaviour(model, pair, batched=options.batch.max > 1)
     progress("Rewriting and planning", 1, 3)
-    deployed, rewrites = to_deploy(model, noise[:1])
+    deployed, rewrites = to_deploy(model, pair[:1])
     progress("Rewriting and planning", 2, 3)
     layers = inspect_layers(deployed, torch.zeros(1, *options.transform.shape))
     notes = note_stretched(deployed, options.transform.shape)
@@ -270,6 +270,15 @@ def _plan(
     images = synthetic_images(count, options) if source is None else next(source.subset(count).batches(count))[0]
     magnitudes = observe_magnitudes(deployed, images)
     return keep_in_range(plan, deployed, magnitudes, layers, decided), magnitudes
+
+
+def _two_images(options: CompileOptions, source: ImageSource | None) -> npt.NDArray[np.float32]:
+    """Two different images, of those that calibrate or drawn: noise is far from any image to a trained network."""
+    if source is not None:
+        images: npt.NDArray[np.float32] = next(source.subset(2).batches(2))[0]
+        if len(images) == 2 and not np.array_equal(images[0], images[1]):
+            return images
+    return drawn_images(2, options.transform, options.seed)
 
 
 def synthetic_source(options: CompileOptions) -> ImageSource:

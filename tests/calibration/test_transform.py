@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from pcn_deploy.calibration.transform import IMAGENET_MEAN, IMAGENET_STD, Transform
+from pcn_deploy.calibration.transform import IMAGENET_MEAN, IMAGENET_STD, Transform, drawn_images
 from pcn_deploy.errors import OptionError
 
 
@@ -120,3 +120,15 @@ def test_sixteen_bits_are_scaled_not_cut_off() -> None:
     transform = Transform(resolution=(16, 16), crop_pct=1.0, mean=(0.0,), std=(1.0,))
     found = transform(Image.fromarray(ramp))[0]
     np.testing.assert_allclose(found, ramp / 65535, atol=1 / 255)
+
+
+def test_drawn_images_are_what_the_transform_can_give() -> None:
+    transform = Transform(resolution=(40, 24))
+    images = drawn_images(2, transform, seed=3)
+    assert images.shape == (2, 3, 40, 24) and images.dtype == np.float32
+    unit = images * np.reshape(transform.std, (3, 1, 1)) + np.reshape(transform.mean, (3, 1, 1))
+    assert unit.min() >= -1e-6 and unit.max() <= 1 + 1e-6 and unit.std() > 0.2
+    steps = np.abs(np.diff(unit, axis=2))
+    assert steps.max() < 0.2, "neighbours in a picture are alike; in noise they differ by up to 1"
+    assert not np.array_equal(images[0], images[1])
+    np.testing.assert_array_equal(images, drawn_images(2, transform, seed=3))

@@ -17,6 +17,7 @@ from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.export import to_onnx
 from pcn_deploy.graph.preconditions import check_behaviour, check_definition
 from pcn_deploy.graph.torchscript import to_torchscript
+from pcn_deploy.parity import least_sqnr_db
 from pcn_deploy.specs import BatchRange
 
 IMAGES = torch.rand(2, 3, 8, 8) * torch.tensor([1.0, -3.0]).reshape(2, 1, 1, 1)
@@ -250,6 +251,55 @@ def test_logits_that_depend_on_other_images_are_refused(kind: Callable[[], nn.Mo
     with pytest.raises(ModelError, match="when another image is in its batch"):
         check_behaviour(kind().eval(), IMAGES, batched=True)
     check_behaviour(kind().eval(), IMAGES, batched=False)
+
+
+class FaintLeak(Net):
+    """70 dB below the logits: more than float32 rounds off."""
+
+    def features(self, x: Tensor) -> Tensor:
+        y = super().features(x)
+        return y + 3e-4 * y.mean(0)
+
+
+def test_a_faint_dependence_is_told_from_rounding() -> None:
+    with pytest.raises(ModelError, match="when another image is in its batch"):
+        check_behaviour(FaintLeak().eval(), IMAGES, batched=True)
+
+
+class Chaotic(Net):
+    """Adds the pixels in another order where there are several images, as kernels do, and enlarges its rounding 2^18
+    times; it asks for float32 by name, which must not round."""
+
+    def features(self, x: Tensor) -> Tensor:
+        total = torch.zeros(x.shape[:2])
+        for row in sorted(range(x.shape[2]), reverse=x.shape[0] > 1):
+            total = total + x[:, :, row].sum(2).to(torch.float32)
+        y = torch.cat([total, total[:, :1].float() / 2], 1) % 1
+        for _ in range(18):
+            y = 4 * y * (1 - y)
+        return y
+
+
+def test_rounding_that_a_network_enlarges_is_no_dependence() -> None:
+    net, images = Chaotic().eval(), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        alone, together = net(images[:1]), net(images)[:1]
+    assert least_sqnr_db([alone.numpy()], [together.numpy()]) < 60
+    check_behaviour(net, images, batched=True)
+
+
+class InFloat32Only(Chaotic):
+    """Cannot be executed in another type, so that nothing tells its rounding from a dependence."""
+
+    def features(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            raise TypeError
+        return super().features(x)
+
+
+def test_what_runs_in_float32_only_is_judged_in_float32() -> None:
+    with pytest.raises(ModelError, match="when another image is in its batch"):
+        check_behaviour(InFloat32Only().eval(), torch.rand(2, 3, 32, 32), batched=True)
 
 
 class Squeezed(Net):

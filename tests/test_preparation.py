@@ -1,0 +1,42 @@
+"""From a network to what is built: with which images it is looked at first."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from torch import Tensor, nn
+
+from pcn_deploy import CompileOptions
+from pcn_deploy.calibration.transform import Transform, drawn_images
+from pcn_deploy.preparation import open_source, prepare
+from pcn_deploy.progress import silent
+
+TRANSFORM = Transform(resolution=(8, 8))
+
+
+class Watched(nn.Module):
+    """Keeps the images that it is given."""
+
+    def __init__(self, seen: list[Tensor]) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+        self.see = seen.append
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.see(x.clone())
+        y: Tensor = self.head(self.conv(x).mean((2, 3)))
+        return y
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_network_is_judged_on_images_not_on_noise(*, equal: bool) -> None:
+    """On the images that calibrate, unless they are no two; noise is far from what a network was trained on."""
+    calibration = np.random.default_rng(0).random((2, 3, 8, 8), dtype=np.float32)
+    if equal:
+        calibration[1] = calibration[0]
+    options = CompileOptions(precision="int8", transform=TRANSFORM)
+    seen: list[Tensor] = []
+    prepare(Watched(seen).eval(), options, open_source([calibration], options), silent)
+    expected = drawn_images(2, TRANSFORM, options.seed) if equal else calibration
+    np.testing.assert_array_equal(seen[0], expected[:1])
+    assert any(np.array_equal(images, expected) for images in seen)
