@@ -34,7 +34,7 @@ def test_a_network_is_judged_on_images_not_on_noise(*, equal: bool) -> None:
     calibration = np.random.default_rng(0).random((2, 3, 8, 8), dtype=np.float32)
     if equal:
         calibration[1] = calibration[0]
-    options = CompileOptions(precision="int8", transform=TRANSFORM)
+    options = CompileOptions(precision="fp32", transform=TRANSFORM)
     seen: list[Tensor] = []
     prepare(Watched(seen).eval(), options, open_source([calibration], options), silent)
     expected = drawn_images(2, TRANSFORM, options.seed) if equal else calibration
