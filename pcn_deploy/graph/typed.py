@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.repeat import SCOPES
+from pcn_deploy.graph.schemas import Slots, slots
 
 TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _LARGEST = {ir.DataType.FLOAT16: float(np.finfo(np.float16).max), ir.DataType.BFLOAT16: 3.38e38}
@@ -28,6 +29,9 @@ _FOLLOWS_INPUT = {
 _FOLLOWS_READERS = {"Constant", "ConstantOfShape", "DequantizeLinear"}
 """They make values out of no floating-point tensor: in the type of who reads them, they need no cast."""
 
+_TYPE_ATTRIBUTES = ("to", "dtype", "output_datatype")
+"""Attributes in which an operator names the type of what it makes."""
+
 
 def reduce_precision(
     model: ir.Model,
@@ -37,9 +41,10 @@ def reduce_precision(
 ) -> int:
     """Give every float32 tensor inside the graph its type, in place; inputs and outputs stay float32.
 
-    LayerNormalization keeps its float32 statistics (`stash_type`), and scales of Q/DQ take the type of what they
-    dequantise to, so that no cast stands between a DequantizeLinear and its reader. A cast stands only between two
-    nodes of different types, and one tensor is cast to a type once.
+    What an operator does not take in the type, by its schema, is given to it in float32: the scales of a Resize, or all
+    of a Celu. LayerNormalization keeps its float32 statistics (`stash_type`), and scales of Q/DQ take the type of what
+    they dequantise to, so that no cast stands between a DequantizeLinear and its reader. A cast stands only between
+    two nodes of different types, and one tensor is cast to a type once.
 
     Args:
         model: A float32 graph with the exporter's notes, Q/DQ allowed.
@@ -54,8 +59,9 @@ def reduce_precision(
         ModelError: If a weight does not fit the range of its type.
     """
     nodes = list(model.graph.all_nodes())
-    types = _assign(nodes, TYPES[precision], layers or {}, operations or {})
-    graph = _TypedGraph(model.graph, TYPES[precision], types)
+    opsets = dict(model.opset_imports)
+    types = _assign(nodes, TYPES[precision], layers or {}, operations or {}, opsets)
+    graph = _TypedGraph(model.graph, TYPES[precision], types, opsets)
     converted = graph.convert_initializers(nodes)
     for node in nodes:
         _retype_attributes(node, types[node])
@@ -67,7 +73,11 @@ def reduce_precision(
 
 
 def _assign(
-    nodes: list[ir.Node], default: ir.DataType, layers: Mapping[str, str], operations: Mapping[str, str]
+    nodes: list[ir.Node],
+    default: ir.DataType,
+    layers: Mapping[str, str],
+    operations: Mapping[str, str],
+    opsets: Mapping[str, int],
 ) -> dict[ir.Node, ir.DataType]:
     """The type in which each node computes."""
     types: dict[ir.Node, ir.DataType] = {}
@@ -82,7 +92,8 @@ def _assign(
             if (producer := value.producer()) is not None and producer in types
         }
         follows = len(read) == 1 and (noted is None or node.op_type in _FOLLOWS_INPUT)
-        types[node] = read.pop() if follows else (noted or default)
+        kind = read.pop() if follows else (noted or default)
+        types[node] = kind if _can_make(node, kind, opsets) else ir.DataType.FLOAT
     for node in reversed(nodes):
         if node.op_type in _FOLLOWS_READERS:
             readers = {types[use.node] for value in node.outputs for use in value.uses()}
@@ -103,13 +114,36 @@ def _noted_type(
 
 
 def _is_float(value: ir.Value | None) -> bool:
-    return value is not None and value.dtype == ir.DataType.FLOAT
+    return value is not None and isinstance(value.type, ir.TensorType) and value.dtype == ir.DataType.FLOAT
+
+
+def _slots(node: ir.Node, kind: ir.DataType, opsets: Mapping[str, int]) -> tuple[Slots, Slots]:
+    return slots(node.domain, node.op_type, opsets.get(node.domain, 1), kind)
+
+
+def _can_make(node: ir.Node, kind: ir.DataType, opsets: Mapping[str, int]) -> bool:
+    """Whether the first floating-point tensor that a node makes may be of a type; sequences stay float32."""
+    if kind == ir.DataType.FLOAT or _control_flow(node):
+        return True
+    values = [value for value in (*node.inputs, *node.outputs) if value is not None]
+    if any(value.type is not None and not isinstance(value.type, ir.TensorType) for value in values):
+        return False
+    made = [index for index, value in enumerate(node.outputs) if _is_float(value)]
+    return not made or _slots(node, kind, opsets)[1][made[0]]
+
+
+def _control_flow(node: ir.Node) -> bool:
+    kinds = {ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS}
+    return any(attribute.type in kinds for attribute in node.attributes.values())
 
 
 def _retype_attributes(node: ir.Node, kind: ir.DataType) -> None:
     """Operators that name a float32 type or value in an attribute follow their node."""
-    if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT:
-        node.attributes["to"] = ir.AttrInt64("to", int(kind))
+    for name in _TYPE_ATTRIBUTES:
+        if name in node.attributes and node.attributes[name].as_int() == ir.DataType.FLOAT:
+            node.attributes[name] = ir.AttrInt64(name, int(kind))
+    if node.op_type == "ConstantOfShape" and "value" not in node.attributes:  # a float32 zero
+        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(np.zeros(1, np.float32)))
     constant = node.attributes.get("value") if node.op_type in {"Constant", "ConstantOfShape"} else None
     if constant is not None and constant.as_tensor().dtype == ir.DataType.FLOAT:
         array = constant.as_tensor().numpy().astype(kind.numpy())
@@ -124,13 +158,28 @@ class _TypedGraph:
         graph: The graph.
         default: Type of what no rule names.
         types: Type in which each node computes.
+        opsets: Versions of the operator sets that the graph imports, by domain.
         casts: The result of a cast, by the graph it stands in, what it casts, and to which type.
     """
 
     graph: ir.Graph
     default: ir.DataType
     types: dict[ir.Node, ir.DataType]
+    opsets: Mapping[str, int]
     casts: dict[tuple[int, ir.Value, ir.DataType], ir.Value] = field(default_factory=dict)
+
+    def _read_as(self, node: ir.Node, index: int) -> ir.DataType:
+        """The type in which a node reads one of its floating-point inputs."""
+        kind = self.types[node]
+        return kind if kind == ir.DataType.FLOAT or _slots(node, kind, self.opsets)[0][index] else ir.DataType.FLOAT
+
+    def _made_as(self, value: ir.Value) -> ir.DataType:
+        """The type that a computed value will have; inputs of the graph stay float32."""
+        node, index = value.producer(), value.index() or 0
+        if node is None:
+            return ir.DataType.FLOAT
+        kind = self.types[node]
+        return kind if kind == ir.DataType.FLOAT or _slots(node, kind, self.opsets)[1][index] else ir.DataType.FLOAT
 
     def convert_initializers(self, nodes: list[ir.Node]) -> int:
         """Store every initialiser in the type of its readers; one copy per type where they differ."""
@@ -138,7 +187,7 @@ class _TypedGraph:
         for node in nodes:
             for index, value in enumerate(node.inputs):
                 if value is not None and _is_float(value) and value.is_initializer():
-                    readers.setdefault(value, {}).setdefault(self.types[node], []).append((node, index))
+                    readers.setdefault(value, {}).setdefault(self._read_as(node, index), []).append((node, index))
         converted = 0
         for value in list(self.graph.initializers.values()):
             if not _is_float(value) or value.const_value is None:
@@ -157,18 +206,13 @@ class _TypedGraph:
         self.graph.register_initializer(copied)
         return copied
 
-    def _type_of(self, value: ir.Value) -> ir.DataType:
-        """The type that a computed value will have; inputs of the graph stay float32."""
-        producer = value.producer()
-        return ir.DataType.FLOAT if producer is None else self.types[producer]
-
     def cast_inputs(self, node: ir.Node) -> None:
         """Put casts before a node where what it reads is of another type."""
-        kind = self.types[node]
         for index, value in enumerate(node.inputs):
             if value is None or not _is_float(value) or value.is_initializer() or node.op_type == "Cast":
                 continue
-            if self._type_of(value) != kind:
+            kind = self._read_as(node, index)
+            if self._made_as(value) != kind:
                 node.replace_input_with(index, self._cast(value, kind, node))
 
     def _cast(self, value: ir.Value, kind: ir.DataType, reader: ir.Node) -> ir.Value:
@@ -185,7 +229,7 @@ class _TypedGraph:
         for node in nodes:
             for value in node.outputs:
                 if _is_float(value):
-                    value.type = ir.TensorType(self.types[node])
+                    value.type = ir.TensorType(self._made_as(value))
 
     def cast_outputs(self) -> None:
         """Cast the outputs of the graph back to float32."""
@@ -193,7 +237,7 @@ class _TypedGraph:
             if value.producer() is None or value.dtype not in TYPES.values() or _is_float(value):
                 continue
             name = value.name
-            value.name = f"{name}.{self._type_of(value).name.lower()}"
+            value.name = f"{name}.{self._made_as(value).name.lower()}"
             cast = ir.node("Cast", [value], attributes={"to": int(ir.DataType.FLOAT)}, name=f"{name}.cast")
             final = cast.outputs[0]
             final.name, final.shape, final.type = name, value.shape, ir.TensorType(ir.DataType.FLOAT)
