@@ -17,6 +17,9 @@ from torch import nn
 from pcn_deploy import ImageSource, Transform, create_model
 from pcn_deploy.models.checkpoint import load_strict, read_state_dict
 
+Labelled = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
+"""Transformed images and their classes."""
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -47,18 +50,24 @@ def tasks(limit: int | None = None) -> list[Task]:
 
 
 def _digits(limit: int | None) -> Task:
-    data = _module("digits", "data")
     network = create_model("patchconvnet", weights=EXAMPLES / "digits" / "digits.safetensors")
+    transform, (calibration, _), (images, labels) = digits_images(512, limit)
+    return Task("digits, patchconvnet", network, transform, calibration, images, labels)
+
+
+def digits_images(calibration: int | None = None, limit: int | None = None) -> tuple[Transform, Labelled, Labelled]:
+    """The transform of the digits, images of the train split and images of the test split, at most so many."""
+    data = example_module("digits", "data")
     with tempfile.TemporaryDirectory() as folder:
         train, test = data.write_images(Path(folder))
-        calibration, _ = next(ImageSource(train, data.TRANSFORM, limit=512).batches(512))
-        images, labels = next(ImageSource(test, data.TRANSFORM, limit=limit).batches(data.TEST_IMAGES))
-    return Task("digits, patchconvnet", network, data.TRANSFORM, calibration, images, labels)
+        seen = ImageSource(train, data.TRANSFORM, limit=calibration)
+        unseen = ImageSource(test, data.TRANSFORM, limit=limit)
+        return data.TRANSFORM, next(seen.batches(len(seen))), next(unseen.batches(len(unseen)))
 
 
 @cache
 def _split(split: str, count: int | None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    data = _module("shapes", "data")
+    data = example_module("shapes", "data")
     pixels, labels = data.images(split, count)
     mean, std = (np.array(values, np.float32) for values in (data.TRANSFORM.mean, data.TRANSFORM.std))
     images = ((pixels.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2)
@@ -66,16 +75,16 @@ def _split(split: str, count: int | None) -> tuple[npt.NDArray[np.float32], npt.
 
 
 def _shapes(name: str, limit: int | None) -> Task:
-    network = _module("shapes", "networks").NETWORKS[name]()
+    network = example_module("shapes", "networks").NETWORKS[name]()
     path = EXAMPLES / "shapes" / f"{name}.safetensors"
     load_strict(network, read_state_dict(path), str(path))
     images, labels = _split("test", limit)
-    transform = _module("shapes", "data").TRANSFORM
+    transform = example_module("shapes", "data").TRANSFORM
     return Task(f"shapes, {name}", network.eval(), transform, _split("calibration", None)[0], images, labels)
 
 
 @cache
-def _module(folder: str, name: str) -> ModuleType:
+def example_module(folder: str, name: str) -> ModuleType:
     """A module of an example; both examples have one called `data`."""
     spec = importlib.util.spec_from_file_location(f"{folder}_{name}", EXAMPLES / folder / f"{name}.py")
     assert spec is not None
