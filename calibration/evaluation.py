@@ -10,14 +10,12 @@ import numpy.typing as npt
 
 from pcn_deploy.calibration.bound import PairedCounts
 from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.calibration.labels import LabelCheck
 from pcn_deploy.errors import DataError
 from pcn_deploy.progress import Progress, silent
 
 BATCH = 16
 """Images per forward pass."""
-
-_TELLING = 50
-"""With fewer images, chance cannot be told from skill."""
 
 Forward = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 """From images `(N, C, H, W)` to logits `(N, K)`."""
@@ -50,10 +48,10 @@ class Answers:
             progress: Told the number of images done.
 
         Raises:
-            DataError: If images are unusable, logits are not finite, a label is none of the K classes, or the network
-                is right no more often than by chance.
+            DataError: If images are unusable, logits are not finite, or labels are not the classes of the network
+                (`labels.py`).
         """
-        expected, reference, done = [], [], 0
+        expected, reference, done, labelling = [], [], 0, LabelCheck(source)
         step = "Answers of the network"
         progress(step, 0, len(source), "images")
         for images, labels in source.batches(BATCH):
@@ -62,33 +60,18 @@ class Answers:
                 msg = "The network returns NaN or infinite logits on the images; nothing can be compared with it."
                 raise DataError(msg)
             reference.append(logits.argmax(1))
-            if labels is not None:
-                _check_labels(labels, logits.shape[1])
+            labelling.update(labels, logits)
             expected.append(reference[-1] if labels is None else labels)
             done += len(images)
             progress(step, done, len(source), "images")
         progress(step, len(source), len(source), "images")
-        found = cls(source.readable(), np.concatenate(expected), np.concatenate(reference), source.has_labels)
-        found._check_better_than_chance(logits.shape[1])
-        return found
+        labelling.check(logits.shape[1])
+        return cls(source.readable(), np.concatenate(expected), np.concatenate(reference), source.has_labels)
 
     @property
     def top1(self) -> float:
         """Share of the images that the trained network answers as expected, in percent."""
         return 100 * float((self.reference == self.expected).mean())
-
-    def _check_better_than_chance(self, classes: int) -> None:
-        """A network that is never right cannot lose anything: any engine would be proven."""
-        chance = 1 / classes
-        limit = chance + 3 * (chance * (1 - chance) / len(self)) ** 0.5
-        if self.labelled and len(self) >= _TELLING and self.top1 <= 100 * limit:
-            msg = (
-                f"The trained network is right on {self.top1:.1f} % of the {len(self)} labelled images of "
-                f"{self.source.name}, no more than by chance. Are its classes in another order? Sub-folders are "
-                "numbered in the order of their names, unless all names are numbers. Without labels the network's own "
-                "answers count as right."
-            )
-            raise DataError(msg)
 
     def __len__(self) -> int:
         return len(self.expected)
@@ -132,9 +115,3 @@ class Answers:
             if stop(len(answers), self.count(answers)):
                 break
         return self.count(answers)
-
-
-def _check_labels(labels: npt.NDArray[np.int64], classes: int) -> None:
-    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        msg = f"Labels run from {labels.min()} to {labels.max()}; the network has {classes} classes."
-        raise DataError(msg)

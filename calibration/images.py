@@ -1,4 +1,4 @@
-"""Where images come from: a folder, an `.npz` file, or any iterable of arrays. No torch.
+"""Where images come from: a folder, an `.npz` file, or whatever holds or yields arrays. No torch.
 
 Every source yields transformed float32 images `(C, H, W)` one by one, with the class where it is known, so memory
 does not depend on how many there are.
@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from pcn_deploy.calibration.arrays import ArrayImage, ArraysGiven, open_arrays, open_npz
+from pcn_deploy.calibration.classes import Classes, ClassesGiven
+from pcn_deploy.calibration.image_files import Folder, ImageFile, open_folder, survey
+from pcn_deploy.calibration.labels import REMEDY
 from pcn_deploy.calibration.transform import Transform
-from pcn_deploy.errors import DataError, DependencyError
+from pcn_deploy.errors import DataError, OptionError
 
 ImageArray = npt.NDArray[np.float32]
 
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 MAX_UNREADABLE_SHARE = 0.05
 """Above this share of unreadable images a run stops: the set is then not what the user believes it is."""
 
@@ -41,9 +44,11 @@ class ImageSource:
     """A finite, repeatable stream of transformed images.
 
     Args:
-        source: Folder of images (sub-folders are classes), `.npz` file (`images`, optionally `labels`), or an
-            iterable of float32 arrays `(C, H, W)` or `(N, C, H, W)`, already normalised.
-        transform: Applied to image files and to uint8 arrays `(N, H, W, C)`; float arrays must fit its shape.
+        source: Folder of images (sub-folders are classes, see `classes.py`), `.npz` file (`images`, optionally
+            `labels`), or whatever holds or yields arrays, tensors or pictures, alone or with labels (`arrays.py`):
+            floats `(C, H, W)` or `(N, C, H, W)`, already normalised, or uint8 pixels `(H, W, C)`.
+        transform: Applied to image files, pictures and uint8 pixels; float arrays must fit its shape.
+        classes: What the sub-folders stand for; by default their place in the order of their names.
         limit: Use at most so many images, spread evenly over the source; all of them if None.
         max_unreadable: Share of unreadable image files above which the run stops.
         name: What reports call the images; by default the path, or that they are arrays.
@@ -53,6 +58,7 @@ class ImageSource:
         fingerprints: SHA-256 of each transformed image of the last pass, uint8 `(len(self), 32)`; zero where it was
             not read.
         digest: SHA-256 over the fingerprints of the last complete pass, in order, as hexadecimal text.
+        folders: The class folders in the order of their classes, where that order gave the labels.
 
     Raises:
         DataError: If there are no images, or arrays of an unusable kind.
@@ -60,29 +66,78 @@ class ImageSource:
 
     def __init__(
         self,
-        source: str | Path | Iterable[npt.NDArray[np.float32]],
+        source: str | Path | ArraysGiven,
         transform: Transform,
         *,
         limit: int | None = None,
         max_unreadable: float = MAX_UNREADABLE_SHARE,
         name: str = "",
+        classes: ClassesGiven | Classes | None = None,
     ) -> None:
         self.transform = transform
         self.max_unreadable = max_unreadable
         self.unreadable: list[str] = []
         self.fingerprints = np.zeros((0, _SHA256_BYTES), np.uint8)
         self.digest = ""
-        self._items: Sequence[_File | _Array]
-        found, self._items = _open(source, transform)
+        self._reasons: dict[str, str] = {}
+        self._items: Sequence[ImageFile | ArrayImage]
+        if limit is not None and limit < 1:
+            msg = f"{limit} images were asked for; at least 1 is needed."
+            raise DataError(msg)
+        self._classes = None if classes is None else Classes.of(classes)
+        found, self._items, folder = _open(source, transform, self._classes, limit)
+        self.folders, self._class_notes, self._class_fault = folder.folders, folder.notes, folder.fault
         self.name = name or found
         self.has_labels = bool(self._items) and all(item.label is not None for item in self._items)
         if not self._items:
             msg = f"No images in {self.name}. Expected files such as .png or .jpg, or an .npz with 'images'."
             raise DataError(msg)
-        if limit is not None and limit < 1:
-            msg = f"{limit} images were asked for; at least 1 is needed."
-            raise DataError(msg)
         self._spread(limit or len(self._items))
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of the images before they are read, by the headers of some of their files."""
+        files = [item for item in self._items if isinstance(item, ImageFile)]
+        return (*self._class_notes, *(survey(files, self.transform) if files else ()))
+
+    @property
+    def classes_present(self) -> npt.NDArray[np.int64]:
+        """The classes of which there are images, sorted; none where images have no labels."""
+        return np.unique([item.label for item in self._items if item.label is not None]).astype(np.int64)
+
+    def check_classes(self, outputs: int) -> None:
+        """Refuse labels that cannot be the classes of a network with so many outputs.
+
+        Raises:
+            DataError: If the folders are more or fewer, are not among the classes given, or a label is out of range.
+        """
+        fault = self._class_fault or (self._classes.fault(outputs) if self._classes else "")
+        labels = self.classes_present
+        if self.folders and len(self.folders) != outputs:
+            fault = (
+                f"{self.name} has {len(self.folders)} class folders ({', '.join(self.folders[:3])}, …); the network "
+                f"has {outputs} classes. Numbered in the order of their names, some would have the label of another."
+            )
+        elif not fault and len(labels) and not 0 <= labels[0] <= labels[-1] < outputs:
+            fault = f"Labels run from {labels[0]} to {labels[-1]}; the network has {outputs} classes ({self.name})."
+        if fault:
+            msg = f"{fault} {REMEDY}"
+            raise DataError(msg)
+
+    def check_transform(self, expected: Transform, whose: str) -> None:
+        """Refuse images that went through another transform than an engine states.
+
+        Raises:
+            OptionError: If it is another; what differs is named.
+        """
+        mine, theirs = self.transform.to_json(), expected.to_json()
+        different = [f"{key} {mine[key]} instead of {theirs[key]}" for key in mine if mine[key] != theirs[key]]
+        if different:
+            msg = (
+                f"{self.name} was opened with another transform than that of {whose}: {'; '.join(different)}. Open it "
+                "with that transform, or give the folder or the arrays themselves."
+            )
+            raise OptionError(msg)
 
     def _spread(self, count: int) -> None:
         """Keep `count` items at even distances."""
@@ -161,7 +216,7 @@ class ImageSource:
         self.unreadable = [self._items[index].name for index in np.flatnonzero(~read).tolist()]
         self._check_unreadable()
         if not read.any():
-            msg = f"None of the {len(self._items)} images in {self.name} can be read."
+            msg = f"None of the {len(self._items)} images in {self.name} can be read, such as {self._reason()}."
             raise DataError(msg)
         self.digest = hashlib.sha256(fingerprints[read].tobytes()).hexdigest()
 
@@ -172,8 +227,12 @@ class ImageSource:
     def _read(self, indices: range) -> Iterator[Sample]:
         for index in indices:
             item = self._items[index]
-            image = item.read(self.transform)
-            if image is None:
+            try:
+                image = item.read(self.transform)
+            except DataError as error:
+                if not item.may_fail:
+                    raise
+                self._reasons[item.name] = str(error)
                 self.unreadable.append(item.name)
                 self._check_unreadable()
                 continue
@@ -190,13 +249,22 @@ class ImageSource:
         if len(self.unreadable) > self.max_unreadable * len(self._items):
             msg = (
                 f"{len(self.unreadable)} of {len(self._items)} images in {self.name} cannot be read so far, such as "
-                f"{self.unreadable[0]}; the run stops above {self.max_unreadable:.0%}. Mend or remove them."
+                f"{self._reason()}; the run stops above {self.max_unreadable:.0%}. Mend or remove them."
             )
             raise DataError(msg)
 
+    def _reason(self) -> str:
+        """The first image that could not be read, and why where this process read it."""
+        return self._reasons.get(self.unreadable[0], self.unreadable[0])
+
     def _check(self, image: ImageArray, name: str) -> None:
         if image.shape != self.transform.shape:
-            msg = f"{name} has shape {image.shape}; the network takes {self.transform.shape}. Set --resolution HxW."
+            way = "Set --resolution HxW."
+            if image.shape[0] != self.transform.shape[0]:
+                way = "Set --channels, or give a mean and std for each channel."
+            if (image.shape[2], *image.shape[:2]) == self.transform.shape:
+                way = "Its last axis seems to be the channels: np.moveaxis(images, -1, -3)."
+            msg = f"{name} has shape {image.shape}; the network takes {self.transform.shape}. {way}"
             raise DataError(msg)
         if not np.isfinite(image).all():
             msg = f"{name} holds NaN or infinite values. Remove it, or mend what produced it."
@@ -211,115 +279,16 @@ def _bounds(count: int, size: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def read_image(path: Path, transform: Transform) -> ImageArray:
-    """Read and transform one image file.
-
-    Returns:
-        float32 `(C, H, W)`.
-
-    Raises:
-        DataError: If it cannot be read as an image.
-        DependencyError: If Pillow is missing.
-    """
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ModuleNotFoundError as error:
-        raise DependencyError.for_extra(error.name or "Pillow", "runtime", "reading images") from error
-    try:
-        with Image.open(path) as image:
-            return transform(image)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        msg = f"{path} cannot be read as an image: {error}"
-        raise DataError(msg) from error
-
-
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    name: str
-    label: int | None
-
-    def read(self, transform: Transform) -> ImageArray | None:
-        try:
-            return read_image(self.path, transform)
-        except DataError:
-            return None
-
-
-@dataclass(frozen=True)
-class _Array:
-    array: npt.NDArray[np.generic]
-    name: str
-    label: int | None
-
-    def read(self, transform: Transform) -> ImageArray | None:
-        if self.array.dtype == np.uint8:
-            from PIL import Image
-
-            pixels = np.asarray(self.array)
-            return transform(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
-        return np.ascontiguousarray(self.array, dtype=np.float32)
-
-
 def _open(
-    source: str | Path | Iterable[npt.NDArray[np.float32]], transform: Transform
-) -> tuple[str, list[_File] | list[_Array]]:
+    source: str | Path | ArraysGiven, transform: Transform, classes: Classes | None, limit: int | None
+) -> tuple[str, Sequence[ImageFile | ArrayImage], Folder]:
     if not isinstance(source, str | Path):
-        return "the given arrays", _from_arrays(source, transform)
+        return "the given arrays", open_arrays(source, transform, limit), Folder(files=[])
     path = Path(source)
     if path.is_dir():
-        return str(path), _from_folder(path)
+        folder = open_folder(path, classes)
+        return str(path), folder.files, folder
     if path.suffix == ".npz" and path.is_file():
-        return str(path), _from_npz(path, transform)
+        return str(path), open_npz(path, transform), Folder(files=[])
     msg = f"{str(path)!r} is neither a folder of images nor an .npz file. Check the path."
     raise DataError(msg)
-
-
-def _from_folder(root: Path) -> list[_File]:
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
-    folders = sorted({path.relative_to(root).parts[0] for path in files if path.parent != root})
-    labelled = bool(folders) and all(path.parent != root for path in files)
-    if labelled and all(name.isdecimal() for name in folders):
-        classes = {name: int(name) for name in folders}
-    else:
-        classes = {name: index for index, name in enumerate(folders)}
-    return [_File(path, str(path), classes[path.relative_to(root).parts[0]] if labelled else None) for path in files]
-
-
-def _from_npz(path: Path, transform: Transform) -> list[_Array]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = archive.files
-            images = archive["images" if "images" in names else names[0]] if names else np.zeros(0)
-            labels = archive["labels"] if "labels" in names else None
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        msg = f"{path} is not a readable .npz file ({error}). Write it with numpy.savez(path, images=...)."
-        raise DataError(msg) from error
-    if labels is not None and (labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
-        msg = f"{path} holds {len(images)} images but labels {labels.dtype} of shape {labels.shape}; one integer each."
-        raise DataError(msg)
-    arrays = _from_arrays([images], transform, str(path))
-    if labels is None:
-        return arrays
-    return [_Array(item.array, item.name, int(label)) for item, label in zip(arrays, labels, strict=True)]
-
-
-def _from_arrays(
-    arrays: Iterable[npt.NDArray[np.generic]], transform: Transform, origin: str = "array"
-) -> list[_Array]:
-    items: list[_Array] = []
-    for given in arrays:
-        array = np.asarray(given)
-        pixels = array.dtype == np.uint8
-        if not pixels and not np.issubdtype(array.dtype, np.floating):
-            msg = (
-                f"{origin} holds {array.dtype} of shape {array.shape}. Expected uint8 images (N, H, W, C), "
-                f"or normalised float32 (N, C, H, W) with (C, H, W) = {transform.shape}."
-            )
-            raise DataError(msg)
-        batch = array if array.ndim == 4 else array[None]
-        if batch.ndim != 4 or (pixels and batch.shape[-1] not in (1, 3)):
-            msg = f"{origin} has shape {array.shape}; expected (N, H, W, C) of uint8, or (N, C, H, W) of float32."
-            raise DataError(msg)
-        items += [_Array(image, f"{origin}[{len(items) + index}]", None) for index, image in enumerate(batch)]
-    return items

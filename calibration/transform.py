@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.errors import OptionError
+from pcn_deploy.calibration.pixels import ALPHAS, CHANNEL_ORDERS, EXIFS, to_pixels
+from pcn_deploy.errors import DataError, OptionError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -17,18 +18,28 @@ if TYPE_CHECKING:
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+CROP_MODES = ("center", "squash")
+
+_ALWAYS = ("resolution", "crop_pct", "mean", "std", "interpolation")
+"""What every bundle says of its transform."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transform:
-    """Resize so that the image covers the crop, centre crop, scale to [0, 1], normalise.
+    """Make pixels of 8 bits, resize, centre crop, scale to [0, 1], order the channels, normalise.
 
     Attributes:
         resolution: Height and width of the crop, in pixels.
         crop_pct: Share of the resized image that the crop keeps, in (0, 1].
-        mean: Mean per channel, of images in [0, 1].
+        mean: Mean per channel, of images in [0, 1], in the order of the network's channels; as many as it takes.
         std: Standard deviation per channel, above 0.
         interpolation: One of `INTERPOLATIONS`; Pillow's, with antialiasing.
+        crop_mode: `center` resizes so that the image covers the crop, `squash` to the very height and width, without
+            regard to its proportions (the names are timm's).
+        channel_order: `bgr` for networks trained on what OpenCV reads.
+        alpha: What becomes of transparency: `drop` as torchvision does, or laid over `white` or `black`.
+        exif: Whether an EXIF orientation is applied; `ignore` is what torchvision and timm do.
+        white: Which value is white in images of more than 8 bits; by default 65535 for 16 bits, none for others.
 
     Raises:
         OptionError: If a value is out of its range.
@@ -42,6 +53,11 @@ class Transform:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
+    crop_mode: str = "center"
+    channel_order: str = "rgb"
+    alpha: str = "drop"
+    exif: str = "ignore"
+    white: float | None = None
 
     def __post_init__(self) -> None:
         problems = [
@@ -51,10 +67,16 @@ class Transform:
                 len(self.mean) != len(self.std),
                 f"{len(self.mean)} means but {len(self.std)} standard deviations",
             ),
-            (len(self.mean) not in (1, 3), f"{len(self.mean)} channels; images have 1 or 3"),
+            (not self.mean, "no channels"),
             (not all(math.isfinite(value) for value in self.mean), f"mean {self.mean} is not finite"),
             (not all(0 < value < math.inf for value in self.std), f"standard deviation {self.std} is not above 0"),
             (self.interpolation not in INTERPOLATIONS, f"interpolation {self.interpolation!r} is unknown"),
+            (self.crop_mode not in CROP_MODES, f"crop mode {self.crop_mode!r} is unknown"),
+            (self.channel_order not in CHANNEL_ORDERS, f"channel order {self.channel_order!r} is unknown"),
+            (self.channel_order == "bgr" and len(self.mean) != 3, f"{len(self.mean)} channels have no order bgr"),
+            (self.alpha not in ALPHAS, f"alpha {self.alpha!r} is unknown"),
+            (self.exif not in EXIFS, f"exif {self.exif!r} is unknown"),
+            (self.white is not None and not 0 < self.white < math.inf, f"white {self.white} is not above 0"),
         ]
         found = "; ".join(text for wrong, text in problems if wrong)
         if found:
@@ -63,14 +85,10 @@ class Transform:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Transform:
-        """Inverse of `to_json`."""
-        return cls(
-            resolution=(data["resolution"][0], data["resolution"][1]),
-            crop_pct=data["crop_pct"],
-            mean=tuple(data["mean"]),
-            std=tuple(data["std"]),
-            interpolation=data["interpolation"],
-        )
+        """Inverse of `to_json`; what an older bundle does not say was as by default."""
+        known = {one.name: data[one.name] for one in fields(cls) if one.name in data or one.name in _ALWAYS}
+        height, width = known["resolution"]
+        return cls(**{**known, "resolution": (height, width), "mean": tuple(known["mean"]), "std": tuple(known["std"])})
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as the manifest holds them."""
@@ -81,32 +99,65 @@ class Transform:
         """Shape of one transformed image, `(C, H, W)`."""
         return (len(self.mean), *self.resolution)
 
+    def scaled(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height that an image of a width and height is resized to, before the crop."""
+        height, width = self.resolution
+        wanted = (int(width / self.crop_pct), int(height / self.crop_pct))
+        if self.crop_mode == "squash":
+            return wanted
+        if wanted[1] * size[0] >= wanted[0] * size[1]:
+            return max(width, int(wanted[1] * size[0] / size[1])), wanted[1]
+        return wanted[0], max(height, int(wanted[0] * size[1] / size[0]))
+
     def __call__(self, image: Image.Image) -> npt.NDArray[np.float32]:
         """Transform one image.
 
         Args:
-            image: Any size and mode; grey images are repeated over three channels, transparency is dropped, 16 bits
-                become 8, and an EXIF orientation is ignored, as torchvision does.
+            image: Any size and mode; grey images are repeated over three channels.
 
         Returns:
             float32 `(C, H, W)`.
+
+        Raises:
+            DataError: If nothing says how bright the image is, or the network takes other channels than images have.
+        """
+        return self._normalised(self._cropped(to_pixels(image, self)))
+
+    def of_array(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Transform pixels `(H, W, C)`; C is what the network takes, and grey and RGB stand for each other as in files.
+
+        Returns:
+            float32 `(C, H, W)`.
+
+        Raises:
+            DataError: If the network takes another number of channels.
         """
         from PIL import Image
 
-        if image.mode.startswith("I"):  # 16 bits per pixel: Pillow's own conversion would cut off, not scale
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-        image = image.convert("RGB" if len(self.mean) == 3 else "L")
+        channels = pixels.shape[2]
+        if channels in (1, 3) and len(self.mean) in (1, 3):
+            return self(Image.fromarray(pixels[..., 0] if channels == 1 else pixels))
+        if channels != len(self.mean):
+            msg = f"has {channels} channels; the network takes {len(self.mean)}. Give a mean and std for each channel."
+            raise DataError(msg)
+        planes = [self._cropped(Image.fromarray(np.ascontiguousarray(pixels[..., one]))) for one in range(channels)]
+        return self._normalised(np.concatenate(planes, axis=2))
+
+    def _cropped(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        """Resize and crop; uint8 `(H, W, C)`."""
+        from PIL import Image
+
         height, width = self.resolution
-        wanted = (int(height / self.crop_pct), int(width / self.crop_pct))
-        if wanted[0] * image.width >= wanted[1] * image.height:
-            size = (max(width, int(wanted[0] * image.width / image.height)), wanted[0])
-        else:
-            size = (wanted[1], max(height, int(wanted[1] * image.height / image.width)))
+        size = self.scaled(image.size)
         if size != image.size:
             image = image.resize(size, Image.Resampling[self.interpolation.upper()])
         left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
         crop = image.crop((left, top, left + width, top + height))
-        unit = np.asarray(crop, np.float32).reshape(height, width, -1) / np.float32(255)
+        return np.asarray(crop).reshape(height, width, -1)
+
+    def _normalised(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        ordered = pixels[..., ::-1] if self.channel_order == "bgr" else pixels
+        unit = ordered.astype(np.float32) / np.float32(255)
         normal = np.subtract(unit, np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(normal.transpose(2, 0, 1), dtype=np.float32)
 

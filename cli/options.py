@@ -13,8 +13,9 @@ import click
 
 from pcn_deploy.calibration.calibrators import AUTO, CALIBRATORS, PERCENTILE, WEIGHT_CALIBRATORS
 from pcn_deploy.calibration.images import MAX_UNREADABLE_SHARE
+from pcn_deploy.calibration.pixels import ALPHAS, CHANNEL_ORDERS, EXIFS
 from pcn_deploy.calibration.recovery import RECOVERIES
-from pcn_deploy.calibration.transform import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Transform
+from pcn_deploy.calibration.transform import CROP_MODES, IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Transform
 from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.errors import OptionError
 from pcn_deploy.models.registry import check_weights_choice, find_model
@@ -96,6 +97,14 @@ data_option = click.option(
     metavar="DIR|FILE.npz",
     help="Images that judge the accuracy (sub-folders are classes).",
 )
+classes_option = click.option(
+    "--classes",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Which output each class folder is: names or synsets line by line in the order of the outputs, `index name` "
+    "pairs, or JSON such as class_to_idx or id2label. [default: folders in the order of their names, as torchvision's "
+    "ImageFolder]",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")
 
@@ -128,12 +137,35 @@ def transform_options(command: Command) -> Command:
             metavar="SHARE",
             help="Share of the resized image that the centre crop keeps.",
         ),
-        click.option("--mean", type=Floats(), default=IMAGENET_MEAN, help="Mean per channel. [default: ImageNet]"),
+        click.option(
+            "--crop-mode",
+            type=click.Choice(CROP_MODES),
+            default="center",
+            show_default=True,
+            help="Keep the proportions and cut what is too much, or squash to the very size.",
+        ),
+        click.option(
+            "--channels",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Channels of the input; files have 1 or 3, arrays any number. [default: as many as --mean has]",
+        ),
+        click.option(
+            "--mean",
+            type=Floats(),
+            help="Mean per channel, of values in [0, 1]; with --channels one for all. [default: ImageNet's, or 0]",
+        ),
         click.option(
             "--std",
             type=Floats(),
-            default=IMAGENET_STD,
-            help="Standard deviation per channel. [default: ImageNet]",
+            help="Standard deviation per channel; with --channels one for all. [default: ImageNet's, or 1]",
+        ),
+        click.option(
+            "--channel-order",
+            type=click.Choice(CHANNEL_ORDERS),
+            default="rgb",
+            show_default=True,
+            help="bgr for a network trained on what OpenCV reads; --mean and --std are in this order.",
         ),
         click.option(
             "--interpolation",
@@ -141,6 +173,27 @@ def transform_options(command: Command) -> Command:
             default="bicubic",
             show_default=True,
             help="How images are resized.",
+        ),
+        click.option(
+            "--exif",
+            type=click.Choice(EXIFS),
+            default="ignore",
+            show_default=True,
+            help="Orientation in EXIF: ignored as in torchvision and timm, or applied as in OpenCV.",
+        ),
+        click.option(
+            "--alpha",
+            type=click.Choice(ALPHAS),
+            default="drop",
+            show_default=True,
+            help="Transparency: dropped as in torchvision, or laid over white or black.",
+        ),
+        click.option(
+            "--white",
+            type=float,
+            metavar="VALUE",
+            help="Which value is white in images of more than 8 bits. [default: 65535 for 16 bits; floats and 32 bits "
+            "need it]",
         ),
     ]
     return _with(command, decorators)
@@ -247,15 +300,37 @@ def calibration_of(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def transform_of(given: dict[str, Any]) -> Transform:
-    """The transform that `transform_options` describe; the resolution is that of the model if none is given."""
+    """The transform that `transform_options` describe; the resolution is that of the model if none is given.
+
+    Raises:
+        OptionError: If values are impossible, or mean and std are not one for each channel.
+    """
     info = find_model(given["model"])
     return Transform(
         resolution=given["resolution"] or (info.resolution if info else (224, 224)),
         crop_pct=given["crop_pct"],
-        mean=given["mean"],
-        std=given["std"],
+        crop_mode=given["crop_mode"],
+        mean=_per_channel(given["mean"], IMAGENET_MEAN, 0.0, given["channels"], "--mean"),
+        std=_per_channel(given["std"], IMAGENET_STD, 1.0, given["channels"], "--std"),
         interpolation=given["interpolation"],
+        channel_order=given["channel_order"],
+        alpha=given["alpha"],
+        exif=given["exif"],
+        white=given["white"],
     )
+
+
+def _per_channel(
+    given: tuple[float, ...] | None, imagenet: tuple[float, ...], neutral: float, channels: int | None, option: str
+) -> tuple[float, ...]:
+    """One value for each channel, from as many or, where their number is given, from one or none."""
+    if channels is None:
+        return given or imagenet
+    values = given or (imagenet if channels == len(imagenet) else (neutral,))
+    if len(values) not in (1, channels):
+        msg = f"{option} has {len(values)} values; --channels is {channels}. Give one for each, or one for all."
+        raise OptionError(msg)
+    return values if len(values) == channels else values * channels
 
 
 def source_of(given: dict[str, Any]) -> ModelSource:

@@ -32,6 +32,7 @@ class Analysis:
         unquantized: Layers that the plan does not quantise at all, with the reason.
         data: Where the images came from.
         resumed: Measurements taken over from a run that was killed.
+        notes: What the user should know of the images.
     """
 
     sensitivity: Sensitivity
@@ -39,6 +40,7 @@ class Analysis:
     unquantized: dict[str, str]
     data: str
     resumed: int
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -47,6 +49,7 @@ class Analysis:
             **self.sensitivity.to_json(),
             "order": list(self.order),
             "unquantized": self.unquantized,
+            "notes": list(self.notes),
         }
 
 
@@ -98,4 +101,5 @@ def analyze(
         unquantized={entry.op: entry.reason for entry in network.plan.entries if entry.precision != "int8"},
         data=judged_by.name,
         resumed=ledger.resumed,
+        notes=tuple(dict.fromkeys([*source.notes, *judged_by.notes])),
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pcn_deploy.calibration.images import read_image
+from pcn_deploy.calibration.image_files import read_image
 from pcn_deploy.errors import DataError, OptionError
 from pcn_deploy.heatmap import MapRange, choose_map, overlay, save
 from pcn_deploy.runtime import Engine

@@ -125,6 +125,7 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
         if options.quantizes:
             network, found = search_plan(network, judges, search_record, progress)
     bundle = _new_bundle(network, options, source, provenance or {})
+    bundle.manifest["notes"] += dict.fromkeys(note for images in (source, judged_by) if images for note in images.notes)
     bundle.add("golden.npz", _npz(_golden_set(model, options, source, progress)))
     del model  # no longer needed; the caller may keep it
     plan, spec = network.plan, _add_graphs(bundle, network, options, progress)
@@ -264,7 +265,7 @@ def _check_agreement(
     import torch
 
     golden = bundle.read_arrays("golden.npz")["images"]
-    images = np.resize(golden, spec.inputs[0].with_batch(spec.batch.min))
+    images = golden[np.arange(spec.batch.min) % len(golden)]
     with torch.jit.optimized_execution(False):  # type: ignore[attr-defined] # for one run it costs more than it saves
         expected = _outputs("torchscript", bundle.read("model.ts"), spec, images)
     if options.graph_type == "bf16":  # ONNX Runtime has no BF16 on the CPU

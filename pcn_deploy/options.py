@@ -12,6 +12,7 @@ from pcn_deploy.calibration.calibrators import (
     check_weight_calibrator,
     get_calibrator,
 )
+from pcn_deploy.calibration.classes import Classes, ClassesGiven
 from pcn_deploy.calibration.images import MAX_UNREADABLE_SHARE
 from pcn_deploy.calibration.plan import CODES, PRECISIONS, REMAINDERS
 from pcn_deploy.calibration.recipe import Recipe
@@ -61,8 +62,11 @@ class CompileOptions:
         with_attention_map: Add the attention map to the outputs.
         seed: Seed of synthetic images.
         recipe: Decides the precision of the layers it names; its precision and remainder must be those above.
+        classes: Which output each class folder of labelled images is: a file (`calibration/classes.py`), the names in
+            the order of the outputs, or the output of each name. By default the folders' own order, as in ImageFolder.
 
     Raises:
+        DataError: If the file of the classes cannot be read.
         OptionError: If a value is unknown or out of its range.
     """
 
@@ -83,8 +87,11 @@ class CompileOptions:
     with_attention_map: bool = False
     seed: int = 0
     recipe: Recipe | None = None
+    classes: ClassesGiven | Classes | None = None
 
     def __post_init__(self) -> None:
+        if self.classes is not None:
+            object.__setattr__(self, "classes", Classes.of(self.classes))
         if not self.calibrator:
             object.__setattr__(self, "calibrator", "max" if self.precision == "fp8" else "entropy")
         if self.precision not in PRECISIONS or self.remainder not in REMAINDERS:

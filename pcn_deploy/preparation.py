@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from pcn_deploy.calibration.arrays import ArraysGiven
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.transform import drawn_images
 from pcn_deploy.errors import DataError, ModelError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pcn_deploy.calibration.quantized import Quantization
     from pcn_deploy.calibration.record import Calibration
 
-CalibrationImages = str | Path | Iterable[npt.NDArray[np.float32]] | ImageSource
+CalibrationImages = str | Path | ArraysGiven | ImageSource
 
 NOISE = "standard normal noise"
 NO_IMAGES = (
@@ -102,14 +102,18 @@ def in_evaluation_mode(model: nn.Module) -> nn.Module:
 
 
 def as_source(images: CalibrationImages, options: CompileOptions, limit: int | None = None) -> ImageSource:
-    """Images of any kind as a source; at most `limit` of them.
+    """Images of any kind as a source; at most `limit` of them, where they are no source yet.
 
     Raises:
         DataError: If images are unusable.
+        OptionError: If a source has another transform than the options.
     """
     if isinstance(images, ImageSource):
+        images.check_transform(options.transform, "the options")
         return images
-    return ImageSource(images, options.transform, limit=limit, max_unreadable=options.max_unreadable)
+    return ImageSource(
+        images, options.transform, limit=limit, max_unreadable=options.max_unreadable, classes=options.classes
+    )
 
 
 def open_source(calibration: CalibrationImages | None, options: CompileOptions) -> ImageSource | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from pcn_deploy.calibration.arrays import ArraysGiven
 from pcn_deploy.calibration.distributed import current, shared_batches
 from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.calibration.labels import LabelCheck
 from pcn_deploy.errors import BundleError, DataError
 from pcn_deploy.parity import ParityBudget, ParityMeter, ParityReport
 from pcn_deploy.progress import Progress, silent
@@ -27,7 +29,7 @@ Reference = Callable[[Images], npt.NDArray[np.floating[Any]]]
 
 def verify(
     engine: Engine,
-    data: str | Path | Iterable[Images] | ImageSource | None = None,
+    data: str | Path | ArraysGiven | ImageSource | None = None,
     *,
     reference: nn.Module | Reference | None = None,
     budget: ParityBudget | None = None,
@@ -52,7 +54,8 @@ def verify(
         The report; its truth value is the verdict.
 
     Raises:
-        DataError: If images are unusable, a label is outside the classes, or data came without a reference.
+        DataError: If images are unusable, labels are not the classes of the network, or data came without a reference.
+        OptionError: If an image source has another transform than the bundle.
         BundleError: If the golden set was altered.
     """
     budget = budget or ParityBudget(**engine.bundle.manifest["parity_budget"])
@@ -65,15 +68,19 @@ def verify(
         )
         raise DataError(msg)
     source = data if isinstance(data, ImageSource) else ImageSource(data, engine.transform, limit=limit)
+    source.check_transform(engine.transform, "the bundle")
     expected = reference if not hasattr(reference, "eval") else eager(reference)
     current().check_equal(engine=engine.bundle.engine(engine.target)["sha256"])
-    meter, done, step = ParityMeter(), 0, f"Verifying {engine.target}"
+    meter, labelling, done, step = ParityMeter(), LabelCheck(source), 0, f"Verifying {engine.target}"
     progress(step, 0, len(source), "images")
     for images, labels in shared_batches(source, engine.spec.batch.max):
-        meter.update(expected(images), engine.predict(images), labels)
+        logits = expected(images)
+        labelling.update(labels, logits)
+        meter.update(logits, engine.predict(images), labels)
         done = min(len(source), done + len(images) * current().count)
         progress(step, done, len(source), "images")
     progress(step, len(source), len(source), "images")
+    labelling.of_all_processes().check(int(engine.spec.outputs[0].shape[-1]))
     meter = of_all_processes(meter)
     report = meter.report(target=engine.target, executed_by=engine.executed_by, data=source.name, budget=budget)
     return replace(report, unreadable=len(source.unreadable))

@@ -36,6 +36,7 @@ SHOWN = 15
 @options.network_options
 @options.calibration_options
 @options.data_option
+@options.classes_option
 @click.option(
     "--sample",
     type=click.IntRange(min=1),
@@ -82,6 +83,7 @@ def _analyze(given: dict[str, Any], processes: Processes) -> None:
         **options.calibration_of(given),
         transform=options.transform_of(given),
         seed=given["seed"],
+        classes=given["classes"],
     )
     calibration = given["calibration"]
     if calibration is None and given["random_weights"]:
@@ -103,6 +105,8 @@ def _analyze(given: dict[str, Any], processes: Processes) -> None:
             record=given["output"].with_name(f"{given['output'].name}.partial"),
             progress=progress,
         )
+    for text in found.notes:
+        display.note(text, quiet=quiet)
     measurements = {"model": given["model"], "calibrator": compile_options.calibrator, **found.to_json()}
     given["output"].write_text(json.dumps(measurements, indent=1) + "\n", encoding="utf-8")
     if given["picture"] is not None:

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     help="Engine to build; repeat for several.",
 )
 @options.data_option
+@options.classes_option
 @click.option(
     "--max-drop",
     type=float,
@@ -183,6 +184,7 @@ def _options(given: dict[str, Any]) -> CompileOptions:
         with_attention_map=given["with_attention_map"],
         seed=given["seed"],
         recipe=given["recipe"],
+        classes=given["classes"],
     )
 
 

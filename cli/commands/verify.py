@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from pcn_deploy.calibration.distributed import join
+from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.errors import ParityError
@@ -27,6 +28,7 @@ from pcn_deploy.verification import verify
     metavar="DIR|FILE.npz",
     help="Compare on these images (sub-folders are classes) with the eager network; needs torch and the weights.",
 )
+@options.classes_option
 @options.weights_option
 @click.option("--images", type=click.IntRange(min=1), metavar="N", help="Use at most so many images, spread evenly.")
 @options.max_drop_option
@@ -36,6 +38,7 @@ def command(
     file: Path,
     target: str | None,
     data: Path | None,
+    classes: Path | None,
     weights: Path | None,
     images: int | None,
     max_drop: float | None,
@@ -49,11 +52,12 @@ def command(
     eager network is made again from the weights the bundle was built from, wherever they are now (--weights).
     """
     set_verbosity(verbose, quiet)
-    if data is None and (weights is not None or images is not None):
-        message = "--weights and --images go with --data; without it the golden set of the bundle is used."
+    if data is None and (weights or classes or images):
+        message = "--weights, --classes and --images go with --data; without it the golden set of the bundle is used."
         raise click.UsageError(message)
     with join() as processes:
-        report = _verify(file, target, data, weights, images, max_drop, quiet=quiet or as_json or not processes.first)
+        silent = quiet or as_json or not processes.first
+        report = _verify(file, target, data, classes, weights, images, max_drop, quiet=silent)
         if processes.first and as_json:
             display.print_json(report.to_json())
         elif processes.first:
@@ -67,6 +71,7 @@ def _verify(
     file: Path,
     target: str | None,
     data: Path | None,
+    classes: Path | None,
     weights: Path | None,
     images: int | None,
     max_drop: float | None,
@@ -80,7 +85,10 @@ def _verify(
         if max_drop is not None:
             budget = replace(budget, top1_drop=budget_for(manifest["precision"], max_drop).top1_drop)
         reference = ModelSource.from_manifest(manifest, weights).create() if data is not None else None
-        return verify(engine, data, reference=reference, budget=budget, limit=images, progress=progress)
+        source = data and ImageSource(data, engine.transform, limit=images, classes=classes)
+        for text in source.notes if source else ():
+            display.note(text, quiet=quiet)
+        return verify(engine, source, reference=reference, budget=budget, progress=progress)
 
 
 def _print(report: dict[str, Any]) -> None:

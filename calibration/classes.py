@@ -1,0 +1,199 @@
+"""Which class a folder of images stands for: the rule of its place among the others, or the names of the classes.
+
+The rule is that of torchvision's ImageFolder, by which most networks of the field got their outputs: the folders in the
+order of their names as text, empty ones counted. Hidden ones (`.ipynb_checkpoints`) are no classes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from pcn_deploy.errors import DataError
+
+ClassesGiven: TypeAlias = str | Path | Sequence[str] | Mapping[str, int]
+"""A file of `read_classes`, the names of all classes in the order of the outputs, or the output of each name."""
+
+_SYNSET = re.compile(r"(n\d{8})[\s,:]+(\S.*)")
+_NUMBER_FIRST = re.compile(r"(\d+)\s*[\s:,;]\s*(\S.*)")
+_NUMBER_LAST = re.compile(r"(.*\S)\s*[\s:,;]\s*(\d+)")
+_INSIDE = ("class_to_idx", "label2id", "id2label", "class_names", "classes", "names", "labels")
+"""Where files of JSON keep their classes, such as the `config.json` of transformers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classes:
+    """The output of a network that each name stands for.
+
+    Attributes:
+        index: Output of each name, from 0; several names may mean one output.
+        origin: What messages call this.
+        count: Number of outputs, where all of them were named; None if only some were.
+    """
+
+    index: Mapping[str, int]
+    origin: str
+    count: int | None
+
+    @classmethod
+    def of(cls, given: ClassesGiven | Classes) -> Classes:
+        """Classes from what a user gives.
+
+        Raises:
+            DataError: If a file cannot be read, or names or numbers are impossible.
+        """
+        if isinstance(given, Classes):
+            return given
+        if isinstance(given, str | Path):
+            return read_classes(Path(given))
+        if isinstance(given, Mapping):
+            return _numbered(given.items(), "the list of classes")
+        return _in_order([(str(name),) for name in given], "the list of classes")
+
+    def fault(self, outputs: int) -> str:
+        """Why these cannot be the classes of a network with so many outputs; empty if they can."""
+        largest = max(self.index.values())
+        if self.count is not None and self.count != outputs:
+            return f"{self.origin} names {self.count} classes; the network has {outputs}."
+        if largest >= outputs:
+            return f"{self.origin} numbers classes up to {largest}; those of the network run from 0 to {outputs - 1}."
+        return ""
+
+    def unknown(self, folders: Iterable[str]) -> str:
+        """Which of the folders are no class, in words; empty if all are."""
+        missing = [name for name in folders if name not in self.index]
+        if not missing:
+            return ""
+        close = difflib.get_close_matches(missing[0], self.index, n=1)
+        hint = f" (it has {close[0]!r})" if close else f" (it has {', '.join(map(repr, list(self.index)[:3]))}, …)"
+        return f"{len(missing)} folders are not in {self.origin}, such as {missing[0]!r}{hint}."
+
+
+def class_folders(root: Path) -> tuple[str, ...]:
+    """Names of the folders directly in `root`, in the order of their classes."""
+    with os.scandir(root) as entries:
+        return tuple(sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")))
+
+
+def by_number(folders: Sequence[str]) -> list[str]:
+    """Folders in the order of their numbers, as timm takes them; an empty list where that is the order of text too."""
+    if not folders or not all(name.isdecimal() for name in folders):
+        return []
+    ordered = sorted(folders, key=lambda name: (int(name), name))
+    return [] if ordered == list(folders) else ordered
+
+
+def read_classes(path: Path) -> Classes:
+    """Read the names of classes from a file.
+
+    Text, one class on a line: its name, in the order of the outputs; or its output and its name (`3 cat`, `cat,3`). A
+    line of ImageNet (`n01440764 tench, Tinca tinca`) is known by its synset and by its words. JSON: a list of names,
+    name to output (torchvision's `class_to_idx`), or output to name (`id2label` of transformers, Keras' index).
+
+    Raises:
+        DataError: If it cannot be read, or names or outputs are impossible; the message holds what is expected.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"The classes {path} cannot be read as text in UTF-8: {error}"
+        raise DataError(msg) from error
+    if path.suffix.lower() == ".json" or text.lstrip()[:1] in ("{", "["):
+        return _from_json(text, path)
+    lines = [line.strip() for line in text.rstrip().splitlines()]
+    if "" in lines or not lines:
+        where = f"line {lines.index('') + 1} is empty" if lines else "it is empty"
+        msg = f"The classes {path}: {where}. Expected the name of one class on each line, in the order of the outputs."
+        raise DataError(msg)
+    return _pairs(lines, str(path)) or _in_order([_aliases(line) for line in lines], str(path))
+
+
+def _pairs(lines: list[str], origin: str) -> Classes | None:
+    """Lines of an output and a name, in either order; None if they are something else."""
+    first = [_NUMBER_FIRST.fullmatch(line) for line in lines]
+    if all(first):
+        found = [(match[2], int(match[1])) for match in first if match]
+        if _distinct(found):
+            named = [(alias, number) for name, number in found for alias in _aliases(name)]
+            return _numbered(named, origin, complete={number for _, number in found} == set(range(len(found))))
+    last = [_NUMBER_LAST.fullmatch(line) for line in lines]
+    if all(last):
+        found = [(match[1], int(match[2])) for match in last if match]
+        if _distinct(found) and {number for _, number in found} == set(range(len(found))):
+            return _numbered(found, origin, complete=True)
+    return None
+
+
+def _distinct(pairs: list[tuple[str, int]]) -> bool:
+    return len({name for name, _ in pairs}) == len({number for _, number in pairs}) == len(pairs)
+
+
+def _aliases(name: str) -> tuple[str, ...]:
+    """The names by which a line is known: itself, and for ImageNet its synset, its words and the first of those."""
+    found = _SYNSET.fullmatch(name)
+    return (name,) if found is None else (name, found[1], found[2], found[2].partition(",")[0].strip())
+
+
+def _in_order(names: Sequence[tuple[str, ...]], origin: str) -> Classes:
+    """Each entry holds the names of one output; what several outputs share is the name of none."""
+    index: dict[str, int] = {}
+    shared: set[str] = set()
+    for number, aliases in enumerate(names):
+        shared |= index.keys() & set(aliases)
+        index |= dict.fromkeys(aliases, number)
+        if aliases[0] in shared:
+            msg = f"{origin} names {aliases[0]!r} twice. Each class needs a name of its own."
+            raise DataError(msg)
+    if not index:
+        msg = f"{origin}: no class is named. Expected the name of every class, in the order of the outputs."
+        raise DataError(msg)
+    return Classes(
+        index={name: number for name, number in index.items() if name not in shared}, origin=origin, count=len(names)
+    )
+
+
+def _numbered(pairs: Iterable[tuple[str, int]], origin: str, *, complete: bool = False) -> Classes:
+    index: dict[str, int] = {}
+    for name, number in pairs:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            msg = f"{origin}: {name!r} has the class {number!r}. Expected a whole number from 0."
+            raise DataError(msg)
+        index.setdefault(str(name), number)
+    if not index:
+        msg = f"{origin}: no class is named. Expected a class for every name."
+        raise DataError(msg)
+    return Classes(index=index, origin=origin, count=max(index.values()) + 1 if complete else None)
+
+
+def _from_json(text: str, path: Path) -> Classes:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        msg = f"The classes {path} are not JSON: {error}"
+        raise DataError(msg) from error
+    for key in _INSIDE:
+        if isinstance(content, dict) and isinstance(content.get(key), dict | list):
+            content = content[key]
+            break
+    names: list[tuple[Any, int]] = []
+    if isinstance(content, list) and all(isinstance(name, str) for name in content):
+        return _in_order([_aliases(name) for name in content], str(path))
+    if isinstance(content, dict) and all(isinstance(number, int) for number in content.values()):
+        names = list(content.items())
+    elif isinstance(content, dict) and all(key.isdecimal() for key in content):
+        for key, value in content.items():
+            names += [(name, int(key)) for name in ([value] if isinstance(value, str) else value)]
+    if not names or not all(isinstance(name, str) for name, _ in names):
+        msg = (
+            f"The classes {path}: expected a list of names, an object from name to class such as class_to_idx, or from "
+            "class to name such as id2label."
+        )
+        raise DataError(msg)
+    numbers = {number for _, number in names}
+    return _numbered(names, str(path), complete=numbers == set(range(len(numbers))))

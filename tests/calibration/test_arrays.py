@@ -1,0 +1,186 @@
+"""Images in memory: all that people hand over for calibration, against the same images as plain float32 arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.calibration.transform import Transform
+from pcn_deploy.errors import DataError, OptionError
+
+torch = pytest.importorskip("torch")
+
+FLOATS = np.random.default_rng(0).standard_normal((6, 3, 8, 8)).astype(np.float32)
+PIXELS = np.random.default_rng(1).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+LABELS = [3, 1, 4, 1, 5, 9]
+
+
+def transform(channels: int = 3) -> Transform:
+    return Transform(resolution=(8, 8), crop_pct=1.0, mean=(0.0,) * channels, std=(1.0,) * channels)
+
+
+class Frames:
+    """A data set as torch's map-style ones: a length and an index, and no IndexError at its end."""
+
+    def __init__(self, image: Callable[[int], Any]) -> None:
+        self.image = image
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Any:
+        return self.image(index % 6), LABELS[index % 6]
+
+
+def batches() -> Iterator[Any]:
+    for start in (0, 2, 4):
+        yield FLOATS[start : start + 2], np.array(LABELS[start : start + 2])
+
+
+def tensors(**kind: Any) -> Any:
+    return torch.tensor(FLOATS, **kind)
+
+
+LABELLED: dict[str, Callable[[], Any]] = {
+    "DataLoader": lambda: torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(tensors(), torch.tensor(LABELS)), batch_size=4
+    ),
+    "Dataset": lambda: Frames(lambda index: tensors()[index]),
+    "function": lambda: batches,
+    "generator": batches,
+    "function that returns a list": lambda: lambda: list(batches()),
+    "dicts": lambda: [{"pixel_values": images, "labels": labels} for images, labels in batches()],
+    "one batch with labels": lambda: (tensors(), torch.tensor(LABELS)),
+    "one dict": lambda: {"image": tensors(requires_grad=True), "label": torch.tensor(LABELS)},
+    "labels of shape (N, 1)": lambda: [(FLOATS, np.array(LABELS)[:, None])],
+    "three of a batch": lambda: [(FLOATS, np.array(LABELS), ["a.jpg"] * 6)],
+    "a list of images and labels": lambda: [[FLOATS[index], LABELS[index]] for index in range(6)],
+}
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_images_with_labels(name: str) -> None:
+    source = ImageSource(LABELLED[name](), transform())
+    found = list(source)
+    np.testing.assert_array_equal(np.stack([sample.image for sample in found]), FLOATS)
+    assert [sample.label for sample in found] == LABELS
+    assert source.has_labels
+
+
+UNLABELLED: dict[str, Callable[[], Any]] = {
+    "with gradients": lambda: tensors(requires_grad=True),
+    "a list of tensors": lambda: [tensors()[:4], tensors()[4], tensors()[5]],
+    "float64": lambda: FLOATS.astype(np.float64),
+    "a list in a list": lambda: [[FLOATS[0], FLOATS[1]], list(FLOATS[2:])],
+    "mixed labels": lambda: [(FLOATS, np.eye(6, dtype=np.float32))],
+}
+
+
+@pytest.mark.parametrize("name", UNLABELLED)
+def test_images_without_labels(name: str) -> None:
+    source = ImageSource(UNLABELLED[name](), transform())
+    np.testing.assert_array_equal(np.stack([sample.image for sample in source]), FLOATS)
+    assert not source.has_labels
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_floats_of_every_type(dtype: Any) -> None:
+    given = tensors(dtype=dtype)
+    found = np.stack([sample.image for sample in ImageSource([given], transform())])
+    np.testing.assert_array_equal(found, given.float().numpy())
+    assert found.dtype == np.float32
+
+
+PICTURES: dict[str, Callable[[], Any]] = {
+    "arrays (N, H, W, C)": lambda: PIXELS,
+    "tensors (N, C, H, W)": lambda: torch.tensor(PIXELS.transpose(0, 3, 1, 2).copy()),
+    "tensors (N, H, W, C)": lambda: torch.tensor(PIXELS),
+    "arrays (N, C, H, W)": lambda: PIXELS.transpose(0, 3, 1, 2),
+    "single images": lambda: list(PIXELS),
+    "pictures": lambda: [Image.fromarray(image) for image in PIXELS],
+    "a data set of pictures": lambda: Frames(lambda index: Image.fromarray(PIXELS[index])),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pixels_go_through_the_transform(name: str) -> None:
+    found = np.stack([sample.image for sample in ImageSource(PICTURES[name](), transform())])
+    np.testing.assert_allclose(found, PIXELS.transpose(0, 3, 1, 2) / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 6, 13])
+def test_any_number_of_channels(channels: int) -> None:
+    random = np.random.default_rng(0)
+    floats = random.standard_normal((3, channels, 8, 8)).astype(np.float32)
+    found = np.stack([sample.image for sample in ImageSource(floats, transform(channels))])
+    np.testing.assert_array_equal(found, floats)
+    pixels = random.integers(0, 256, (3, 20, 16, channels), dtype=np.uint8)
+    found = np.stack([sample.image for sample in ImageSource(pixels, transform(channels))])
+    for image, given in zip(found, pixels, strict=True):
+        for plane, band in zip(image, given.transpose(2, 0, 1), strict=True):
+            resized = Image.fromarray(band).resize((8, 10), Image.Resampling.BICUBIC).crop((0, 1, 8, 9))
+            np.testing.assert_allclose(plane, np.asarray(resized) / 255, atol=1e-6)
+    with pytest.raises(DataError, match=rf"\({channels}, 8, 8\); the network takes \(3, 8, 8\). Set --channels"):
+        list(ImageSource(floats, transform()))
+
+
+def test_grey_pixels_fit_networks_of_three_channels() -> None:
+    found = next(iter(ImageSource(PIXELS[..., :1], transform()))).image
+    np.testing.assert_allclose(found, np.repeat(PIXELS[:1, ..., 0] / 255, 3, 0), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (3, "Images were given as int"),
+        ([{"frames": FLOATS}], "A batch has the keys 'frames'"),
+        (["cat.png"], "holds <U7"),
+        ([np.zeros((2, 3, 8, 8), np.int64)], "holds int64 of shape"),
+        ([np.zeros((2, 8, 8, 3), bool)], "holds bool of shape"),
+        ([None], "holds object"),
+        ([np.zeros((2, 8, 8, 5), np.uint8)], r"has shape \(2, 8, 8, 5\)"),
+    ],
+)
+def test_other_things_are_refused_in_words(given: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        ImageSource(given, transform())
+
+
+def test_a_long_stream_is_thinned_while_it_comes() -> None:
+    alive = []
+
+    def stream() -> Iterator[Any]:
+        for index in range(1000):
+            alive.append(index)
+            yield np.full((3, 8, 8), index, np.float32)
+
+    source = ImageSource(stream, transform(), limit=10)
+    found = [int(sample.image[0, 0, 0]) for sample in source]
+    assert len(alive) == 1000
+    assert len(found) == 10
+    gaps = np.diff(found)
+    assert found[0] == 0 and found[-1] >= 900 and gaps.max() <= 2 * gaps.min()
+
+
+def test_a_data_set_is_asked_only_for_what_is_used() -> None:
+    asked = []
+
+    def image(index: int) -> Any:
+        asked.append(index)
+        return FLOATS[index]
+
+    assert len(ImageSource(Frames(image), transform(), limit=3)) == 3
+    assert len(asked) == 3
+
+
+def test_another_transform_than_that_of_the_options_is_refused() -> None:
+    source = ImageSource(PIXELS, transform())
+    other = Transform(resolution=(8, 8), crop_pct=1.0, mean=(0.5,) * 3, std=(1.0,) * 3)
+    source.check_transform(transform(), "the options")
+    with pytest.raises(OptionError, match=r"another transform than that of the options: mean \[?\(?0.0.* instead of"):
+        source.check_transform(other, "the options")

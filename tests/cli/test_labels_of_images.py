@@ -1,0 +1,99 @@
+"""Class folders on the command line: in which order they are taken, who says otherwise, and what stops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import invoke, refused
+from PIL import Image
+
+pytest.importorskip("torch")
+
+NETWORK = '''
+import torch
+from torch import nn
+
+
+class Brightest(nn.Module):
+    """Which of three channels is brightest: class 0 is red, 1 green, 2 blue."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Conv2d(3, 3, 1, bias=False)
+        self.mix.weight.data.copy_(10 * torch.eye(3)[:, :, None, None])
+
+    def forward(self, x):
+        return self.mix(x).mean((2, 3))
+
+
+def net():
+    return Brightest()
+'''
+
+WORDS = ("--resolution", 16, "--crop-pct", 1, "--mean", "0.5,0.5,0.5", "--std", "0.2,0.2,0.2", "-q")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("brightest")
+    (folder / "net.py").write_text(NETWORK)
+    out = folder / "out.pcn"
+    assert invoke("build", f"{folder / 'net.py'}:net", "--precision", "fp32", *WORDS, "-o", out).exit_code == 0
+    return out
+
+
+def colours(root: Path, *names: str) -> Path:
+    """Twenty red, green and blue images each, in folders of these names."""
+    random = np.random.default_rng(0)
+    for colour, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for index in range(20):
+            pixels = random.integers(0, 150, (16, 16, 3), dtype=np.uint8)
+            pixels[..., colour] += 100
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    return root
+
+
+def test_folders_in_the_order_of_training(bundle: Path, tmp_path: Path) -> None:
+    result = invoke("verify", bundle, "--data", colours(tmp_path, "1_red", "2_green", "3_blue"), "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["metrics"]["top1_reference"] == 100
+
+
+def test_folders_in_another_language_stop_and_classes_mend_it(bundle: Path, tmp_path: Path) -> None:
+    data = colours(tmp_path / "images", "rot", "gruen", "blau")
+    refused(invoke("verify", bundle, "--data", data), 1, "right on 33.3 %", "in another order", "--classes FILE")
+    (tmp_path / "classes.txt").write_text("rot\ngruen\nblau\n")
+    result = invoke("verify", bundle, "--data", data, "--classes", tmp_path / "classes.txt", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["metrics"]["top1_reference"] == 100
+
+
+def test_folders_of_another_network_stop(bundle: Path, tmp_path: Path) -> None:
+    data = colours(tmp_path / "images", "1_red", "2_green")
+    refused(invoke("verify", bundle, "--data", data), 1, "2 class folders", "the network has 3 classes", "--classes")
+    (data / "3_blue").mkdir()
+    (data / ".ipynb_checkpoints").mkdir()
+    result = invoke("verify", bundle, "--data", data)
+    assert result.exit_code == 0, result.output
+    assert "1 of the 3 class folders" in result.stderr
+
+
+def test_classes_go_with_data(bundle: Path, tmp_path: Path) -> None:
+    result = invoke("verify", bundle, "--classes", tmp_path / "x.txt")
+    assert result.exit_code == 2
+    assert "--classes and --images go with --data" in result.output
+
+
+def test_a_build_takes_classes_too(bundle: Path, tmp_path: Path) -> None:
+    data = colours(tmp_path / "images", "rot", "gruen", "blau")
+    (tmp_path / "classes.json").write_text(json.dumps({"rot": 0, "gruen": 1, "blau": 2}))
+    words = ["build", f"{bundle.parent / 'net.py'}:net", "--precision", "fp32", *WORDS, "--data", data]
+    words += ["--max-drop", "10", "-o", tmp_path / "out.pcn"]
+    refused(invoke(*words), 1, "in another order", "--classes FILE")
+    result = invoke(*words, "--classes", tmp_path / "classes.json", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["budget"]["proofs"][0]["top1"] == 100
