@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,16 @@ import numpy.typing as npt
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.errors import DataError
 
-ArraysGiven: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]]
+
+class DataSet(Protocol):
+    """A data set as torch's map-style ones: its images by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+ArraysGiven: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]] | DataSet
 """Arrays, tensors or pictures, single or in batches, alone or with labels; a function that returns or yields them; a
 data set with a length."""
 
