@@ -225,8 +225,8 @@ def _add_graphs(bundle: Bundle, network: Prepared, options: CompileOptions, prog
     from pcn_deploy.graph.typed import reduce_precision
 
     progress("Scripting", 0, 1)
-    images = torch.from_numpy(bundle.read_arrays("golden.npz")["images"][:1])
-    bundle.add("model.ts", to_torchscript(apply_scales(network.deployed, network.scales), images))
+    images = torch.from_numpy(bundle.read_arrays("golden.npz")["images"][:2])
+    bundle.add("model.ts", to_torchscript(apply_scales(network.deployed, network.scales), images, options.batch))
     progress("Scripting", 1, 1)
     graph = to_onnx(
         network.deployed,

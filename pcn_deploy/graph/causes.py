@@ -5,10 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-HELPER = "(called in other code)"
-"""Put before the framework's words where the failing code is a function that the module's own line calls."""
-
-
 @dataclass(frozen=True)
 class Cause:
     """A recognised obstacle.
@@ -25,20 +21,6 @@ class Cause:
 
 
 CAUSES: tuple[Cause, ...] = (
-    Cause(
-        r"Could not export Python function call",
-        "forward calls a torch.autograd.Function, Python code that neither a graph nor a file can hold.",
-        "write the function with torch's own operators where self.training is false: x * torch.sigmoid(x) for a Swish "
-        "that saves memory.",
-    ),
-    Cause(
-        rf"{re.escape(HELPER)}|unknown to einops|Python builtin|is not supported in Torchscript|"
-        r"Expected a single top-level function",
-        "TorchScript cannot compile the function that is called there.",
-        "call torch's own operators: reshape, permute and flatten for einops, a def with annotated "
-        "arguments or an nn.Module "
-        "for a lambda or for a function of another library.",
-    ),
     Cause(
         r"not on the expected device|SHOULD BE THE SAME DEVICE|Expected all tensors to be on the same device|"
         r"found at least two devices",
@@ -104,70 +86,9 @@ CAUSES: tuple[Cause, ...] = (
         "self.scale = scale, with scale an nn.Parameter.",
     ),
     Cause(
-        r"Cannot infer concrete type of torch.nn.Module|module is not installed as a submodule",
-        "modules are kept in a plain list, tuple or dict, where torch does not see them.",
-        "keep them in an nn.ModuleList or nn.ModuleDict.",
-    ),
-    Cause(
-        r"variable number of arguments",
-        "TorchScript knows neither *args nor **kwargs.",
-        "name every argument of forward, with its type: def forward(self, x: torch.Tensor) -> torch.Tensor.",
-    ),
-    Cause(
-        r"JoinedStr|f-string",
-        "TorchScript knows plain f-strings only.",
-        "take the formatting (the part after the colon) out, or make the message where the network is made.",
-    ),
-    Cause(
-        r"List indexing is only supported|index but got a variable|ModuleDict indexing|string literal index",
-        "a list or dict of modules is indexed by a variable.",
-        "iterate over it: for layer in self.layers: x = layer(x); or write the index as a literal.",
-    ),
-    Cause(
         r"attribute assignment|Tried to set|mutat|has no field|to a non-existing attribute|assigned during export",
         "forward changes an attribute of the module.",
         "keep what forward computes in local variables and return it; a network that is deployed has no state.",
-    ),
-    Cause(
-        r"Inferred '.*' to be of type 'Tensor' because it was not annotated|"
-        r"Expected a value of type 'Tensor \(inferred\)'",
-        "an argument that is no tensor has no annotation, so TorchScript takes it for one.",
-        "annotate it: def inner(self, x: torch.Tensor, k: int) -> torch.Tensor.",
-    ),
-    Cause(
-        r"Expected a value of type",
-        "an argument is of another type than the signature of the function that is called has.",
-        "write the type that it names: 2.0 where it takes a float, a list or tuple where it takes one.",
-    ),
-    Cause(
-        r"is not defined in the (true|false) branch",
-        "a variable is set in one branch of an if only.",
-        "set it before the if, or join the branches.",
-    ),
-    Cause(
-        r"has no attribute or method|has no attribute|failed to convert Python type|cannot be used as a value",
-        "TorchScript cannot read that attribute: its type is a Python object, it is a class or module "
-        "variable, or it is set on "
-        "some paths of __init__ only.",
-        "set it in __init__, always, as a plain int, float, bool, str, list of these, tensor or nn.Module.",
-    ),
-    Cause(
-        r"blocks aren't supported|isn't supported|aren't supported|Unsupported value kind|Could not match type|"
-        r"Unknown type|not supported|Unsupported",
-        "a construct of Python that TorchScript does not know.",
-        "write that line with plain tensor operations, if, for and annotated functions; leave out try, "
-        "yield, classes made "
-        "in forward, lists of mixed types and results of varying type.",
-    ),
-    Cause(
-        r"Failed to get source for <function \w+\.__init__",
-        "the module holds an object of a Python class, such as a configuration, that TorchScript cannot compile.",
-        "copy the plain values that forward needs from it to attributes of the module, in __init__.",
-    ),
-    Cause(
-        r"[Cc]an't get source|could not get source",
-        "the source of the class cannot be read; TorchScript compiles from source.",
-        "define the class in a .py file, not by exec, in a console or in a stripped package.",
     ),
     Cause(
         r"forward\(\) (missing|takes)|got an unexpected keyword",

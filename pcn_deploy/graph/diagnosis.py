@@ -13,11 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from pcn_deploy.errors import ModelError
-from pcn_deploy.graph.causes import HELPER, find_cause, operator_in
+from pcn_deploy.graph.causes import find_cause, operator_in
 from pcn_deploy.graph.places import (
     Place,
     chain_of,
-    place_in_source,
     place_in_traceback,
     place_of_node,
     place_of_specialisation,
@@ -26,41 +25,21 @@ from pcn_deploy.graph.places import (
 
 log = logging.getLogger(__name__)
 
-SCRIPTING = "The network cannot be scripted"
 _GENERAL = "rewrite that line with plain tensor operations, or leave the part out of the network."
 
 
-def scripting_error(model: nn.Module, error: Exception, traced: Exception) -> ModelError:
-    """Explain why TorchScript refuses a module, and why its symbolic trace is no help either."""
-    first = report(SCRIPTING, error, safely(place_in_source, model, error))
-    if _first_line(_without_source(str(error))) == _first_line(_without_source(str(traced))):
-        return ModelError(f"{first}\nIts symbolic trace (torch.fx) cannot be scripted for the same reason.")
-    place = safely(place_in_traceback, model, traced)
-    second = report("Nor can it be traced symbolically (torch.fx)", traced, place)
-    return ModelError(f"{first}\n{second}\nOne of the two ways is enough.")
-
-
-def difference_error(model: nn.Module, sqnr_db: float, refusal: Exception | None) -> ModelError:
-    """Explain that the scripted network computes something else than the network itself.
+def difference_error(sqnr_db: float) -> ModelError:
+    """Explain that the scripted or exported network computes something else than the network itself.
 
     Args:
-        model: The network.
-        sqnr_db: SQNR of the logits of the scripted one.
-        refusal: Why it was traced symbolically first; None if it was not.
+        sqnr_db: SQNR of its logits.
     """
-    if refusal is None:
-        return obstacle(
-            f"The scripted network computes something else than the network itself ({sqnr_db:.1f} dB)",
-            None,
-            "forward decides something by how it is run, such as torch.jit.is_scripting(), or a module has a forward "
-            "set on it that others of its class do not have.",
-            "leave the decision out; make a class of its own of a module with a forward of its own.",
-        )
-    first = report(SCRIPTING, refusal, safely(place_in_source, model, refusal))
-    return ModelError(
-        f"{first}\nIts symbolic trace (torch.fx) runs, but computes something else ({sqnr_db:.1f} dB): forward decides "
-        "something by what Python knows of a tensor, such as type(x), isinstance or try, and a trace has symbols "
-        "instead of tensors.\nWay round: leave that decision out, or make the definition one that TorchScript compiles."
+    return obstacle(
+        f"The exported network computes something else than the network itself ({sqnr_db:.1f} dB)",
+        None,
+        "forward decides something by how it is run, such as torch.compiler.is_exporting(), or by what Python knows of "
+        "a tensor, such as type(x).",
+        "leave the decision out.",
     )
 
 
@@ -111,8 +90,8 @@ def report(headline: str, error: BaseException, place: Place | None) -> str:
 
 
 def _report(headline: str, error: BaseException, place: Place | None) -> str:
-    words = [f"{type(link).__name__}: {_without_source(str(link))}" for link in chain_of(error)]
-    text = "\n".join(([HELPER] if place and place.helper else []) + words)
+    words = [f"{type(link).__name__}: {str(link).strip()}" for link in chain_of(error)]
+    text = "\n".join(words)
     cause = find_cause(text)
     root = words[-1] if "See the stack trace" in words[0] or "Failed to convert" in words[0] else words[0]
     lines = [f"{headline}: {place}" if place else f"{headline}."]
@@ -120,11 +99,6 @@ def _report(headline: str, error: BaseException, place: Place | None) -> str:
         lines.append(f"Cause: {cause.reason.format(operator=operator_in(text))}")
     lines += [f"Torch says: {_first_line(root)}", f"Way round: {cause.advice if cause else _GENERAL}"]
     return "\n".join(lines)
-
-
-def _without_source(message: str) -> str:
-    """A message up to the source it quotes, where any word may stand."""
-    return message.strip().partition('  File "')[0].strip()
 
 
 def _first_line(words: str) -> str:

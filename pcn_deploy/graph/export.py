@@ -6,8 +6,8 @@ import ast
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
-from io import StringIO
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pcn_deploy.calibration.quantized import Quantization
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.diagnosis import export_error, obstacle, running_error
+from pcn_deploy.graph.exported import example_shape, export_program
 from pcn_deploy.graph.optimise import fold_shapes, simplify_exactly
 from pcn_deploy.graph.places import place_of_module
 from pcn_deploy.graph.preconditions import HEADLINE
@@ -60,7 +61,7 @@ def to_onnx(
         ModelError: If the module cannot be exported, with the exporter's words.
     """
     step = "Exporting to ONNX"
-    example = torch.zeros((2 if batch.is_dynamic else batch.min, *image_shape))
+    example = torch.zeros(example_shape(image_shape, batch))
     progress(step, 0, 3)
     with _quiet_exporter(), torch.no_grad():
         program = _export_unrolled(model, example, batch, _runs(model, example), outputs)
@@ -112,13 +113,7 @@ def _check_no_lot(model: nn.Module, graph: ir.Graph) -> None:
 
 
 def _export(model: nn.Module, example: Tensor, batch: BatchRange, outputs: tuple[str, ...]) -> Any:
-    axes = {0: torch.export.Dim(BATCH_AXIS, min=1, max=max(batch.max, 2))}
-
-    def trace() -> Any:
-        shapes = (axes,) if batch.is_dynamic else None
-        with redirect_stderr(StringIO()):  # where it dumps the graph of a network that fails
-            return torch.export.export(model, (example,), strict=False, dynamic_shapes=shapes)
-
+    trace = partial(export_program, model, example, batch)
     try:
         return torch.onnx.export(
             trace(),

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,8 +21,6 @@ log = logging.getLogger(__name__)
 
 _TORCH = str(Path(torch.__file__).parent)
 _LOCATION = re.compile(r'File "([^"]+)", line (\d+)')
-_COMPILED_BEFORE = "Can't redefine method"
-"""TorchScript's words on a type that it failed to compile before."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +31,11 @@ class Place:
         module: Path and class of the innermost module, such as `stage.1 (class Attention)`.
         file: File of the network's own code; empty if only torch's code is involved.
         line: Line in it.
-        helper: Whether what fails is a function that this line calls, not the line itself.
     """
 
     module: str
     file: str = ""
     line: int = 0
-    helper: bool = False
 
     def __str__(self) -> str:
         if not self.file:
@@ -79,26 +75,18 @@ def _is_own(file: str) -> bool:
     return not file.startswith(_TORCH)
 
 
-def _lines_of(code: CodeType) -> range:
-    """The lines of a function, decorators included."""
-    last = max((line for _, _, line in code.co_lines() if line), default=code.co_firstlineno)
-    return range(code.co_firstlineno, last + 1)
-
-
-def _own_code(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, range]]:
-    """Path, module, file and lines of every method of the network's modules, torch's own left out."""
-    for path, module in model.named_modules():
-        for kind in type(module).__mro__:
-            for function in vars(kind).values():
-                code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
-                if code is not None and _is_own(code.co_filename):
-                    yield path, module, code.co_filename, _lines_of(code)
+def _own_files(model: nn.Module) -> set[str]:
+    """The files that hold methods of the network's modules, torch's own left out."""
+    classes = {kind for module in model.modules() for kind in type(module).__mro__}
+    functions = [inspect.unwrap(value) for kind in classes for value in vars(kind).values() if callable(value)]
+    files = {function.__code__.co_filename for function in functions if hasattr(function, "__code__")}
+    return {file for file in files if _is_own(file)}
 
 
 def _place_in_frames(model: nn.Module, frames: Iterable[tuple[FrameType, int]]) -> Place | None:
     """The innermost module on the stack, and the innermost line of the network's own files."""
     paths = {id(module): _name(path, module) for path, module in model.named_modules()}
-    files = {file for _, _, file, _ in _own_code(model)}
+    files = _own_files(model)
     owner, file, line = "", "", 0
     for frame, number in frames:
         owner = paths.get(id(frame.f_locals.get("self")), owner)
@@ -152,52 +140,3 @@ def place_of_specialisation(model: nn.Module, replay: Callable[[], Any]) -> Plac
         logger.handlers, logger.propagate = handlers, propagate
         logger.setLevel(level)
     return found[0] if found else None
-
-
-def place_in_source(model: nn.Module, error: Exception) -> Place | None:
-    """The module whose code holds one of the lines in a message of TorchScript, the innermost first."""
-    words = str(error)
-    locations = [(file, int(line)) for file, line in _LOCATION.findall(words)]
-    code = list(_own_code(model))
-    for index, (file, line) in enumerate(locations):
-        owners = {path: module for path, module, where, lines in code if where == file and line in lines}
-        if owners:
-            path = _first_that_fails(owners, words)
-            return Place(_name(path, owners[path]), file, line, helper=index > 0)
-    for file, line in locations:  # of a function that TorchScript refuses to read, only its own line is told
-        called = re.search(r"def (\w+)", linecache.getline(file, line))
-        for path, module, where, lines in code if called else []:
-            for number in lines:
-                if called and f"{called[1]}(" in linecache.getline(where, number):
-                    return Place(_name(path, module), where, number, helper=True)
-    return _deepest_that_fails("", model, words)
-
-
-def _first_that_fails(modules: dict[str, nn.Module], words: str) -> str:
-    """Which of several modules of one class it was: their settings may differ."""
-    if len(modules) > 1:
-        for path, module in modules.items():
-            if _refusal(module) in (words, _COMPILED_BEFORE):
-                return path
-    return next(iter(modules))
-
-
-def _deepest_that_fails(path: str, module: nn.Module, words: str) -> Place:
-    for name, child in module.named_children():
-        if _refusal(child) in (words, _COMPILED_BEFORE):
-            return _deepest_that_fails(f"{path}.{name}".lstrip("."), child, words)
-    forward = getattr(type(module).forward, "__code__", None)
-    if forward is None or not _is_own(forward.co_filename):
-        return Place(_name(path, module))
-    lines = _lines_of(forward)
-    line = next((at for at in lines if "def " in linecache.getline(forward.co_filename, at)), lines.start)
-    return Place(_name(path, module), forward.co_filename, line)
-
-
-def _refusal(module: nn.Module) -> str:
-    """What TorchScript says against a module on its own; empty if nothing."""
-    try:
-        torch.jit.script(module)
-    except Exception as error:
-        return _COMPILED_BEFORE if str(error).startswith(_COMPILED_BEFORE) else str(error)
-    return ""

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import io
 import linecache
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from pcn_deploy.errors import ModelError
-from pcn_deploy.graph.diagnosis import output_error, report, scripting_error
+from pcn_deploy.graph.diagnosis import output_error, report, running_error
 from pcn_deploy.graph.export import to_onnx
-from pcn_deploy.graph.torchscript import to_torchscript
 from pcn_deploy.specs import BatchRange
 
 ANY_BATCH = BatchRange(min=1, opt=2, max=4)
-IMAGES = torch.rand(2, 3, 4, 4)
 
 
 class Whole(nn.Module):
@@ -48,183 +45,8 @@ def assert_place(message: str, part: nn.Module, path: str = "stage.1") -> None:
     assert linecache.getline(__file__, line).strip() in message, message
 
 
-# Refused by TorchScript. In each, a check of a value keeps the symbolic trace from being the way round.
-
-
-def check(x: Tensor) -> None:
-    if x.sum() != x.sum():
-        raise ValueError
-
-
-class Starred(nn.Module):
-    def forward(self, *x: Tensor) -> Tensor:  # HERE
-        check(x[0])
-        return x[0]
-
-
-class Formatted(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        check(x)
-        note = f"{x.shape[0]:>3}"  # HERE
-        return x if note else -x
-
-
-def helper(x: Tensor, **sizes: int) -> Tensor:
-    check(x)
-    return x
-
-
-class Helped(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return helper(x, a=1)  # HERE
-
-
-class Unannotated(nn.Module):
-    def inner(self, x, k):  # type: ignore[no-untyped-def]
-        return x * k
-
-    def forward(self, x: Tensor) -> Tensor:
-        check(x)
-        y: Tensor = self.inner(x, 3)  # HERE
-        return y
-
-
-class Indexed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Identity(), nn.Identity()])
-
-    def forward(self, x: Tensor) -> Tensor:
-        check(x)
-        for i in range(2):
-            x = self.layers[i](x)  # HERE
-        return x
-
-
 class Config:
     factor = 3
-
-
-class Configured(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.config = Config()
-
-    def forward(self, x: Tensor) -> Tensor:
-        check(x)
-        return x * self.config.factor  # HERE
-
-
-class Lambda(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.act = lambda x: x * 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        check(x)
-        y: Tensor = self.act(x)  # HERE
-        return y
-
-
-class Remembers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.last: Any = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        check(x)
-        self.last = x * 2  # HERE
-        return x
-
-
-class OneBranch(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        check(x)
-        if x.shape[2] > 2:  # HERE
-            y = x
-        return y
-
-
-class Numbers(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        numbers: list[float] = x.mean((0, 2, 3)).tolist()  # HERE
-        return x * numbers[0]
-
-
-class Tries(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        check(x)
-        try:  # HERE
-            return x
-        except ValueError:
-            return -x
-
-
-@pytest.mark.parametrize(
-    ("kind", "advice"),
-    [
-        (Starred, "name every argument"),
-        (Formatted, "take the formatting"),
-        (Helped, "reshape, permute and flatten for einops"),
-        (Unannotated, "annotate it"),
-        (Indexed, "iterate over it"),
-        (Configured, "set it in __init__"),
-        (Lambda, "for a lambda"),
-        (Remembers, "local variables"),
-        (OneBranch, "before the if"),
-        (Tries, "leave out try"),
-    ],
-)
-def test_what_cannot_be_scripted(kind: Callable[[], nn.Module], advice: str) -> None:
-    part = kind()
-    with pytest.raises(ModelError) as caught:
-        to_torchscript(Whole(part).eval(), IMAGES)
-    message = str(caught.value)
-    assert message.startswith("The network cannot be scripted: ")
-    assert_place(message, part)
-    first, _, second = message.partition("\nNor can it be traced symbolically (torch.fx): ")
-    assert advice in first.splitlines()[-1], message
-    assert second.startswith("stage.1 ") and "out checks of shapes" in second, message
-
-
-class Scaled(nn.Module):
-    def __init__(self, factor: Any) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        check(x)
-        return x * self.factor  # HERE
-
-
-def test_of_equal_modules_the_one_whose_settings_fail_is_named() -> None:
-    part = Scaled(Config())
-    with pytest.raises(ModelError) as caught:
-        to_torchscript(Whole(nn.Sequential(Scaled(2.0), part)).eval(), IMAGES)
-    assert_place(str(caught.value), part, "stage.1.1")
-
-
-def test_a_definition_that_does_not_script_is_traced() -> None:
-    """Control flow on settings and shapes is no obstacle, nor is an attribute that TorchScript cannot read."""
-
-    class Settled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.config = Config()
-            self.layers = nn.ModuleList([nn.Conv2d(3, 3, 1), nn.ReLU()])
-
-        def forward(self, x: Tensor, double: bool = True) -> Tensor:
-            if x.shape[1] != 3:
-                raise ValueError
-            for i in range(2):
-                x = self.layers[i](x)
-            return x * self.config.factor if double else x
-
-    net = Whole(Settled()).eval()
-    module = torch.jit.load(io.BytesIO(to_torchscript(net, IMAGES)))
-    for shape in ((1, 3, 4, 4), (3, 3, 5, 7)):
-        images = torch.randn(shape)
-        torch.testing.assert_close(module(images), net(images))
 
 
 # Refused by the exporter.
@@ -332,8 +154,8 @@ def test_outputs_that_are_no_logits(output: Any, found: str, advice: str) -> Non
 def test_a_place_that_is_not_found_hides_nothing() -> None:
     broken = Whole(nn.Identity())
     broken._modules["loop"] = broken  # walks over its modules never end
-    message = str(scripting_error(broken, RuntimeError("Odd"), RuntimeError()))
-    assert "Torch says: RuntimeError: Odd\n" in message and "Torch says: RuntimeError: no message\n" in message
+    message = str(running_error(broken, RuntimeError("Odd"), "It fails"))
+    assert message.startswith("It fails.\nTorch says: RuntimeError: Odd\n")
     message = report("It fails", RuntimeError(), None)
     assert message == (
         "It fails.\nTorch says: RuntimeError: no message\n"

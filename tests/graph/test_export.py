@@ -74,19 +74,9 @@ class DependsOnData(nn.Module):
         return x if float(x.sum()) > 0 else -x
 
 
-class Unscriptable(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.from_numpy(x.numpy() * 2)
-
-
 def test_a_network_that_cannot_be_exported_is_a_model_error() -> None:
     with pytest.raises(ModelError, match=r"cannot be exported to ONNX: the network itself \(class DependsOnData\)"):
         to_onnx(DependsOnData().eval(), (3, 4, 4), BatchRange(), {})
-
-
-def test_a_network_that_cannot_be_scripted_is_a_model_error() -> None:
-    with pytest.raises(ModelError, match=r"cannot be scripted: the network itself \(class Unscriptable\)"):
-        to_torchscript(Unscriptable().eval(), torch.rand(1, 3, 4, 4))
 
 
 def test_torchscript_takes_any_size(make_net: MakeNet) -> None:

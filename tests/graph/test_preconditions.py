@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import random
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -344,64 +342,3 @@ def test_infinite_logits_are_left_to_those_who_compare_them() -> None:
     net = Net().eval()
     net.head.weight.data[:] = torch.inf
     check_behaviour(net, IMAGES, batched=True)
-
-
-# Scripted or traced, a network must compute what it computes.
-
-
-class AsksForTheType(Net):
-    def forward(self, x: Tensor, **options: Any) -> Tensor:
-        y = self.features(x)
-        if type(y) is torch.Tensor:
-            y = y * 1.15
-        logits: Tensor = self.head(y)
-        return logits
-
-
-class AsksForTheClass(Net):
-    def forward(self, x: Tensor, **options: Any) -> Tensor:
-        y = self.features(x)
-        logits: Tensor = self.head(y * 1.15 if isinstance(y, Tensor) else y)
-        return logits
-
-
-@pytest.mark.parametrize("kind", [AsksForTheType, AsksForTheClass])
-def test_a_trace_that_decides_otherwise_is_refused(kind: Callable[[], nn.Module]) -> None:
-    with pytest.raises(ModelError) as caught:
-        to_torchscript(kind().eval(), IMAGES)
-    message = str(caught.value)
-    assert message.startswith(
-        f"The network cannot be scripted: the network itself (class {kind.__name__}), {__file__}:"
-    )
-    assert "Its symbolic trace (torch.fx) runs, but computes something else (" in message
-
-
-class AsksHowItRuns(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x).abs().mean((2, 3))
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            y = y * 1.15
-        logits: Tensor = self.head(y)
-        return logits
-
-
-def test_a_script_that_decides_otherwise_is_traced() -> None:
-    net = AsksHowItRuns().eval()
-    frozen = torch.jit.load(io.BytesIO(to_torchscript(net, IMAGES)))  # type: ignore[no-untyped-call]
-    torch.testing.assert_close(frozen(IMAGES), net(IMAGES))
-
-
-class AsksHowItRunsByValue(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x).abs().mean((2, 3))
-        if torch.jit.is_scripting() and bool(x.sum() < 1e9):  # type: ignore[attr-defined]
-            y = y * 1.15
-        if bool(x.sum() > 1e9):
-            y = -y
-        logits: Tensor = self.head(y)
-        return logits
-
-
-def test_a_script_that_decides_otherwise_and_cannot_be_traced_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"computes something else than the network itself \(\d+\.\d dB\)"):
-        to_torchscript(AsksHowItRunsByValue().eval(), IMAGES)

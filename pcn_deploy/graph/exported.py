@@ -1,0 +1,110 @@
+"""Export a network with `torch.export`, and make of the program a module that TorchScript compiles."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import redirect_stderr
+from io import StringIO
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from pcn_deploy.specs import BATCH_AXIS, BatchRange
+
+_CHECKS = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"}
+"""Operators that compute nothing."""
+
+
+def example_shape(shape: tuple[int, int, int], batch: BatchRange) -> tuple[int, int, int, int]:
+    """Shape of the images to export with: a batch of one would be taken for a constant."""
+    return (2 if batch.is_dynamic else batch.min, *shape)
+
+
+def export_program(model: nn.Module, example: Tensor, batch: BatchRange) -> ExportedProgram:
+    """Run the Python code of a network once, with symbols for what depends on the images or on their number.
+
+    Args:
+        model: Network in evaluation mode.
+        example: Images of `example_shape`.
+        batch: The batch sizes that the program must take; one axis is symbolic if it is a true range.
+
+    Raises:
+        Exception: Whatever torch or the network's own code raises.
+    """
+    shapes: Any = None
+    if batch.is_dynamic:
+        shapes = ({0: torch.export.Dim(BATCH_AXIS, min=1, max=max(batch.max, 2))},)
+        first = next(iter(inspect.signature(model.forward).parameters.values()), None)
+        if first is not None and first.kind is inspect.Parameter.VAR_POSITIONAL:  # forward(*inputs): one argument
+            shapes = (shapes,)
+    with redirect_stderr(StringIO()):  # where it dumps the graph of a network that fails
+        return torch.export.export(model, (example,), strict=False, dynamic_shapes=shapes)
+
+
+def as_module(program: ExportedProgram) -> nn.Module:
+    """A module of one tensor argument that does what the program does: no Python construct is left, aten operators are.
+
+    Args:
+        program: Of one input.
+
+    Returns:
+        The module in evaluation mode; parameters, buffers and constants have the names that they have in the program.
+
+    Raises:
+        NotImplementedError: If the program holds something other than operators, such as a part under `torch.autocast`.
+    """
+    graph, held, made = fx.Graph(), dict[str, Any](), dict[fx.Node, Any]()
+    inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            made[node] = _input(graph, program, inputs[node.name], held)
+        elif node.op == "output":
+            results = fx.node.map_arg(node.args[0], made.__getitem__)
+            graph.output(results[0] if len(results) == 1 else tuple(results))
+        elif not _is_check(node):
+            made[node] = _operation(graph, node, made)
+    return fx.GraphModule(held, graph).eval()
+
+
+def _input(graph: fx.Graph, program: ExportedProgram, spec: Any, held: dict[str, Any]) -> fx.Node:
+    """The image, or what the program holds; tensors of the program's own have names like `lifted_tensor_0`."""
+    if spec.kind == InputKind.USER_INPUT:
+        return graph.placeholder(spec.arg.name)
+    values = program.constants if spec.target in program.constants else program.state_dict
+    held[spec.target] = values[spec.target]
+    return graph.get_attr(spec.target)
+
+
+def _is_check(node: fx.Node) -> bool:
+    name = getattr(node.target, "overloadpacket", node.target)
+    return not node.users and getattr(name, "__name__", "") in _CHECKS
+
+
+def _operation(graph: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
+    if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
+        msg = f"{node.target} in an exported program"
+        raise NotImplementedError(msg)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), made.__getitem__)
+    if node.target is torch.ops.aten.sym_size.int:
+        return graph.call_method("size", args)
+    if not isinstance(node.target, torch._ops.OpOverload):  # arithmetic with the size of the batch
+        return graph.call_function(node.target, args, kwargs)
+    arguments = node.target._schema.arguments
+    args = tuple(_literal(value, argument.type) for value, argument in zip(args, arguments, strict=False))
+    types = {argument.name: argument.type for argument in arguments}
+    kwargs = {name: _literal(value, types[name]) for name, value in kwargs.items()}
+    return graph.call_function(node.target.overloadpacket, args, kwargs)
+
+
+def _literal(value: Any, kind: Any) -> Any:
+    """A number in the type that the signature has: Python takes 0 for 0.0, TorchScript does not."""
+    if isinstance(kind, torch.OptionalType) and value is not None:
+        return _literal(value, kind.getElementType())
+    if isinstance(kind, torch.ListType) and isinstance(value, list | tuple):
+        return [_literal(item, kind.getElementType()) for item in value]
+    if isinstance(kind, torch.FloatType) and isinstance(value, int):
+        return float(value)
+    return str(value) if isinstance(value, torch.device) else value
