@@ -38,5 +38,5 @@ def transformers_resnet18_raw(num_classes: int = 1000) -> nn.Module:
 
 
 def transformers_resnet18(num_classes: int = 1000) -> nn.Module:
-    """Wrapped: it does not script, but its symbolic trace does, in which checks of shapes are no obstacle."""
+    """Wrapped: it does not script, but it exports, where checks of shapes are no obstacle."""
     return Logits(transformers_resnet18_raw(num_classes))

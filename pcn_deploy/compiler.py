@@ -104,7 +104,7 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     Raises:
         DataError: If INT8 has no calibration images, or images are unusable.
         OptionError: If an engine of this precision could not be proven on this machine.
-        ModelError: If the network cannot be scripted, exported or run at this resolution.
+        ModelError: If the network cannot be exported or run at this resolution.
         DependencyError: If a library is missing; the message holds the pip line.
         BuildError: If a backend refuses the graph.
         ParityError: If the images are too few to prove the budget, or no layer can be INT8 within it.

@@ -3,7 +3,7 @@
 The tree is shallow, so that a caller can catch by cause::
 
     PcnDeployError
-    ├── ModelError            unknown model, or one that cannot be scripted or exported
+    ├── ModelError            unknown model, or one that cannot be exported
     ├── CheckpointError       a weights file that is missing, corrupt, unsafe or of another network
     ├── DataError             images or arrays that cannot be used
     ├── OptionError           options that contradict each other or the network
@@ -25,7 +25,7 @@ class PcnDeployError(Exception):
 
 
 class ModelError(PcnDeployError):
-    """The model is unknown, or cannot be scripted or exported."""
+    """The model is unknown, or cannot be exported."""
 
 
 class CheckpointError(PcnDeployError):
