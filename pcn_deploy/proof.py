@@ -36,7 +36,15 @@ class Execution:
     open: Callable[[bytes, EngineSpec], Session]
 
 
-EXECUTIONS: tuple[Execution, ...] = ()
+def _open_rounded(data: bytes, spec: EngineSpec) -> Session:
+    from pcn_deploy.graph.rounded import round_to_types
+
+    return get_backend("cpu").open(round_to_types(data), spec)
+
+
+EXECUTIONS: tuple[Execution, ...] = (
+    Execution(name="rounded", applies=lambda manifest: manifest["remainder"] != "fp32", open=_open_rounded),
+)
 """In every build, beside the engine of each target that is made from the graph."""
 
 
@@ -67,5 +75,10 @@ def prove(bundle: Bundle, target: str, budget: ParityBudget | None = None, progr
     for execution in EXECUTIONS:
         if execution.applies(bundle.manifest):
             with Engine(bundle, target, execution.name, execution.open(bundle.read(GRAPH), spec)) as engine:
-                report = report.with_execution(verify_golden(engine, budget, progress))
+                report = report.with_execution(verify_golden(engine, budget, _named(progress, execution.name)))
     return report
+
+
+def _named(progress: Progress, name: str) -> Progress:
+    """Progress whose steps say which execution is at work."""
+    return lambda step, *rest: progress(f"{step}, {name}", *rest)
