@@ -84,19 +84,20 @@ def _is_check(node: fx.Node) -> bool:
 
 
 def _operation(graph: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
-    if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
-        msg = f"{node.target} in an exported program"
+    target = node.target
+    if isinstance(target, str) or isinstance(target, torch._ops.HigherOrderOperator):
+        msg = f"{target} in an exported program"
         raise NotImplementedError(msg)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), made.__getitem__)
-    if node.target is torch.ops.aten.sym_size.int:
+    if target is torch.ops.aten.sym_size.int:
         return graph.call_method("size", args)
-    if not isinstance(node.target, torch._ops.OpOverload):  # arithmetic with the size of the batch
-        return graph.call_function(node.target, args, kwargs)
-    arguments = node.target._schema.arguments
+    if not isinstance(target, torch._ops.OpOverload):  # arithmetic with the size of the batch
+        return graph.call_function(target, args, kwargs)
+    arguments = target._schema.arguments
     args = tuple(_literal(value, argument.type) for value, argument in zip(args, arguments, strict=False))
     types = {argument.name: argument.type for argument in arguments}
     kwargs = {name: _literal(value, types[name]) for name, value in kwargs.items()}
-    return graph.call_function(node.target.overloadpacket, args, kwargs)
+    return graph.call_function(target.overloadpacket, args, kwargs)
 
 
 def _literal(value: Any, kind: Any) -> Any:

@@ -96,7 +96,7 @@ class CustomGradient(Net):
 class Ignored(Net):
     """Scripts, and cannot be saved: Python code in a branch that is not taken."""
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
     def other(self, x: Tensor) -> Tensor:
         return x
 
