@@ -117,7 +117,7 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     if judged_by is not None:
         check_count(len(judged_by), options.budget.top1_drop)
     model = in_evaluation_mode(model)
-    network = prepare(model, options, source, progress)
+    network = prepare(model, options, source, progress, exporting=True)
     judges = found = None
     if judged_by is not None:
         answers = Answers.of(eager(model), judged_by, progress)
@@ -235,6 +235,7 @@ def _add_graphs(bundle: Bundle, network: Prepared, options: CompileOptions, prog
         network.scales,
         progress,
         outputs=options.outputs,
+        exported=network.exported,
     )
     layers, operations = network.plan.types(), network.plan.types(operations=True)
     if {options.graph_type, *layers.values(), *operations.values()} != {"fp32"}:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pcn_deploy.calibration.plan import LayerFacts, PrecisionPlan
     from pcn_deploy.calibration.quantized import Quantization
     from pcn_deploy.calibration.record import Calibration
+    from pcn_deploy.graph.export import Exported
 
 CalibrationImages = str | Path | ArraysGiven | ImageSource
 
@@ -38,14 +39,16 @@ class Prepared:
     """The deploy form whose graph is built, the name of the network, and how it is quantised.
 
     `unrounded` is the same network before any recovery changed weights and biases for INT8: what a layer is that is
-    not quantised after all. It is `deployed` itself where none did. `recovered` tells how many INT8 layers each
-    recovery changed. `magnitudes` is what `observe_magnitudes` saw, where the graph is FP16. `notes` is what the user
-    should know of the network at this resolution.
+    not quantised after all. It is `deployed` itself where none did. `exported` is the float graph before any recovery,
+    where one was asked for. `recovered` tells how many INT8 layers each recovery changed. `magnitudes` is what
+    `observe_magnitudes` saw, where the graph is FP16. `notes` is what the user should know of the network at this
+    resolution.
     """
 
     name: str
     deployed: nn.Module
     unrounded: nn.Module
+    exported: Exported | None
     layers: tuple[LayerFacts, ...]
     plan: PrecisionPlan
     scales: dict[str, Quantization]
@@ -135,7 +138,7 @@ def take_part(model: nn.Module, options: CompileOptions, calibration: Calibratio
     Raises:
         PcnDeployError: As `prepare`, in all processes alike.
     """
-    prepare(in_evaluation_mode(model), options, open_source(calibration, options), silent)
+    prepare(in_evaluation_mode(model), options, open_source(calibration, options), silent, exporting=True)
 
 
 def open_evaluation(
@@ -151,7 +154,14 @@ def open_evaluation(
     return None if evaluation is None else as_source(evaluation, options)
 
 
-def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | None, progress: Progress) -> Prepared:
+def prepare(
+    model: nn.Module,
+    options: CompileOptions,
+    source: ImageSource | None,
+    progress: Progress,
+    *,
+    exporting: bool = False,
+) -> Prepared:
     """Rewrite a network, plan the precision of its layers and calibrate what becomes INT8.
 
     Args:
@@ -159,11 +169,14 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
         options: What to build.
         source: Calibration images; needed for INT8 layers whose range no recipe gives.
         progress: Told how far each step is.
+        exporting: Whether a graph will be made of it: then it is exported first, so that a network that cannot be is
+            refused before the long steps.
 
     Raises:
         CheckpointError: If weights are NaN or infinite.
         DataError: If images are unusable.
-        ModelError: If the network cannot run at this resolution, returns no logits, or is no function of the image.
+        ModelError: If the network cannot run at this resolution, returns no logits, is no function of the image, or
+            cannot be exported.
     """
     import torch
 
@@ -173,6 +186,7 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     from pcn_deploy.calibration.facts import inspect_layers
     from pcn_deploy.calibration.quantized import plan_scales
     from pcn_deploy.calibration.recovery import apply_after, apply_before
+    from pcn_deploy.graph.export import export_network
     from pcn_deploy.graph.preconditions import check_behaviour
     from pcn_deploy.models.attention_conv import note_stretched
     from pcn_deploy.models.attention_map import output_attention_map
@@ -184,16 +198,25 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     check_finite(model.state_dict(), "The network")
     if isinstance(model, PatchConvNet):
         model.check_resolution(*options.transform.resolution)
-    progress("Rewriting and planning", 0, 3)
+    progress("Rewriting and planning", 0, 4)
     pair = torch.from_numpy(_two_images(options, source))
     check_behaviour(model, pair, batched=options.batch.max > 1)
-    progress("Rewriting and planning", 1, 3)
+    progress("Rewriting and planning", 1, 4)
     deployed, rewrites = to_deploy(model, pair[:1])
-    progress("Rewriting and planning", 2, 3)
+    progress("Rewriting and planning", 2, 4)
+
+    def with_outputs(network: nn.Module) -> nn.Module:
+        return output_attention_map(network, options.transform.shape) if options.with_attention_map else network
+
+    complete = with_outputs(deployed)
+    exported = None
+    if exporting:
+        exported = export_network(complete, options.transform.shape, options.batch, outputs=options.outputs)
+    progress("Rewriting and planning", 3, 4)
     layers = inspect_layers(deployed, torch.zeros(1, *options.transform.shape))
     notes = note_stretched(deployed, options.transform.shape)
     plan, magnitudes = _plan(deployed, layers, options, source)
-    progress("Rewriting and planning", 3, 3)
+    progress("Rewriting and planning", 4, 4)
     recovered: dict[str, int] = {}
     if source is not None:
         deployed, recovered = apply_before(deployed, list(plan.quantized_entries), source, options.recovery, progress)
@@ -202,8 +225,8 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
         raise DataError(msg)
     if any(recovered.values()):  # other weights, other magnitudes
         plan, magnitudes = _plan(deployed, layers, options, source)
-    if options.with_attention_map:
-        deployed = output_attention_map(deployed, options.transform.shape)
+        complete = with_outputs(deployed)
+    deployed = complete
     if options.quantizes and not plan.quantized_entries:
         codes = options.precision.upper()
         msg = f"The plan leaves no layer in {codes}. Build it with --precision fp16, or put layers in it in the recipe."
@@ -243,6 +266,7 @@ def prepare(model: nn.Module, options: CompileOptions, source: ImageSource | Non
     return Prepared(
         name=name,
         deployed=rounded,
+        exported=exported,
         unrounded=deployed,
         layers=tuple(layers),
         plan=plan,

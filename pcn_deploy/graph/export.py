@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,39 @@ OPSET = 20
 INPUT_NAME = "images"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A network and the float graph made of it: its blocks are unrolled, the exporter's notes are on its nodes."""
+
+    model: nn.Module
+    graph: ir.Model
+
+
+def export_network(
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    batch: BatchRange,
+    *,
+    outputs: tuple[str, ...] = (LOGITS,),
+) -> Exported:
+    """Export a module in evaluation mode, in float32.
+
+    Args:
+        model: The deploy form.
+        image_shape: Shape of one input image, `(C, H, W)`.
+        batch: The batch sizes the graph must take; the batch axis is symbolic if it is a true range.
+        outputs: Names of what the module returns, in order.
+
+    Raises:
+        ModelError: If the module cannot be exported, with the exporter's words.
+    """
+    example = torch.zeros(example_shape(image_shape, batch))
+    with _quiet_exporter(), torch.no_grad():
+        program = _export_unrolled(model, example, batch, _runs(model, example), outputs)
+        _check_no_lot(model, program.model.graph)
+    return Exported(model=model, graph=program.model)
+
+
 def to_onnx(
     model: nn.Module,
     image_shape: tuple[int, int, int],
@@ -43,8 +77,9 @@ def to_onnx(
     progress: Progress = silent,
     *,
     outputs: tuple[str, ...] = (LOGITS,),
+    exported: Exported | None = None,
 ) -> ir.Model:
-    """Export a module in evaluation mode.
+    """Make the graph of a module in evaluation mode.
 
     Args:
         model: The deploy form.
@@ -53,6 +88,7 @@ def to_onnx(
         quantized: Scales of the layers to quantise, by name; empty for a float graph.
         progress: Told the stages done.
         outputs: Names of what the module returns, in order.
+        exported: What `export_network` made, to be changed in place; used if it was made of this very module.
 
     Returns:
         The graph, float32 apart from Q/DQ, with the exporter's notes on its nodes.
@@ -61,20 +97,17 @@ def to_onnx(
         ModelError: If the module cannot be exported, with the exporter's words.
     """
     step = "Exporting to ONNX"
-    example = torch.zeros(example_shape(image_shape, batch))
     progress(step, 0, 3)
+    if exported is None or exported.model is not model:
+        exported = export_network(model, image_shape, batch, outputs=outputs)
+    graph = exported.graph
     with _quiet_exporter(), torch.no_grad():
-        program = _export_unrolled(model, example, batch, _runs(model, example), outputs)
-        _check_no_lot(model, program.model.graph)
         progress(step, 1, 3)
-        insert_qdq(program.model.graph, quantized)
+        insert_qdq(graph.graph, quantized)
         progress(step, 2, 3)
-        simplify_exactly(
-            program.model
-        )  # last: it merges equal weights, whose names then no longer tell the layers apart
+        simplify_exactly(graph)  # last: it merges equal weights, whose names then no longer tell the layers apart
     progress(step, 3, 3)
-    finished: ir.Model = program.model
-    return finished
+    return graph
 
 
 def _runs(model: nn.Module, example: Tensor) -> list[Run]:

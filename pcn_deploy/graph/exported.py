@@ -85,7 +85,7 @@ def _is_check(node: fx.Node) -> bool:
 
 def _operation(graph: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
     target = node.target
-    if isinstance(target, str) or isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, str | torch._ops.HigherOrderOperator):
         msg = f"{target} in an exported program"
         raise NotImplementedError(msg)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), made.__getitem__)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pcn_deploy.errors import ModelError
-from pcn_deploy.graph.export import engine_spec, serialise, to_onnx
+from pcn_deploy.graph.export import engine_spec, export_network, serialise, to_onnx
 from pcn_deploy.graph.torchscript import to_torchscript
 from pcn_deploy.models.patchconvnet import PatchConvNet
 from pcn_deploy.specs import BatchRange
@@ -72,6 +72,20 @@ def test_the_model_is_left_as_it_is(make_net: MakeNet) -> None:
 class DependsOnData(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if float(x.sum()) > 0 else -x
+
+
+def test_what_was_exported_before_is_used_for_the_same_network_only(make_net: MakeNet) -> None:
+    """A recovery, or a layer left out of it, makes another network; its weights are what counts then."""
+    net, other, shape = make_net(seed=1), make_net(seed=2), (3, 32, 32)
+    images = torch.rand(1, *shape)
+    for model in (other, net):
+        exported = export_network(net, shape, BatchRange())
+        graph = to_onnx(model, shape, BatchRange(), {}, exported=exported)
+        assert (graph is exported.graph) == (model is net)
+        session = ort.InferenceSession(serialise(graph), providers=["CPUExecutionProvider"])
+        with torch.inference_mode():
+            wanted = model(images).numpy()
+        np.testing.assert_allclose(session.run(None, {"images": images.numpy()})[0], wanted, atol=1e-4)
 
 
 def test_a_network_that_cannot_be_exported_is_a_model_error() -> None:
