@@ -23,6 +23,11 @@ _PLAIN = (bool, int, float, str, torch.dtype, torch.device, torch.layout)
 _ATTRIBUTES = {"ndim", "dtype", "is_cuda", "requires_grad"}
 """Those of a tensor that are plain values; not its device, which may be another where the graph is used."""
 _ROOT = "net"
+_RULES: dict[Any, Callable[..., Any]] = {
+    torch.fake_quantize_per_tensor_affine: lambda x, *_: torch.empty_like(x),
+    torch.fake_quantize_per_channel_affine: lambda x, *_: torch.empty_like(x),
+}
+"""What makes a result of the right shape, for operations of quantised modules that torch has no rule for."""
 
 
 class _ImageOnly(nn.Module):
@@ -43,7 +48,8 @@ class _Tracer(fx.Tracer):
     def __init__(self, shape: tuple[int, int, int], is_leaf: Callable[[nn.Module, str], bool] | None) -> None:
         super().__init__(autowrap_modules=())  # type: ignore[arg-type] # else `math` would be asked for symbols
         self._is_leaf = is_leaf
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        # no fallback: an operation without a rule for its shapes would run for 1,009 images
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False)
         with self._mode:
             self._images = [torch.empty(batch, *shape) for batch in _BATCHES]
         self._values: dict[fx.Node, list[Any]] = {}
@@ -102,7 +108,7 @@ class _Tracer(fx.Tracer):
         if node.op == "placeholder":
             return self._images[index]
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), partial(self._value_of, index=index))
-        target: Any = node.target
+        target: Any = _RULES.get(node.target, node.target)
         if node.op == "call_method":
             target, args = getattr(args[0], target), args[1:]
         elif node.op == "call_module":
