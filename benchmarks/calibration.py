@@ -31,7 +31,7 @@ GROWTH_LIMIT_MB = 64
 
 def prepare() -> tuple[torch.nn.Module, list[str]]:
     """S60 in deploy form, and the layers whose inputs are observed."""
-    model, _ = to_deploy(create_model("patchconvnet_s60", random_weights=True))
+    model, _ = to_deploy(create_model("patchconvnet_s60", random_weights=True), torch.rand(1, 3, 224, 224))
     plan = make_plan(inspect_layers(model, torch.zeros(1, 3, 224, 224)), "int8")
     return model, list(plan.quantized_entries)
 

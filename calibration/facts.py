@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import weakref
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from pcn_deploy.calibration.plan import LayerFacts
+from pcn_deploy.calibration.plan import RESIDUAL_ADD, LayerFacts
+from pcn_deploy.models.dataflow import DataFlow, is_plain_layer
 from pcn_deploy.models.hooks import hooked
-from pcn_deploy.models.layers import ResidualAdd
+from pcn_deploy.models.lifting import hidden_products
+
+NAMED_PLACES = 4
+"""Places of hidden products that a note names."""
 
 
 def inspect_layers(model: nn.Module, example: Tensor) -> list[LayerFacts]:
@@ -28,42 +29,45 @@ def inspect_layers(model: nn.Module, example: Tensor) -> list[LayerFacts]:
 
     """
     facts: dict[str, LayerFacts] = {}
-    uses: Counter[int] = Counter()
-    makers = _Makers()
 
     def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            weight = getattr(module, "weight", None)
-            uses[id(weight)] += weight is not None
-            facts[path] = _facts(path, module, output, bool(inputs) and inputs[0] is example)
-            if isinstance(module, ResidualAdd):
-                facts[path] = replace(facts[path], branch=makers.of(inputs[0]))
-            makers.note(path, inputs, output)
+            facts[path] = _facts(path, module, output)
 
         return record
 
     leaves = [(path, module) for path, module in model.named_modules() if path and _is_layer(module)]
-    with hooked(module.register_forward_hook(hook(path)) for path, module in leaves), torch.inference_mode():
-        model(example)
-    weights = {path: id(getattr(model.get_submodule(path), "weight", None)) for path in facts}
-    return [replace(layer, uses=max(1, uses[weights[path]])) for path, layer in facts.items()]
+    with hooked(module.register_forward_hook(hook(path)) for path, module in leaves):
+        flow = DataFlow(model, example)
+    return [_in_its_place(layer, flow) for layer in facts.values()]
 
 
-class _Makers:
-    """Which layer made a tensor."""
+def note_hidden_products(model: nn.Module, example: Tensor, remainder: str) -> tuple[str, ...]:
+    """Say which products of activations with constants no layer owns, so that they stay in the remainder's type."""
+    hidden = hidden_products(model, example)
+    places = dict.fromkeys(str(product.place or product.path).replace("\n   ", "") for product in hidden)
+    if not places:
+        return ()
+    some = "; ".join(list(places)[:NAMED_PLACES])
+    more = f" and {len(places) - NAMED_PLACES} more places" if len(places) > NAMED_PLACES else ""
+    products = "1 product is" if len(hidden) == 1 else f"{len(hidden)} products are"
+    return (f"{products} not made a layer and stay in {remainder}: {some}{more}.",)
 
-    def __init__(self) -> None:
-        self._paths: dict[int, tuple[weakref.ref[Tensor], str]] = {}
 
-    def note(self, path: str, inputs: tuple[Any, ...], output: Any) -> None:
-        """Remember a layer's output, unless the layer only passes its input on."""
-        if isinstance(output, Tensor) and not any(output is tensor for tensor in inputs):
-            self._paths[id(output)] = (weakref.ref(output), path)
+def _in_its_place(layer: LayerFacts, flow: DataFlow) -> LayerFacts:
+    """A layer with how often it is called, and what is around it."""
+    calls = flow.calls[layer.path]
+    inputs = calls[0].inputs
+    layer = replace(layer, uses=len(calls), reads_image=bool(inputs) and inputs[0].origin is flow.image)
+    return _with_sides(layer, flow) if layer.kind == RESIDUAL_ADD else layer
 
-    def of(self, tensor: Any) -> str:
-        """Name of the layer that made it, or an empty string."""
-        known, path = self._paths.get(id(tensor), (None, ""))
-        return path if known is not None and known() is tensor else ""
+
+def _with_sides(layer: LayerFacts, flow: DataFlow) -> LayerFacts:
+    """A residual addition with the layer that made its branch, and those that make or read its identity."""
+    branch, identity = flow.calls[layer.path][0].inputs
+    origin = identity.origin
+    around = dict.fromkeys((origin.maker, *origin.readers, *identity.readers))
+    return replace(layer, branch=branch.maker, identity=tuple(path for path in around if path))
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -73,17 +77,12 @@ def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d | nn.Linear) or not any(module.children())
 
 
-def _has_forward_of(module: nn.Module, kind: type[nn.Module], *methods: str) -> bool:
-    """Whether neither a subclass nor the instance has other methods."""
-    return all(getattr(type(module), name) is getattr(kind, name) and name not in vars(module) for name in methods)
-
-
-def _facts(path: str, module: nn.Module, output: Any, reads_image: bool) -> LayerFacts:
+def _facts(path: str, module: nn.Module, output: Any) -> LayerFacts:
     kind = type(module).__name__
     if not isinstance(output, Tensor):
         return LayerFacts(path=path, kind=kind)
     # a subclass with a forward of its own may do more than its base class: it is no plain layer
-    if isinstance(module, nn.Conv2d) and _has_forward_of(module, nn.Conv2d, "__call__", "forward", "_conv_forward"):
+    if isinstance(module, nn.Conv2d) and is_plain_layer(module):
         return LayerFacts(
             path=path,
             kind=kind,
@@ -92,15 +91,13 @@ def _facts(path: str, module: nn.Module, output: Any, reads_image: bool) -> Laye
             out_channels=module.out_channels,
             groups=module.groups,
             kernel=(module.kernel_size[0], module.kernel_size[1]),
-            reads_image=reads_image,
         )
-    if isinstance(module, nn.Linear) and _has_forward_of(module, nn.Linear, "__call__", "forward"):
+    if isinstance(module, nn.Linear) and is_plain_layer(module):
         return LayerFacts(
             path=path,
             kind=kind,
             rows=output.shape[:-1].numel(),
             in_channels=module.in_features,
             out_channels=module.out_features,
-            reads_image=reads_image,
         )
     return LayerFacts(path=path, kind=kind, own_forward=isinstance(module, nn.Conv2d | nn.Linear))

@@ -38,8 +38,9 @@ class LayerFacts:
         groups: Groups of a convolution.
         kernel: Kernel height and width; (1, 1) for a linear layer.
         reads_image: Whether its input is the input of the network.
-        uses: How often its weight is used in one run; more than once if it is called again or shared.
+        uses: How often it is called in one run.
         branch: For a residual addition, the layer whose output is added to the identity; empty if it is no layer.
+        identity: For a residual addition, the modules that make or read its identity, or what it is moved from.
         own_forward: Whether it is a subclass of Conv2d or Linear that does something else.
     """
 
@@ -53,6 +54,7 @@ class LayerFacts:
     reads_image: bool = False
     uses: int = 1
     branch: str = ""
+    identity: tuple[str, ...] = ()
     own_forward: bool = False
 
 
@@ -182,7 +184,7 @@ def _has_small_kernel(layer: LayerFacts) -> str:
 
 
 def _is_used_once(layer: LayerFacts) -> str:
-    return "" if layer.uses == 1 else "used more than once: one scale would have to fit every use"
+    return "" if layer.uses == 1 else "called more than once: one scale would have to fit every call"
 
 
 POSSIBLE_RULES: tuple[Rule, ...] = (_has_weights, _is_used_once)
@@ -237,13 +239,21 @@ def _asked_for(layer: LayerFacts) -> str:
 
 
 def _decide_addition(layer: LayerFacts, int8: set[str], precision: str, remainder: str) -> PlanEntry:
-    """A residual addition takes its identity in INT8 where the branch ends in an INT8 layer: both become one kernel."""
-    reason = "its branch does not end in an INT8 layer" if precision == "int8" else "quantised in INT8 only"
-    if layer.branch in int8:
-        precision_of_it, reason = "int8", "identity only: the addition joins the INT8 layer of its branch"
+    """A residual addition takes its identity in INT8 where that joins it to the INT8 layer of its branch at no cost.
+
+    An identity that another INT8 layer makes or reads is rounded to the same codes there. One that only normalisations
+    read, as in a transformer's residual stream, is rounded nowhere else, and holds the outliers that they take out.
+    """
+    if precision != "int8":
+        reason = "quantised in INT8 only"
+    elif layer.branch not in int8:
+        reason = "its branch does not end in an INT8 layer"
+    elif int8.isdisjoint(layer.identity):
+        reason = "no INT8 layer makes or reads its identity: a residual stream, rounded nowhere else"
     else:
-        precision_of_it = remainder
-    return PlanEntry(op=layer.path, kind=layer.kind, precision=precision_of_it, reason=reason)
+        reason = "identity only: the addition joins the INT8 layer of its branch"
+        return PlanEntry(op=layer.path, kind=layer.kind, precision="int8", reason=reason)
+    return PlanEntry(op=layer.path, kind=layer.kind, precision=remainder, reason=reason)
 
 
 def _decide(layer: LayerFacts, precision: str, remainder: str) -> PlanEntry:

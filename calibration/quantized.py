@@ -19,8 +19,8 @@ from pcn_deploy.calibration.calibrators import WEIGHT_CALIBRATORS, check_weight_
 from pcn_deploy.calibration.plan import CODES, PrecisionPlan
 from pcn_deploy.calibration.weights import QMAX, weight_scales
 from pcn_deploy.errors import DataError
-from pcn_deploy.models.deploy import share_weights
 from pcn_deploy.models.layers import ResidualAdd
+from pcn_deploy.models.sharing import share_weights
 
 QUANTIZABLE = (nn.Conv2d, nn.Linear, ResidualAdd)
 
@@ -192,6 +192,17 @@ def _take_over(quantized: nn.Conv2d | nn.Linear, source: nn.Conv2d | nn.Linear, 
     quantized.train(source.training)
 
 
+def _share_weight(
+    quantized: nn.Conv2d | nn.Linear,
+    source: nn.Conv2d | nn.Linear,
+    scales: Quantization,
+    rounded: dict[tuple[int, bytes, str], nn.Parameter],
+) -> None:
+    """Layers of one weight have one rounded weight."""
+    key = (id(source.weight), scales.weight.tobytes(), scales.codes)
+    quantized.weight = rounded.setdefault(key, quantized.weight)
+
+
 def apply_scales(model: nn.Module, scales: dict[str, Quantization]) -> nn.Module:
     """Quantise layers.
 
@@ -203,13 +214,16 @@ def apply_scales(model: nn.Module, scales: dict[str, Quantization]) -> nn.Module
         The quantised module, in evaluation mode.
     """
     quantized = share_weights(model)
+    rounded: dict[tuple[int, bytes, str], nn.Parameter] = {}
     for path, layer_scales in scales.items():
         layer = quantized.get_submodule(path)
         replacement: nn.Module
         if isinstance(layer, nn.Conv2d):
             replacement = QuantConv2d(layer, layer_scales)
+            _share_weight(replacement, layer, layer_scales, rounded)
         elif isinstance(layer, nn.Linear):
             replacement = QuantLinear(layer, layer_scales)
+            _share_weight(replacement, layer, layer_scales, rounded)
         elif isinstance(layer, ResidualAdd):
             replacement = QuantResidualAdd(layer_scales)
         else:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pcn_deploy.calibration.quantized import QuantConv2d, QuantLinear, QuantResidualAdd, fake_quantize
-from pcn_deploy.models.deploy import share_weights
+from pcn_deploy.models.sharing import share_weights
 
 Images = npt.NDArray[np.float32]
 Logits = npt.NDArray[np.float32]

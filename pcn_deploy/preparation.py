@@ -61,7 +61,7 @@ class Prepared:
     def leave_out(self, layers: frozenset[str], reason: str) -> Prepared:
         """The network with some of its INT8 layers left unquantised, and in FP32 where FP16 cannot hold them."""
         from pcn_deploy.calibration.half import keep_in_range
-        from pcn_deploy.models.deploy import share_weights
+        from pcn_deploy.models.sharing import share_weights
 
         deployed = self.deployed
         if deployed is not self.unrounded:
@@ -94,7 +94,8 @@ def in_evaluation_mode(model: nn.Module) -> nn.Module:
         ModelError: If no graph can be made from the network as it is defined.
     """
     from pcn_deploy.graph.preconditions import check_definition
-    from pcn_deploy.models.deploy import share_weights, simplify, unwrapped
+    from pcn_deploy.models.deploy import simplify, unwrapped
+    from pcn_deploy.models.sharing import share_weights
 
     model = unwrapped(model)
     check_definition(model)
@@ -183,7 +184,7 @@ def prepare(
     from pcn_deploy.calibration.calibrators import AUTO, CALIBRATORS
     from pcn_deploy.calibration.choose import choose_calibrator
     from pcn_deploy.calibration.collect import calibrate
-    from pcn_deploy.calibration.facts import inspect_layers
+    from pcn_deploy.calibration.facts import inspect_layers, note_hidden_products
     from pcn_deploy.calibration.quantized import plan_scales
     from pcn_deploy.calibration.recovery import apply_after, apply_before
     from pcn_deploy.graph.export import export_network
@@ -215,6 +216,8 @@ def prepare(
     progress("Rewriting and planning", 3, 4)
     layers = inspect_layers(deployed, torch.zeros(1, *options.transform.shape))
     notes = note_stretched(deployed, options.transform.shape)
+    if options.quantizes:
+        notes += note_hidden_products(deployed, pair[:1], options.graph_type)
     plan, magnitudes = _plan(deployed, layers, options, source)
     progress("Rewriting and planning", 4, 4)
     recovered: dict[str, int] = {}

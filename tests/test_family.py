@@ -92,7 +92,7 @@ def make(case: Case, fill: ModuleType) -> nn.Module:
 @pytest.mark.parametrize("case", _parameters(precisions=False))
 def test_eager_torchscript_and_onnx_runtime_agree(case: Case, fill: ModuleType) -> None:
     network = make(case, fill)
-    deployed, _ = to_deploy(network)
+    deployed, _ = to_deploy(network, torch.rand(1, 3, *case.resolution))
     height, width = case.resolution
     example = torch.from_numpy(fill.images_for((1, 3, height, width), 0))
     frozen = torch.jit.load(io.BytesIO(to_torchscript(deployed, example)))  # type: ignore[no-untyped-call]

@@ -57,7 +57,7 @@ def apply_before(
     """
     from pcn_deploy.calibration.recovery.equalisation import equalise
     from pcn_deploy.calibration.recovery.smoothquant import smooth
-    from pcn_deploy.models.deploy import share_weights
+    from pcn_deploy.models.sharing import share_weights
 
     steps = {"equalisation": equalise, "smoothquant": smooth}
     chosen = [name for name in BEFORE if name in names]
@@ -88,7 +88,7 @@ def apply_after(
     """
     from pcn_deploy.calibration.recovery.bias_correction import correct_bias
     from pcn_deploy.calibration.recovery.weight_rounding import round_weights
-    from pcn_deploy.models.deploy import share_weights
+    from pcn_deploy.models.sharing import share_weights
 
     chosen = [name for name in AFTER if name in names]
     changed = share_weights(deployed) if chosen else deployed

@@ -95,6 +95,11 @@ def _place_in_frames(model: nn.Module, frames: Iterable[tuple[FrameType, int]]) 
     return Place(owner, file, line) if owner else None
 
 
+def place_at_work(model: nn.Module, frames: Iterable[tuple[FrameType, int]]) -> Place | None:
+    """The place that a stack of frames, the outermost first, is at."""
+    return safely(_place_in_frames, model, frames)
+
+
 def place_in_traceback(model: nn.Module, error: Exception) -> Place | None:
     """The place where an error was raised, or what it came from."""
     for link in reversed(list(chain_of(error))):

@@ -21,8 +21,9 @@ STORED: dict[str, npt.DTypeLike] = {"int8": np.int8, "fp8": ml_dtypes.float8_e4m
 def insert_qdq(graph: ir.Graph, quantized: dict[str, Quantization]) -> None:
     """Quantise the layers of a float32 graph, in place.
 
-    Each layer is found by the name of its weight, a residual addition by its module. One tensor read by several
-    layers at one scale gets one QuantizeLinear; a second would cost a second conversion.
+    Each layer is found by the name of its weight or, where layers share one, by its module, as a residual addition is.
+    One tensor read by several layers at one scale gets one QuantizeLinear; a second would cost a second conversion. The
+    codes of a weight that several layers share are stored once.
 
     Args:
         graph: Graph as exported, not optimised: names of weights are still those of the modules.
@@ -32,23 +33,38 @@ def insert_qdq(graph: ir.Graph, quantized: dict[str, Quantization]) -> None:
         ModelError: If a layer to be quantised is not found: the graph would silently be more than 8 bits wide.
     """
     done: dict[tuple[ir.Value, float], ir.Value] = {}
+    stored: dict[tuple[Any, ...], list[ir.Value]] = {}
     for path, scales in quantized.items():
         if not scales.weight.size:
             addition = _addition(graph, path)
             _quantize_shared(graph, addition, 1, path, scales, done)
             continue
-        weight = graph.initializers.get(f"{path}.weight")
-        readers = [use.node for use in weight.uses()] if weight is not None else []
-        if weight is None or weight.const_value is None or len(readers) != 1:
-            msg = (
-                f"The exported graph does not use {path}.weight exactly once, so {path} cannot be quantised.\n"
-                "Way round: call the layer and use its weight nowhere else, or give it precision fp16 in a --recipe."
-            )
-            raise ModelError(msg)
-        layer, dequantized = _store_codes(graph, weight, readers[0], scales)
+        weight, reader = _weight_of(graph, path)
+        layer, dequantized = _store_codes(graph, path, weight, reader, scales, stored)
         inputs = list(layer.inputs)
         index = next(i for i, value in enumerate(inputs) if value is not None and value is not dequantized)
         _quantize_shared(graph, layer, index, path, scales, done)
+
+
+def _weight_of(graph: ir.Graph, path: str) -> tuple[ir.Value, ir.Node]:
+    """The weight of a layer and its node that reads it; of the names of a shared weight only one is left."""
+    weight = graph.initializers.get(f"{path}.weight")
+    found = [(weight, use.node) for use in weight.uses()] if weight is not None else []
+    if len(found) != 1:
+        found = [
+            (value, node)
+            for node in graph
+            if f"'{path}'" in node.metadata_props.get(SCOPES, "")
+            for value in node.inputs
+            if value is not None and value.is_initializer() and value.shape is not None and len(value.shape) > 1
+        ]
+    if len(found) != 1 or found[0][0].const_value is None:
+        msg = (
+            f"The exported graph does not use {path}.weight exactly once, so {path} cannot be quantised.\n"
+            "Way round: call the layer and use its weight nowhere else, or give it precision fp16 in a --recipe."
+        )
+        raise ModelError(msg)
+    return found[0]
 
 
 def _addition(graph: ir.Graph, path: str) -> ir.Node:
@@ -93,12 +109,46 @@ def _quantize_input(graph: ir.Graph, value: ir.Value, reader: ir.Node, path: str
     return dequantize.outputs[0]
 
 
-def _store_codes(graph: ir.Graph, weight: ir.Value, reader: ir.Node, scales: Quantization) -> tuple[ir.Node, ir.Value]:
+def _store_codes(
+    graph: ir.Graph,
+    path: str,
+    weight: ir.Value,
+    reader: ir.Node,
+    scales: Quantization,
+    stored: dict[tuple[Any, ...], list[ir.Value]],
+) -> tuple[ir.Node, ir.Value]:
     """Replace a float weight by its codes; returns the layer that multiplies by it, and the dequantised weight.
 
     A Transpose between them is applied to the codes, so that DequantizeLinear is the last step.
     """
-    name = str(weight.name)
+    order: tuple[int, ...] = ()
+    replaced, layer = weight, reader
+    if reader.op_type == "Transpose":
+        order = tuple(reader.attributes["perm"].as_ints())
+        replaced = reader.outputs[0]
+        layer = next(iter(replaced.uses())).node
+    key = (weight, order, scales.codes, scales.weight.tobytes())
+    if key not in stored:
+        stored[key] = _codes(graph, f"{path}.weight", weight, order, scales)
+    parameters = stored[key]
+    axis = order.index(0) if order else 0
+    attributes = {"axis": axis} if parameters[1].shape else {}
+    node = ir.node("DequantizeLinear", parameters, attributes=attributes, name=f"{path}.weight.dequantize")
+    node.outputs[0].shape, node.outputs[0].type = parameters[0].shape, weight.type
+    graph.insert_before(layer, node)
+    for use in [use for use in replaced.uses() if replaced is not weight or use.node is reader]:
+        use.node.replace_input_with(use.idx, node.outputs[0])
+    if replaced is not weight:
+        graph.remove(reader, safe=True)
+    if not weight.uses():
+        del graph.initializers[str(weight.name)]
+    return layer, node.outputs[0]
+
+
+def _codes(
+    graph: ir.Graph, name: str, weight: ir.Value, order: tuple[int, ...], scales: Quantization
+) -> list[ir.Value]:
+    """Store a weight as codes, scales and zero points, transposed in this order."""
     if weight.const_value is None:
         msg = f"{name} has no value."
         raise ModelError(msg)
@@ -108,29 +158,13 @@ def _store_codes(graph: ir.Graph, weight: ir.Value, reader: ir.Node, scales: Qua
         scale = scale.reshape(())
     codes = (values / (scale.reshape(-1, *[1] * (values.ndim - 1)) if scale.ndim else scale)).clip(-largest, largest)
     codes = (np.rint(codes) if scales.codes == "int8" else codes).astype(STORED[scales.codes])
-    axis, replaced, layer = 0, weight, reader
-    if reader.op_type == "Transpose":
-        order = list(reader.attributes["perm"].as_ints())
-        codes, axis, replaced = (
-            np.ascontiguousarray(codes.transpose(order)),
-            order.index(0),
-            reader.outputs[0],
-        )
-        layer = next(iter(replaced.uses())).node
-    parameters = [
+    if order:
+        codes = np.ascontiguousarray(codes.transpose(order))
+    return [
         _initializer(graph, f"{name}.{scales.codes}", codes),
         _initializer(graph, f"{name}.scale", scale),
         _initializer(graph, f"{name}.zero_point", np.zeros(scale.shape, codes.dtype)),
     ]
-    attributes = {"axis": axis} if scale.ndim else {}
-    node = ir.node("DequantizeLinear", parameters, attributes=attributes, name=f"{name}.dequantize")
-    node.outputs[0].shape, node.outputs[0].type = ir.Shape(codes.shape), weight.type
-    graph.insert_before(layer, node)
-    ir.convenience.replace_all_uses_with(replaced, node.outputs[0])
-    if replaced is not weight:
-        graph.remove(reader, safe=True)
-    del graph.initializers[name]
-    return layer, node.outputs[0]
 
 
 def _initializer(graph: ir.Graph, name: str, array: npt.NDArray[Any] | np.generic) -> ir.Value:

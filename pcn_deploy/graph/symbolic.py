@@ -17,17 +17,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-_BATCHES = (1, 2, 1009)
+from pcn_deploy.graph.floats import write_floats
+
+BATCHES = (1, 2, 1009)
 """One, the least of several, and a prime beyond what code compares with: what depends on the batch differs in one."""
-_PLAIN = (bool, int, float, str, torch.dtype, torch.device, torch.layout)
+PLAIN = (bool, int, float, str, torch.dtype, torch.device, torch.layout)
 _ATTRIBUTES = {"ndim", "dtype", "is_cuda", "requires_grad"}
 """Those of a tensor that are plain values; not its device, which may be another where the graph is used."""
-_ROOT = "net"
-_RULES: dict[Any, Callable[..., Any]] = {
-    torch.fake_quantize_per_tensor_affine: lambda x, *_: torch.empty_like(x),
-    torch.fake_quantize_per_channel_affine: lambda x, *_: torch.empty_like(x),
-}
-"""What makes a result of the right shape, for operations of quantised modules that torch has no rule for."""
+ROOT = "net"
 
 
 class _ImageOnly(nn.Module):
@@ -42,22 +39,22 @@ class _ImageOnly(nn.Module):
         return y
 
 
-class _Tracer(fx.Tracer):
+class ShapedTracer(fx.Tracer):
     """A tracer that knows the shapes."""
 
-    def __init__(self, shape: tuple[int, int, int], is_leaf: Callable[[nn.Module, str], bool] | None) -> None:
+    def __init__(
+        self, mode: FakeTensorMode, inputs: dict[str, list[Any]], is_leaf: Callable[[nn.Module, str], bool] | None
+    ) -> None:
         super().__init__(autowrap_modules=())  # type: ignore[arg-type] # else `math` would be asked for symbols
         self._is_leaf = is_leaf
-        # no fallback: an operation without a rule for its shapes would run for 1,009 images
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False)
-        with self._mode:
-            self._images = [torch.empty(batch, *shape) for batch in _BATCHES]
+        self._mode = mode
+        self._inputs = inputs
         self._values: dict[fx.Node, list[Any]] = {}
         self._untraced = _hooks_of_tracing()
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         """Whether a module is one node of the graph."""
-        path = qualified_name.removeprefix(_ROOT).removeprefix(".")
+        path = qualified_name.removeprefix(ROOT).removeprefix(".")
         if not path:
             return False
         return super().is_leaf_module(module, path) if self._is_leaf is None else self._is_leaf(module, path)
@@ -67,15 +64,19 @@ class _Tracer(fx.Tracer):
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         try:
             with _replaced(self._untraced), self._mode, torch.no_grad():
-                values = [self._value(proxy.node, index) for index in range(len(_BATCHES))]
+                values = [self._value(proxy.node, index) for index in range(len(BATCHES))]
         except Exception:  # whatever the operation lacks without data: what follows from it is not known
             return proxy
         self._values[proxy.node] = values
-        known = all(type(value) in _PLAIN and value == values[0] for value in values)
+        known = all(type(value) in PLAIN and value == values[0] for value in values)
         if not known or target is getattr:  # attributes are asked for their node
             return proxy
         self.graph.erase_node(proxy.node)
         return values[0]
+
+    def values(self, node: fx.Node) -> list[Any]:
+        """What a node is for each of the batches, without data; empty if that is not known."""
+        return self._values.get(node, [])
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Iterate over a tuple or list, whose length is known."""
@@ -106,9 +107,9 @@ class _Tracer(fx.Tracer):
         if node.op == "get_attr":
             return _attribute(self.root, str(node.target))
         if node.op == "placeholder":
-            return self._images[index]
+            return self._inputs[str(node.target)][index]
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), partial(self._value_of, index=index))
-        target: Any = _RULES.get(node.target, node.target)
+        target: Any = node.target
         if node.op == "call_method":
             target, args = getattr(args[0], target), args[1:]
         elif node.op == "call_module":
@@ -125,7 +126,7 @@ def _hooks_of_tracing() -> dict[str, Any]:
 
 
 @contextmanager
-def _answers_known() -> Iterator[None]:
+def answers_known() -> Iterator[None]:
     """Let what stands for a tensor tell its `_ATTRIBUTES`, and what stands for a tuple or a list its length.
 
     `torch.fx` asks for attributes when they are used, and refuses `len`.
@@ -133,11 +134,11 @@ def _answers_known() -> Iterator[None]:
     unknown_length, unknown_attribute = fx.Proxy.__len__, fx.Proxy.__getattr__
 
     def length(proxy: fx.Proxy) -> int:
-        found = proxy.tracer.length_of(proxy) if isinstance(proxy.tracer, _Tracer) else None
+        found = proxy.tracer.length_of(proxy) if isinstance(proxy.tracer, ShapedTracer) else None
         return unknown_length(proxy) if found is None else found
 
     def attribute(proxy: fx.Proxy, name: str) -> Any:
-        if name in _ATTRIBUTES and isinstance(proxy.tracer, _Tracer):
+        if name in _ATTRIBUTES and isinstance(proxy.tracer, ShapedTracer):
             found = proxy.tracer.known_attribute(proxy, name)
             return unknown_attribute(proxy, name) if found is None else found
         return unknown_attribute(proxy, name)
@@ -183,14 +184,22 @@ def trace(
     Raises:
         Exception: Whatever the network's code raises with symbols in the place of tensors.
     """
-    root = _ImageOnly(model)
-    with _answers_known():
-        graph = _Tracer(shape, is_leaf).trace(root)
+    root, mode = _ImageOnly(model), FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        images = [torch.empty(batch, *shape) for batch in BATCHES]
+    with answers_known():
+        graph = ShapedTracer(mode, {"x": images}, is_leaf).trace(root)
+    return fx.GraphModule(without_root(root, graph), graph, type(model).__name__)
+
+
+def without_root(root: nn.Module, graph: fx.Graph) -> dict[str, Any]:
+    """Finish a trace: name what its nodes use by its path in the network; returns what they use, by that."""
     held: dict[str, Any] = {}
     for node in graph.nodes:
         node.type = None
         if node.op in ("call_module", "get_attr"):
             path = str(node.target)
-            node.target = path.removeprefix(f"{_ROOT}.")
+            node.target = path.removeprefix(f"{ROOT}.")
             held[node.target] = _attribute(root, path)
-    return fx.GraphModule(held, graph, type(model).__name__)
+    write_floats(graph)
+    return held

@@ -10,9 +10,7 @@ interpolation is linear and its weights sum to one, so a BatchNorm after it may 
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,11 +19,14 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel
 
-from pcn_deploy.graph.diagnosis import obstacle
+from pcn_deploy.models.additions import separate_additions
 from pcn_deploy.models.aggregation import Aggregation, AttentionPool2d, TokenBlock
 from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d, RelativeSelfAttention2d
+from pcn_deploy.models.dataflow import DataFlow, is_plain_layer
+from pcn_deploy.models.lifting import become, lift_products
 from pcn_deploy.models.patchconvnet import PatchConvNet, TrunkBlock
 from pcn_deploy.models.reparametrization import fuse_reparametrizations
+from pcn_deploy.models.sharing import share_weights
 from pcn_deploy.parity import least_sqnr_db
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def _scale_rows(layer: nn.Conv2d | nn.Linear, gamma: Tensor) -> None:
         layer.bias.data = layer.bias * gamma
 
 
-def fold_layer_scale(model: nn.Module) -> int:
+def fold_layer_scale(model: nn.Module, _images: Tensor | None = None) -> int:
     """Fold LayerScale into the layer before it: the last 1x1 of a trunk block, `attn.proj` and `mlp.fc2`."""
     folded = 0
     for module in model.modules():
@@ -87,7 +88,7 @@ def fold_layer_scale(model: nn.Module) -> int:
     return folded
 
 
-def fold_attention_scale(model: nn.Module) -> int:
+def fold_attention_scale(model: nn.Module, _images: Tensor | None = None) -> int:
     """Fold the factor 1 / sqrt(D) of the attention logits into the query projection."""
     folded = 0
     for module in model.modules():
@@ -105,7 +106,7 @@ def fold_attention_scale(model: nn.Module) -> int:
     return folded
 
 
-def absorb_key_value(model: nn.Module) -> int:
+def absorb_key_value(model: nn.Module, _images: Tensor | None = None) -> int:
     """Replace the aggregation by one whose query, key, value and output projections are merged.
 
     The queries are made from the class tokens alone, which are parameters, so they are constants:
@@ -146,42 +147,34 @@ class FlowTracer(fx.Tracer):
         return ours or super().is_leaf_module(module, qualified_name)
 
 
-def _traced_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names of (module, module) where the second is the only reader of the first, each called once."""
-    try:
-        graph = FlowTracer().trace(model)
-    except Exception as error:
-        log.debug("BatchNorm is not folded, the network cannot be traced: %s", error)
-        return
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    counts = Counter(str(node.target) for node in calls)
-    for node in calls:
-        readers = list(node.users)
-        if len(readers) == 1 and readers[0].op == "call_module":
-            first, second = str(node.target), str(readers[0].target)
-            if counts[first] == counts[second] == 1:
-                yield first, second
-
-
-def fold_batch_norm(model: nn.Module) -> int:
-    """Fold each BatchNorm that alone reads a convolution, plain or augmented, into that convolution.
-
-    Pairs are found in the data flow, where the network can be traced symbolically; elsewhere folding is left to the
-    engine.
-    """
-    folded = 0
-    for conv_path, norm_path in list(_traced_pairs(model)):
-        conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
-        # exact types: a subclass may standardise its weights, or end in an activation
-        if type(norm) is not nn.BatchNorm2d or norm.running_mean is None:
+def _pairs(model: nn.Module, images: Tensor) -> Iterator[tuple[str, str]]:
+    """Names of (layer, BatchNorm2d) where the second alone reads the first, each called once."""
+    flow = DataFlow(model, images[:1].clone())
+    for path, calls in flow.calls.items():
+        # exact type: a subclass may end in an activation
+        if len(calls) > 1 or type(model.get_submodule(path)) is not nn.BatchNorm2d or len(calls[0].inputs) != 1:
             continue
-        if type(conv) is nn.Conv2d and not {"forward", "_conv_forward"} & vars(conv).keys():
-            model.set_submodule(conv_path, fuse_conv_bn_eval(conv, norm))
+        read = calls[0].inputs[0]
+        alone = set(read.readers) == {path} and read not in flow.results
+        made = flow.calls.get(read.maker, [])
+        if alone and len(made) == 1 and made[0].output is read:
+            yield read.maker, path
+
+
+def fold_batch_norm(model: nn.Module, images: Tensor) -> int:
+    """Fold each BatchNorm that alone reads a convolution, plain or augmented, into that convolution."""
+    folded = 0
+    for conv_path, norm_path in list(_pairs(model, images)):
+        conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
+        if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
+            continue
+        if is_plain_layer(conv) and isinstance(conv, nn.Conv2d):
+            become(conv, fuse_conv_bn_eval(conv, norm))
         elif isinstance(conv, AttentionAugmentedConv2d):
             _fold_into_augmented(conv, norm)
         else:
             continue
-        model.set_submodule(norm_path, nn.Identity())
+        become(norm, nn.Identity().eval())
         folded += 1
     return folded
 
@@ -206,47 +199,17 @@ SAME_DB = 60.0
 """Least SQNR of the deploy form: each rewrite is exact but for the rounding of float32, which leaves 100 dB and more in
 the networks of this package."""
 
-REWRITES: tuple[Callable[[nn.Module], int], ...] = (
+Rewrite = Callable[[nn.Module, Tensor], int]
+
+REWRITES: tuple[Rewrite, ...] = (
     fuse_reparametrizations,  # first: what computes a weight hides it from the others
+    lift_products,  # a convolution that is no layer has no BatchNorm to be folded
     fold_batch_norm,
+    separate_additions,  # what a residual branch ends in is seen when its BatchNorm is folded
     fold_layer_scale,
     fold_attention_scale,
     absorb_key_value,
 )
-
-
-def share_weights(model: nn.Module) -> nn.Module:
-    """Copy the modules of a network; the weights stay the same memory until one side is given new ones.
-
-    Returns:
-        The copy; its parameters need no gradient.
-
-    Raises:
-        ModelError: If it holds what cannot be copied.
-    """
-    memo: dict[int, object] = {id(buffer): buffer.detach() for buffer in model.buffers()}
-    memo.update(
-        (id(parameter), nn.Parameter(parameter.detach(), requires_grad=False)) for parameter in model.parameters()
-    )
-    for module in model.modules():  # what was computed from parameters cannot be copied with its history
-        memo.update((id(value), value.detach()) for value in _computed(vars(module)))
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:  # whatever the copying of the network's attributes raises
-        reason = f"an attribute cannot be copied ({type(error).__name__}: {error})."
-        advice = "make locks, files and the like where they are needed, not in the network; keep tensors in buffers."
-        msg = "The network cannot be compiled"
-        raise obstacle(msg, None, reason, advice) from error
-
-
-def _computed(value: Any) -> Iterator[Tensor]:
-    """The tensors in an attribute that were computed from parameters, in containers too."""
-    if isinstance(value, Tensor):
-        if value.grad_fn is not None:
-            yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _computed(item)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -272,44 +235,49 @@ def simplify(model: nn.Module) -> None:
             module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
 
 
-def to_deploy(model: nn.Module, images: Tensor | None = None) -> tuple[nn.Module, dict[str, int]]:
+def to_deploy(model: nn.Module, images: Tensor) -> tuple[nn.Module, dict[str, int]]:
     """Apply every rewrite to a copy of the network, which shares the weights that no rewrite changed.
 
     Args:
         model: Network in evaluation mode; left as it is.
-        images: float32 `(N, C, H, W)`; with them, a rewrite after which the network computes something else on them is
-            left out. A network may look at its own modules, as in `isinstance(layer, nn.BatchNorm2d)`.
+        images: float32 `(N, C, H, W)`, on which its data flow is looked at. A rewrite after which the network computes
+            something else on them is left out: a network may look at its own modules, as in
+            `isinstance(layer, nn.BatchNorm2d)`.
 
     Returns:
         The deploy form, without gradients, and how often each rewrite applied.
     """
-    deployed, applied = _rewritten(model, REWRITES)
-    if images is None or _computes_the_same(model, deployed, images):
-        return deployed, applied
-    kept: list[Callable[[nn.Module], int]] = []
+    with torch.no_grad():
+        expected: Tensor = model(images.clone())
+    whole = _rewritten(model, REWRITES, images, expected)
+    if whole is not None:
+        return whole
+    kept: list[Rewrite] = []
+    found = share_weights(model)
+    found.eval()
+    applied = {rewrite.__name__: 0 for rewrite in REWRITES}
     for rewrite in REWRITES:
-        if _computes_the_same(model, _rewritten(model, (*kept, rewrite))[0], images):
-            kept.append(rewrite)
-        else:
+        with_it = _rewritten(model, (*kept, rewrite), images, expected)
+        if with_it is None:
             log.info("%s is left out: with it, the network computes something else.", rewrite.__name__)
-    deployed, applied = _rewritten(model, tuple(kept))
-    return deployed, {rewrite.__name__: applied.get(rewrite.__name__, 0) for rewrite in REWRITES}
+        else:
+            kept.append(rewrite)
+            found, applied = with_it[0], applied | with_it[1]
+    return found, applied
 
 
-def _rewritten(model: nn.Module, rewrites: tuple[Callable[[nn.Module], int], ...]) -> tuple[nn.Module, dict[str, int]]:
+def _rewritten(
+    model: nn.Module, rewrites: tuple[Rewrite, ...], images: Tensor, expected: Tensor
+) -> tuple[nn.Module, dict[str, int]] | None:
+    """A rewritten copy, and how often each rewrite applied; None if it computes something else, or cannot run."""
     deployed = share_weights(model)
     deployed.eval()
-    with torch.no_grad():
-        return deployed, {rewrite.__name__: rewrite(deployed) for rewrite in rewrites}
-
-
-def _computes_the_same(model: nn.Module, deployed: nn.Module, images: Tensor) -> bool:
-    """Whether a rewritten network agrees with the original; one that cannot run any more does not."""
-    with torch.no_grad():
-        expected: Tensor = model(images)
-        try:
-            found: Tensor = deployed(images)
-        except Exception as error:  # the network's own code, which may ask its modules for anything
-            log.debug("The rewritten network cannot run: %r", error)
-            return False
-    return not expected.isfinite().all() or least_sqnr_db([expected.numpy()], [found.numpy()]) >= SAME_DB
+    try:
+        with torch.no_grad():
+            applied = {rewrite.__name__: rewrite(deployed, images) for rewrite in rewrites}
+            found: Tensor = deployed(images.clone())
+    except Exception as error:  # the network's own code, which may ask its modules for anything
+        log.debug("The rewritten network cannot run: %r", error)
+        return None
+    same = not expected.isfinite().all() or least_sqnr_db([expected.numpy()], [found.numpy()]) >= SAME_DB
+    return (deployed, applied) if same else None

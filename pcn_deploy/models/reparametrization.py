@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -16,7 +16,7 @@ def is_reparametrization(hook: Any) -> bool:
     return isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod)
 
 
-def fuse_reparametrizations(model: nn.Module) -> int:
+def fuse_reparametrizations(model: nn.Module, _images: Tensor | None = None) -> int:
     """Replace each weight that is computed from others by its value, in place.
 
     Both of torch's mechanisms are known: `torch.nn.utils.parametrize`, and the forward pre-hooks of the older

@@ -33,7 +33,7 @@ def network() -> torch.nn.Module:
     net = pcn_deploy.create_model(
         "patchconvnet", random_weights=True, width=32, depth=2, patch=4, num_classes=5, layer_scale=0.5
     )
-    return to_deploy(net.eval())[0]
+    return to_deploy(net.eval(), torch.rand(1, 3, 32, 32))[0]
 
 
 def source(count: int = IMAGES) -> ImageSource:

@@ -63,7 +63,7 @@ def test_real_networks_have_the_same_ranges_in_any_order_and_any_arrays(
     make_net: MakeNet, fill: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the batch nor where an image stands in it changes anything: no digit of any histogram."""
-    net, _ = to_deploy(real_networks(make_net, fill)[name])
+    net, _ = to_deploy(real_networks(make_net, fill)[name], torch.from_numpy(IMAGES))
     images = np.random.default_rng(0).standard_normal((17, 3, 32, 48)).astype(np.float32)
     layers = list(make_plan(inspect_layers(net, torch.zeros(1, 3, 32, 48)), "int8").quantized_entries)
     transform = Transform(resolution=(32, 48))

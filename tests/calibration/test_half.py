@@ -59,7 +59,7 @@ def moved(net: nn.Module, precision: str = "fp16", decided: tuple[str, ...] = ()
 
 def test_ordinary_networks_are_left_as_they_are(make_net: MakeNet) -> None:
     assert moved(Net(1.0, 100.0)) == {}
-    net, _ = to_deploy(make_net(width=64, depth=2))
+    net, _ = to_deploy(make_net(width=64, depth=2), torch.rand(1, 3, 64, 64))
     layers = inspect_layers(net, torch.zeros(1, 3, 64, 64))
     images = np.random.default_rng(0).standard_normal((2, 3, 64, 64)).astype(np.float32)
     for precision in ("fp16", "int8"):

@@ -51,7 +51,7 @@ def test_every_rule_gives_its_reason(changes: dict[str, Any], reason: str, remai
 
 @pytest.mark.parametrize(("form", "rows"), [({}, 0), ({"multi_class_token": True, "num_classes": 20}, 3)])
 def test_placement_for_a_patchconvnet(make_net: MakeNet, form: dict[str, Any], rows: int) -> None:
-    net, _ = to_deploy(make_net(width=64, depth=2, **form))
+    net, _ = to_deploy(make_net(width=64, depth=2, **form), torch.rand(1, 3, 64, 64))
     plan = make_plan(inspect_layers(net, torch.zeros(1, 3, 64, 64)), "int8")
     pointwise = {f"blocks.{block}.attn.qkv_pos.{layer}" for block in (0, 1) for layer in (0, 5)}
     tokens = {f"blocks_token_only.0.{layer}" for layer in ("attn.value", "mlp.fc1", "mlp.fc2")} if rows else set()

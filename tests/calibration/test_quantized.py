@@ -108,7 +108,7 @@ def test_a_quantised_layer_is_the_layer_on_rounded_values(make: Callable[[], nn.
 
 
 def quantised_net(make_net: MakeNet, **form: Any) -> tuple[nn.Module, nn.Module]:
-    net, _ = to_deploy(make_net(depth=2, **form))
+    net, _ = to_deploy(make_net(depth=2, **form), torch.rand(1, 3, 32, 48))
     plan = make_plan(inspect_layers(net, torch.zeros(1, 3, 32, 48)), "int8")
     plan = plan.with_ranges(dict.fromkeys(plan.quantized_entries, 4.0))
     return net, apply_scales(net, plan_scales(net, plan))

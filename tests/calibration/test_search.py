@@ -33,7 +33,7 @@ TRANSFORM = Transform(resolution=(32, 32))
 @pytest.fixture(scope="module")
 def spoiled() -> tuple[Simulation, dict[str, str], ImageSource]:
     """A network, two of whose layers have a range so wide that they ruin the answers."""
-    deployed, _ = to_deploy(network())
+    deployed, _ = to_deploy(network(), torch.rand(1, 3, 32, 32))
     source = ImageSource([images(300)], TRANSFORM)
     plan = make_plan(inspect_layers(deployed, torch.zeros(1, 3, 32, 32)), "int8", "fp32")
     seen = calibrate(deployed, list(plan.quantized_entries), source.subset(16), "max")
@@ -153,7 +153,7 @@ def test_quantised_in_full_it_is_the_quantised_network(
     batch = images(4)
     plain, every = simulation.logits(batch), set(simulation.layers)
     quantized = simulation.logits(batch, inputs=every, weights=every)
-    deployed, _ = to_deploy(network())
+    deployed, _ = to_deploy(network(), torch.rand(1, 3, 32, 32))
     with torch.inference_mode():
         np.testing.assert_array_equal(plain, deployed(torch.from_numpy(batch)).numpy())
     one = simulation.layers[0]

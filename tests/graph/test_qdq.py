@@ -56,7 +56,7 @@ FORMS = [{}, {"multi_class_token": True, "num_classes": 20}]
 
 @pytest.mark.parametrize("form", FORMS)
 def test_graph_equals_the_eager_quantised_module(make_net: MakeNet, images: Tensor, form: dict[str, int]) -> None:
-    net, _ = to_deploy(make_net(depth=2, **form))
+    net, _ = to_deploy(make_net(depth=2, **form), images)
     scales = scales_for(net, images)
     quantized = apply_scales(net, scales)
     with torch.inference_mode():

@@ -40,7 +40,7 @@ def check_export(model: nn.Module, shape: tuple[int, int, int], runs: list[Run])
 
 
 def test_unrolled_graph_is_that_of_a_full_export(make_net: MakeNet, monkeypatch: pytest.MonkeyPatch) -> None:
-    net, _ = to_deploy(make_net(depth=4))
+    net, _ = to_deploy(make_net(depth=4), torch.rand(1, 3, 32, 48))
     images = torch.rand(2, 3, 32, 48)
     assert find_runs(net, images) == [Run("blocks", ("0", "1", "2", "3"))]
     unrolled = export.to_onnx(net, (3, 32, 48), BatchRange(), {})

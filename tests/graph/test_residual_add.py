@@ -36,7 +36,7 @@ def network(fill: ModuleType) -> nn.Module:
     """Two blocks per stage: the second of each adds its input as it is, the first that of a shortcut."""
     net = ResNet(block="basic", depths=(2, 1, 1, 1), num_classes=7)
     fill.fill_(net, 1)
-    return to_deploy(net.eval())[0]
+    return to_deploy(net.eval(), torch.rand(1, *SHAPE))[0]
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +49,11 @@ def scales(network: nn.Module, images: Tensor) -> dict[str, Quantization]:
     return plan_scales(network, plan.with_ranges(seen.ranges))
 
 
-def decide(branch: str, groups: int = 1) -> PlanEntry:
+def decide(branch: str, groups: int = 1, identity: tuple[str, ...] = ("relu", "dense")) -> PlanEntry:
     layers = [
         LayerFacts(path="conv", kind="Conv2d", rows=64, in_channels=64, out_channels=64, groups=groups),
         LayerFacts(path="dense", kind="Conv2d", rows=64, in_channels=64, out_channels=64),
-        LayerFacts(path="add", kind="ResidualAdd", branch=branch),
+        LayerFacts(path="add", kind="ResidualAdd", branch=branch, identity=identity),
     ]
     return make_plan(layers, "int8").entries[2]
 
@@ -62,6 +62,8 @@ def test_an_addition_is_int8_where_its_branch_is() -> None:
     assert (decide("conv").precision, decide("conv").reason[:13]) == ("int8", "identity only")
     for entry in (decide("conv", groups=64), decide("")):
         assert (entry.precision, entry.reason) == ("fp16", "its branch does not end in an INT8 layer")
+    stream = decide("conv", identity=("norm", "mlp.add"))
+    assert (stream.precision, stream.reason.split(":")[0]) == ("fp16", "no INT8 layer makes or reads its identity")
 
 
 def test_additions_alone_are_no_reason_for_int8() -> None:

@@ -46,7 +46,7 @@ def check_types(data: bytes, precision: int) -> None:
 
 @pytest.fixture(scope="module")
 def net(make_net: MakeNet) -> nn.Module:
-    return to_deploy(make_net(depth=2))[0]
+    return to_deploy(make_net(depth=2), torch.rand(1, *SHAPE))[0]
 
 
 def test_fp16_is_fp16_inside_and_float32_outside(net: nn.Module) -> None:

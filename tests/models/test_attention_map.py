@@ -113,7 +113,7 @@ def by_definition(network: nn.Module, path: str) -> npt.NDArray[np.float64]:
 
 
 def deployed(network: nn.Module) -> nn.Module:
-    return output_attention_map(to_deploy(network)[0], SHAPE)
+    return output_attention_map(to_deploy(network, torch.rand(1, *SHAPE))[0], SHAPE)
 
 
 def torch_outputs(function: Callable[[Tensor], Any]) -> Arrays:
@@ -167,7 +167,7 @@ def test_the_map_is_the_softmax_of_the_definition(networks: dict[str, nn.Module]
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_modules_and_plan_are_those_without_the_map(networks: dict[str, nn.Module], name: str) -> None:
-    plain, _ = to_deploy(networks[name])
+    plain, _ = to_deploy(networks[name], torch.rand(1, *SHAPE))
     both = output_attention_map(plain, SHAPE)
     leaves = [
         {path: type(module) for path, module in form.named_modules() if not list(module.children())}

@@ -39,10 +39,10 @@ def check_equal(plain: nn.Module, rewritten: nn.Module, fill: ModuleType, channe
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-def apply(rewrite: Callable[[nn.Module], int], model: nn.Module) -> tuple[Any, int]:
+def apply(rewrite: Callable[[nn.Module, Tensor], int], model: nn.Module) -> tuple[Any, int]:
     rewritten = copy.deepcopy(model)
     with torch.no_grad():
-        count = rewrite(rewritten)
+        count = rewrite(rewritten, torch.rand(1, 3, 48, 80))
     return rewritten, count
 
 
@@ -178,10 +178,12 @@ def test_to_deploy_leaves_the_given_model_alone(make_net: MakeNet, fill: ModuleT
     plain.head.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     needs = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
-    deployed, applied = to_deploy(plain)
+    deployed, applied = to_deploy(plain, torch.rand(1, 3, 48, 80))
     assert applied == {
         "fuse_reparametrizations": 0,
+        "lift_products": 0,
         "fold_batch_norm": 0,
+        "separate_additions": 0,
         "fold_layer_scale": 5,
         "fold_attention_scale": 1,
         "absorb_key_value": 1,
@@ -198,7 +200,7 @@ def test_to_deploy_leaves_the_given_model_alone(make_net: MakeNet, fill: ModuleT
 
 def test_to_deploy_shares_the_weights_it_does_not_change(make_net: MakeNet) -> None:
     plain = make_net()
-    given, deployed = plain.state_dict(), to_deploy(plain)[0].state_dict()
+    given, deployed = plain.state_dict(), to_deploy(plain, torch.rand(1, 3, 48, 80))[0].state_dict()
     shared = {name for name in given.keys() & deployed.keys() if given[name].data_ptr() == deployed[name].data_ptr()}
     folded = {f"blocks.{index}.attn.qkv_pos.5" for index in range(3)} | {"blocks_token_only.0.mlp.fc2"}
     own = {f"{layer}.{leaf}" for layer in folded for leaf in ("weight", "bias")}
@@ -209,7 +211,7 @@ def test_to_deploy_shares_the_weights_it_does_not_change(make_net: MakeNet) -> N
 def test_to_deploy_folds_batch_norm_without_touching_its_statistics(fill: ModuleType) -> None:
     plain = conv_bn(fill)
     before = copy.deepcopy(plain.state_dict())
-    deployed, applied = to_deploy(plain)
+    deployed, applied = to_deploy(plain, torch.rand(1, 3, 48, 80))
     assert applied["fold_batch_norm"] == 2
     assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in before.items())
     check_equal(plain, deployed, fill)
@@ -217,7 +219,7 @@ def test_to_deploy_folds_batch_norm_without_touching_its_statistics(fill: Module
 
 @pytest.mark.parametrize(("multi", "tokens"), [(False, 1), (True, 10)])
 def test_final_norm_sees_class_tokens_only(make_net: MakeNet, multi: bool, tokens: int) -> None:
-    deployed, _ = to_deploy(make_net(multi_class_token=multi))
+    deployed, _ = to_deploy(make_net(multi_class_token=multi), torch.rand(1, 3, 48, 80))
     shapes: list[torch.Size] = []
     deployed.get_submodule("norm").register_forward_hook(lambda _m, inputs, _o: shapes.append(inputs[0].shape))
     deployed(torch.zeros(2, 3, 64, 64))
@@ -309,10 +311,12 @@ def test_attention_pooling_is_absorbed(fill: ModuleType) -> None:
     assert isinstance(attn, AbsorbedAggregation)
     assert (attn.query.shape, attn.attend_token, attn.project_first) == ((1, 16), True, False)
     check_equal(plain, rewritten, fill)
-    folded, applied = to_deploy(plain)
+    folded, applied = to_deploy(plain, torch.rand(1, 3, 48, 80))
     assert applied == {
         "fuse_reparametrizations": 0,
+        "lift_products": 0,
         "fold_batch_norm": 0,
+        "separate_additions": 0,
         "fold_layer_scale": 2,
         "fold_attention_scale": 1,
         "absorb_key_value": 1,
@@ -339,8 +343,9 @@ def test_to_deploy_of_the_convolutional_networks(fill: ModuleType, name: str) ->
     make, counts, norms_left = CONVOLUTIONAL[name]
     plain = make()
     fill.fill_(plain, 2)
-    deployed, applied = to_deploy(plain.eval())
-    assert applied.pop("fuse_reparametrizations") == 0
+    deployed, applied = to_deploy(plain.eval(), torch.rand(1, 3, 48, 80))
+    for rewrite in ("fuse_reparametrizations", "lift_products", "separate_additions"):
+        assert applied.pop(rewrite) == 0
     assert list(applied.values()) == counts
     assert sum(isinstance(module, nn.BatchNorm2d) for module in deployed.modules()) == norms_left
     assert all(module.scale == 1.0 for module in deployed.modules() if isinstance(module, RelativeSelfAttention2d))

@@ -60,7 +60,7 @@ def test_features_of_the_stem_and_of_the_trunk(make_net: MakeNet, fill: ModuleTy
         hook.remove()
     with torch.inference_mode():
         features = net.stage_features(images)
-        deployed: Any = to_deploy(net)[0]
+        deployed: Any = to_deploy(net, images)[0]
         torch.testing.assert_close(deployed.stage_features(images), features, atol=1e-4, rtol=1e-4)
     grid = (2, 32, math.ceil(65 / patch), math.ceil(35 / patch))
     assert [feature.shape for feature in features] == [grid, grid]

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from pcn_deploy.models.deploy import share_weights, to_deploy
+from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.reparametrization import fuse_reparametrizations
+from pcn_deploy.models.sharing import share_weights
 
 IMAGES = torch.rand(2, 3, 8, 8)
 
@@ -42,7 +43,7 @@ def test_fused_weights_compute_the_same(computed: Callable[[nn.Module], nn.Modul
     names = sorted(net.state_dict())
     with torch.no_grad():
         expected = net(IMAGES)
-        deployed, rewrites = to_deploy(net)
+        deployed, rewrites = to_deploy(net, IMAGES)
         torch.testing.assert_close(deployed(IMAGES), expected, atol=1e-4, rtol=1e-4)
         assert torch.equal(net(IMAGES), expected) and sorted(net.state_dict()) == names, "the original is left alone"
     assert rewrites["fuse_reparametrizations"] == 2

@@ -238,7 +238,7 @@ def test_equal_blocks_of_an_augmented_resnet_are_found() -> None:
 def test_augmented_blocks_are_unrolled(fill: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     net = ResNet(**SHALLOW | {"depths": (1, 3, 1, 1)}, augmentation=PAPER)
     fill.fill_(net, 1)
-    deployed, _ = to_deploy(net.eval())
+    deployed, _ = to_deploy(net.eval(), torch.rand(1, 3, 64, 64))
     exported = exports_of(monkeypatch)
     unrolled = export.to_onnx(deployed, (3, 32, 48), BatchRange(), {})
     assert [len(model.layer2) for model in exported] == [2], "once, with one block of the run"
@@ -251,7 +251,7 @@ def test_a_block_that_passes_a_size_on_is_unrolled(fill: ModuleType, monkeypatch
     monkeypatch.setattr(mnasnet, "STAGES", (STAGES[0], dataclasses.replace(STAGES[2], blocks=3)))
     net = MnasNet(**MNAS, augmentation=PAPER)
     fill.fill_(net, 1)
-    deployed, _ = to_deploy(net.eval())
+    deployed, _ = to_deploy(net.eval(), torch.rand(1, 3, 64, 64))
     exported = exports_of(monkeypatch)
     graph = export.to_onnx(deployed, (3, 64, 64), BatchRange(), {})
     assert [len(model.blocks[2]) for model in exported] == [2], "once, with one block of the run"

@@ -69,7 +69,7 @@ def test_outlier_channels_stop_costing(name: str, make: Callable[[], nn.Sequenti
 @pytest.mark.parametrize("make", [relu_net, norm_net, depthwise_net, AugmentedPair, TwoReaders])
 def test_the_function_stays(name: str, make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(1)
-    net, _ = to_deploy(make().eval())
+    net, _ = to_deploy(make().eval(), torch.rand(1, 3, 32, 32))
     state = {key: tensor.clone() for key, tensor in net.state_dict().items()}
     layers = [path for path, layer in net.named_modules() if isinstance(layer, nn.Conv2d) and layer.groups == 1]
     changed, counts = apply_before(net, layers, source(), (name,))
@@ -83,7 +83,7 @@ def test_the_function_stays(name: str, make: Callable[[], nn.Module]) -> None:
 
 
 def test_both_sides_of_an_augmented_convolution_are_linked() -> None:
-    links = find_links(to_deploy(AugmentedPair().eval())[0])
+    links = find_links(to_deploy(AugmentedPair().eval(), torch.rand(1, 3, 32, 32))[0])
     inner = ("augmented.conv_out", "augmented.attention.conv_qkv")
     assert Link(("before",), inner) in links
     assert Link(("augmented.conv_out", "augmented.attention.attn_out"), ("after",)) in links
@@ -145,7 +145,7 @@ def test_a_network_that_cannot_be_traced_stays() -> None:
 
 
 def test_the_norm_of_each_trunk_block_is_linked(make_net: Callable[..., PatchConvNet]) -> None:
-    links = find_links(to_deploy(make_net(depth=2))[0])
+    links = find_links(to_deploy(make_net(depth=2), torch.rand(1, 3, 32, 48))[0])
     assert [link for link in links if "norm1" in link.producers[0]] == [
         Link((f"blocks.{index}.norm1",), (f"blocks.{index}.attn.qkv_pos.0",)) for index in range(2)
     ]
