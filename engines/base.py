@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.errors import DataError, DependencyError
+from pcn_deploy.errors import DataError, DependencyError, ExecutionError, PcnDeployError
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.specs import EngineSpec, TensorSpec
 
@@ -90,6 +90,7 @@ class Session(ABC):
 
         Raises:
             DataError: If an input is missing, of another dtype or shape, or the batch is out of range.
+            ExecutionError: If the engine fails on them; the message holds its library's words.
         """
         expected = {tensor.name for tensor in self.spec.inputs}
         if set(inputs) != expected:
@@ -97,7 +98,15 @@ class Session(ABC):
             raise DataError(msg)
         for tensor in self.spec.inputs:
             self._check(tensor, inputs[tensor.name])
-        return self._run_impl({name: np.ascontiguousarray(array) for name, array in inputs.items()})
+        given = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        try:
+            return self._run_impl(given)
+        except PcnDeployError:
+            raise
+        except Exception as error:  # the libraries' exceptions share no base
+            shapes = {name: array.shape for name, array in given.items()}
+            msg = f"The engine fails on inputs of shape {shapes}: {error}. Build it again, or report it with the graph."
+            raise ExecutionError(msg) from error
 
     def _check(self, tensor: TensorSpec, array: Array) -> None:
         low, high = self.spec.batch.min, self.spec.batch.max

@@ -20,7 +20,7 @@ from pcn_deploy.calibration.evaluation import Answers
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.engines.base import Array, Backend, GraphSource
 from pcn_deploy.engines.registry import get_backend
-from pcn_deploy.errors import DataError, DependencyError, ModelError
+from pcn_deploy.errors import DataError, DependencyError, ExecutionError, ModelError
 from pcn_deploy.memory import release_unused
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.parity import ParityBudget, ParityReport, least_sqnr_db
@@ -221,6 +221,7 @@ def _add_graphs(bundle: Bundle, network: Prepared, options: CompileOptions, prog
 
     from pcn_deploy.calibration.quantized import apply_scales
     from pcn_deploy.graph.export import engine_spec, release_weights, serialise, to_onnx
+    from pcn_deploy.graph.portable import make_portable
     from pcn_deploy.graph.torchscript import to_torchscript
     from pcn_deploy.graph.typed import reduce_precision
 
@@ -240,6 +241,7 @@ def _add_graphs(bundle: Bundle, network: Prepared, options: CompileOptions, prog
     layers, operations = network.plan.types(), network.plan.types(operations=True)
     if {options.graph_type, *layers.values(), *operations.values()} != {"fp32"}:
         reduce_precision(graph, options.graph_type, layers, operations)
+    make_portable(graph.graph)
     spec = engine_spec(graph, options.batch)
     bundle.manifest["interface"] = spec.to_json()
     bundle.add("model.onnx", serialise(graph))
@@ -290,8 +292,8 @@ def _outputs(target: str, graph: bytes, spec: EngineSpec, images: npt.NDArray[np
         with backend.open(graph, spec) as session:
             found = session.run({spec.inputs[0].name: images})
             return [found[tensor.name] for tensor in spec.outputs]
-    except RuntimeError as error:  # what a scripted module raises when it runs
-        msg = f"{backend.member} cannot be executed: {str(error).strip().splitlines()[-1]}"
+    except ExecutionError as error:  # __cause__ is what a scripted module raises when it runs
+        msg = f"{backend.member} cannot be executed: {str(error.__cause__).strip().splitlines()[-1]}"
         raise ModelError(msg) from error
 
 
@@ -329,6 +331,7 @@ def _prove(
     found = tuple(replace(reports[executed_by], target=target) for target, executed_by in by.items())
     for report in found:
         bundle.add_json(f"parity/{report.target}.json", report.to_json())
+        bundle.manifest["notes"] += [note for note in report.notes if note not in bundle.manifest["notes"]]
     return found, tuple(replace(proofs[executed_by], target=target) for target, executed_by in by.items() if proofs)
 
 

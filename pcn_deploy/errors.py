@@ -12,6 +12,8 @@ The tree is shallow, so that a caller can catch by cause::
     ├── IncompatibleError     an engine that does not fit this device or this library version
     ├── BundleError           a bundle that is corrupt, altered, of a newer schema or not trusted
     ├── BuildError            the backend refused or failed to build an engine
+    ├── ExecutionError        an engine that fails while it runs
+    ├── StockSessionError     a graph that ONNX Runtime with default options refuses, or crashes on
     ├── ProcessError          another process of the same run that died or cannot be reached
     └── DependencyError       a package or library that is missing; the message holds the pip line
 
@@ -58,6 +60,14 @@ class BundleError(PcnDeployError):
 
 class BuildError(PcnDeployError):
     """A backend refused the graph or failed to build an engine from it."""
+
+
+class ExecutionError(PcnDeployError):
+    """An engine failed while it ran on inputs that fit it."""
+
+
+class StockSessionError(PcnDeployError):
+    """ONNX Runtime with default options, in a process of its own, refused a graph or crashed on it."""
 
 
 class ProcessError(PcnDeployError):

@@ -89,6 +89,7 @@ class ParityReport:
         failures: One sentence per limit that was broken.
         unreadable: Image files that could not be read and were left out.
         executions: Metrics of further executions of the same graph, by their name; their failures are among `failures`.
+        notes: What does not fail the verdict, but has to be known, such as an execution that another program refused.
     """
 
     target: str
@@ -100,6 +101,7 @@ class ParityReport:
     failures: tuple[str, ...] = field(default=())
     unreadable: int = 0
     executions: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return not self.failures
@@ -119,7 +121,7 @@ class ParityReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `verify --json` prints them and the bundle holds them."""
-        return {"passed": self.passed, **asdict(self), "failures": list(self.failures)}
+        return {"passed": self.passed, **asdict(self), "failures": list(self.failures), "notes": list(self.notes)}
 
 
 def report_from_json(data: dict[str, Any]) -> ParityReport:
@@ -139,6 +141,7 @@ def report_from_json(data: dict[str, Any]) -> ParityReport:
         failures=tuple(data["failures"]),
         unreadable=int(data["unreadable"]),
         executions=dict(data.get("executions", {})),  # bundles of 0.1.0 have none
+        notes=tuple(data.get("notes", ())),
     )
 
 

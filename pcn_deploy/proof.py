@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pcn_deploy.bundle import Bundle
 from pcn_deploy.engines.base import Session
 from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.engines.stock import open_stock
+from pcn_deploy.errors import StockSessionError
 from pcn_deploy.parity import ParityBudget, ParityReport
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine, executor
@@ -28,7 +30,8 @@ class Execution:
     Attributes:
         name: What reports call it.
         applies: Whether it says something of a bundle with this manifest (`precision`, `remainder`).
-        open: Opens a session on the bytes of the graph.
+        open: Opens a session on the bytes of the graph. A `StockSessionError` from it or its session is noted, and
+            does not fail the verdict.
     """
 
     name: str
@@ -44,6 +47,8 @@ def _open_rounded(data: bytes, spec: EngineSpec) -> Session:
 
 EXECUTIONS: tuple[Execution, ...] = (
     Execution(name="rounded", applies=lambda manifest: manifest["remainder"] != "fp32", open=_open_rounded),
+    # ONNX Runtime has no BF16 on the CPU
+    Execution(name="stock", applies=lambda manifest: manifest["remainder"] != "bf16", open=open_stock),
 )
 """In every build, beside the engine of each target that is made from the graph."""
 
@@ -74,8 +79,11 @@ def prove(bundle: Bundle, target: str, budget: ParityBudget | None = None, progr
         return report
     for execution in EXECUTIONS:
         if execution.applies(bundle.manifest):
-            with Engine(bundle, target, execution.name, execution.open(bundle.read(GRAPH), spec)) as engine:
-                report = report.with_execution(verify_golden(engine, budget, _named(progress, execution.name)))
+            try:
+                with Engine(bundle, target, execution.name, execution.open(bundle.read(GRAPH), spec)) as engine:
+                    report = report.with_execution(verify_golden(engine, budget, _named(progress, execution.name)))
+            except StockSessionError as error:
+                report = replace(report, notes=(*report.notes, str(error)))
     return report
 
 

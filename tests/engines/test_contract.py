@@ -19,6 +19,7 @@ from pcn_deploy.errors import (
     BuildError,
     DataError,
     DependencyError,
+    ExecutionError,
     IncompatibleError,
     OptionError,
     PcnDeployError,
@@ -58,6 +59,10 @@ class ContractTemplate(ABC):
     @abstractmethod
     def broken(self) -> list[GraphSource]:
         """Graphs that cannot become an engine that opens."""
+
+    @abstractmethod
+    def failing(self) -> GraphSource:
+        """A graph that opens, and fails when it runs."""
 
     @property
     def backend(self) -> Backend:
@@ -143,6 +148,11 @@ class ContractTemplate(ABC):
                 self.backend.open(self.backend.build(source).data, SPEC)
             assert len(str(caught.value)) > 20
 
+    def test_what_fails_when_it_runs_is_said_in_our_words(self) -> None:
+        session = self.backend.open(self.backend.build(self.failing()).data, SPEC)
+        with session, pytest.raises(ExecutionError, match=r"fails on inputs of shape \{'images': \(3, 3, 2, 2\)\}: .*"):
+            session.run({"images": images()})
+
     def test_bytes_that_are_no_engine(self) -> None:
         with pytest.raises(IncompatibleError, match=r"cannot load"):
             self.backend.open(b"no engine at all", SPEC)
@@ -168,11 +178,14 @@ class TestOnnxRuntime(ContractTemplate):
     missing = "onnxruntime"
 
     def source(self) -> GraphSource:
-        return self._graph("ReduceSum")
+        return self._graph("ReduceSum", keepdims=0)
 
     def broken(self) -> list[GraphSource]:
         good = self.source()
         return [self._graph("NoSuchOperator"), replace(good, onnx=b""), replace(good, onnx=good.read_onnx()[:-20])]
+
+    def failing(self) -> GraphSource:
+        return self._graph("Reshape")
 
     def test_a_library_that_does_not_load(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "onnxruntime.py").write_text("raise ImportError('libgomp.so.1: cannot open')")
@@ -184,10 +197,10 @@ class TestOnnxRuntime(ContractTemplate):
         with pytest.raises(DependencyError, match="--force-reinstall"):
             self.backend.build(self.source())
 
-    def _graph(self, operator: str) -> GraphSource:
+    def _graph(self, operator: str, **attributes: int) -> GraphSource:
         info, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
         graph = onnx.helper.make_graph(
-            [onnx.helper.make_node(operator, ["images", "axes"], ["logits"], keepdims=0)],
+            [onnx.helper.make_node(operator, ["images", "axes"], ["logits"], **attributes)],
             "sum",
             [info("images", kind, ["batch", 3, 2, 2])],
             [info("logits", kind, ["batch", 3])],
@@ -202,15 +215,26 @@ class _Sum(torch.nn.Module):  # type: ignore[name-defined,misc]
         return images.sum((2, 3))
 
 
+class _Reshaped(torch.nn.Module):  # type: ignore[name-defined,misc]
+    def forward(self, images: torch.Tensor) -> torch.Tensor:  # type: ignore[name-defined]
+        return images.reshape(2, 3)
+
+
 class TestTorchScript(ContractTemplate):
     target = "torchscript"
     missing = "torch"
 
     def source(self) -> GraphSource:
+        return self._scripted(_Sum())
+
+    def failing(self) -> GraphSource:
+        return self._scripted(_Reshaped())
+
+    def _scripted(self, module: torch.nn.Module) -> GraphSource:  # type: ignore[name-defined]
         buffer = io.BytesIO()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            torch.jit.save(torch.jit.script(_Sum()), buffer)
+            torch.jit.save(torch.jit.script(module), buffer)
         return GraphSource(onnx=b"", torchscript=buffer.getvalue(), spec=SPEC)
 
     def broken(self) -> list[GraphSource]:
