@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -74,6 +76,24 @@ def progress_bars(*, quiet: bool) -> Iterator[ProgressCallable]:
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         yield _Bars(progress)
+
+
+@contextmanager
+def user_code() -> Iterator[None]:
+    """Within the body what a network's own code prints goes to stderr: stdout is for our result."""
+    with redirect_stdout(sys.stderr):
+        try:
+            kept = os.dup(1)
+        except OSError:  # no stdout at all
+            yield
+            return
+        try:
+            os.dup2(2, 1)  # for what is printed below Python
+            yield
+        finally:
+            ctypes.CDLL(None).fflush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def note(text: str, *, quiet: bool) -> None:

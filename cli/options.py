@@ -23,6 +23,8 @@ from pcn_deploy.provenance import ModelSource
 from pcn_deploy.specs import BatchRange
 
 ALL_RECOVERIES = "all"
+CHECKPOINT_WEIGHTS = ("auto", "ema", "raw")
+"""`models.containers.CHOICES`, which needs torch."""
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -203,6 +205,14 @@ def network_options(command: Command) -> Command:
     """Which network, with which weights."""
     decorators = [
         weights_option,
+        click.option(
+            "--checkpoint-weights",
+            type=click.Choice(CHECKPOINT_WEIGHTS),
+            default="auto",
+            show_default=True,
+            help="Of a checkpoint that holds an average (EMA) too: the averaged or the raw weights; auto takes those "
+            "that the tools of the field evaluate, and says which.",
+        ),
         click.option("--random-weights", is_flag=True, help="Use freshly initialised weights instead of --weights."),
         click.option(
             "--num-classes", type=click.IntRange(min=1), metavar="N", help="Logits. [default: as the checkpoint]"
@@ -341,5 +351,10 @@ def source_of(given: dict[str, Any]) -> ModelSource:
     """
     check_weights_choice(find_model(given["model"]), given["weights"], random_weights=given["random_weights"])
     return ModelSource(
-        model=given["model"], weights=given["weights"], num_classes=given["num_classes"], seed=given["seed"]
+        model=given["model"],
+        weights=given["weights"],
+        num_classes=given["num_classes"],
+        seed=given["seed"],
+        random_weights=given["random_weights"],
+        checkpoint_weights=given["checkpoint_weights"],
     )

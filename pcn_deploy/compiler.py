@@ -95,7 +95,7 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
             within `options.max_drop` with 95 % confidence, and for INT8 the plan is searched so that it does. With a
             budget for INT8 and no images here, all calibration images judge.
         search_record: File in which the search keeps its measurements, so that a killed build goes on with them.
-        provenance: Where the network comes from, kept in the manifest as it is.
+        provenance: Where the network comes from, kept in the manifest as it is, but for `notes`, which go to the notes.
         progress: Told how far each step is.
 
     Returns:
@@ -124,8 +124,10 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
         judges = Judges.share_out(answers, options.budget.top1_drop, searching=options.quantizes)
         if options.quantizes:
             network, found = search_plan(network, judges, search_record, progress)
-    bundle = _new_bundle(network, options, source, provenance or {})
-    bundle.manifest["notes"] += dict.fromkeys(note for images in (source, judged_by) if images for note in images.notes)
+    origin = _origin(model, provenance or {})
+    notes = [*origin.pop("notes", ()), *network.notes]
+    notes += [note for images in (source, judged_by) if images for note in images.notes]
+    bundle = _new_bundle(network, options, source, origin, list(dict.fromkeys(notes)))
     bundle.add("golden.npz", _npz(_golden_set(model, options, source, progress)))
     del model  # no longer needed; the caller may keep it
     plan, spec = network.plan, _add_graphs(bundle, network, options, progress)
@@ -188,7 +190,11 @@ def _golden_set(
 
 
 def _new_bundle(
-    network: Prepared, options: CompileOptions, source: ImageSource | None, provenance: dict[str, Any]
+    network: Prepared,
+    options: CompileOptions,
+    source: ImageSource | None,
+    provenance: dict[str, Any],
+    notes: list[str],
 ) -> Bundle:
     """A bundle that holds the decisions: manifest, plan and calibration."""
     calibration = network.calibration
@@ -200,7 +206,7 @@ def _new_bundle(
         "calibration": {**calibration.summary(), **_recovery(network)} if calibration else None,
         "golden": source.name if source else NOISE,
         "rewrites": network.rewrites,
-        "notes": list(network.notes),
+        "notes": notes,
         "parity_budget": asdict(options.budget),
         "provenance": {**provenance, "built_by": _versions(), "host": platform.platform()},
     }
@@ -209,6 +215,13 @@ def _new_bundle(
     if calibration:
         bundle.add_json("calibration.json", calibration.to_json(network.scales))
     return bundle
+
+
+def _origin(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """Where the network comes from, and the digest of its weights as they are."""
+    from pcn_deploy.calibration.cache import digest_weights
+
+    return {"weights_from": "memory", **given, "network_sha256": digest_weights(model)}
 
 
 def _recovery(network: Prepared) -> dict[str, Any]:

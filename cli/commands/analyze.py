@@ -93,11 +93,13 @@ def _analyze(given: dict[str, Any], processes: Processes) -> None:
         message = "Give images to calibrate with: --calibration DIR or FILE.npz."
         raise DataError(message)
     if not processes.first:
-        take_part(source.create(), compile_options, calibration)
+        with display.user_code():
+            take_part(source.create(), compile_options, calibration)
         return
-    with display.progress_bars(quiet=quiet) as progress:
+    with display.user_code(), display.progress_bars(quiet=quiet) as progress:
+        made = source.make()
         found = analyze(
-            source.create(),
+            made.network,
             compile_options,
             calibration,
             evaluation=given["data"],
@@ -105,7 +107,7 @@ def _analyze(given: dict[str, Any], processes: Processes) -> None:
             record=given["output"].with_name(f"{given['output'].name}.partial"),
             progress=progress,
         )
-    for text in found.notes:
+    for text in (*made.notes, *found.notes):
         display.note(text, quiet=quiet)
     measurements = {"model": given["model"], "calibrator": compile_options.calibrator, **found.to_json()}
     given["output"].write_text(json.dumps(measurements, indent=1) + "\n", encoding="utf-8")

@@ -114,20 +114,21 @@ def _build(given: dict[str, Any], processes: Processes) -> None:
         calibration = synthetic_source(compile_options)
     impossible = (ModelError,) if given["precision"] == AUTO else ()  # process 0 then builds FP16 alone
     if not processes.first:
-        with suppress(*impossible):
+        with suppress(*impossible), display.user_code():
             take_part(source.create(), compile_options, calibration)
         return
     choice = None
-    with display.progress_bars(quiet=quiet) as progress:
+    with display.user_code(), display.progress_bars(quiet=quiet) as progress:
 
         def build(chosen: CompileOptions) -> CompileResult:
+            origin: dict[str, Any] = {}
             return compile(
-                _create(source, progress),  # without a name here, so that it is freed before the engines are built
+                _create(source, origin, progress),  # without a name here: it is freed before the engines are built
                 chosen,
                 calibration=calibration,
                 evaluation=given["data"],
                 search_record=given["output"].with_name(f"{given['output'].name}.search"),
-                provenance=source.describe(),
+                provenance=origin,
                 progress=progress,
             )
 
@@ -149,11 +150,13 @@ def _build(given: dict[str, Any], processes: Processes) -> None:
         raise ParityError(message)
 
 
-def _create(source: ModelSource, progress: Progress) -> nn.Module:
+def _create(source: ModelSource, origin: dict[str, Any], progress: Progress) -> nn.Module:
+    """The network; where it comes from is put into `origin`."""
     progress("Making the network", 0, 1)
-    network = source.create()
+    made = source.make()
+    origin.update(source.describe(made))
     progress("Making the network", 1, 1)
-    return network
+    return made.network
 
 
 def _with_recipe(given: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,13 @@ from pcn_deploy.calibration.recipe import write_recipe
 from pcn_deploy.cli import display, options
 from pcn_deploy.description import describe, plan_of
 
+_WEIGHTS = {
+    "file": "the checkpoint",
+    "random": "random numbers (--random-weights)",
+    "factory": "what the factory made or loaded (no --weights)",
+    "memory": "a network in memory",
+}
+
 
 @click.command("inspect")
 @options.bundle_argument
@@ -62,6 +69,7 @@ def _overview(found: dict[str, Any]) -> list[list[str]]:
         ["transform", _pairs(found["transform"])],
         ["calibration", _pairs(calibration) if calibration else "none"],
     ]
+    found["provenance"].update(weights_from=_WEIGHTS.get(found["provenance"].get("weights_from", "")))
     provenance = {
         key: value for key, value in found["provenance"].items() if key != "model" and value not in (None, {})
     }

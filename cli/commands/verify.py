@@ -14,7 +14,7 @@ from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.errors import ParityError
 from pcn_deploy.parity import ParityBudget, ParityReport, budget_for
-from pcn_deploy.provenance import ModelSource
+from pcn_deploy.provenance import make_again
 from pcn_deploy.runtime import load
 from pcn_deploy.verification import verify
 
@@ -78,13 +78,13 @@ def _verify(
     *,
     quiet: bool,
 ) -> ParityReport:
-    with load(file, target) as engine, display.progress_bars(quiet=quiet) as progress:
+    with display.user_code(), load(file, target) as engine, display.progress_bars(quiet=quiet) as progress:
         engine.bundle.check_members()
         manifest = engine.bundle.manifest
         budget = ParityBudget(**manifest["parity_budget"])
         if max_drop is not None:
             budget = replace(budget, top1_drop=budget_for(manifest["precision"], max_drop).top1_drop)
-        reference = ModelSource.from_manifest(manifest, weights).create() if data is not None else None
+        reference = make_again(manifest, weights) if data is not None else None
         source = data and ImageSource(data, engine.transform, limit=images, classes=classes)
         for text in source.notes if source else ():
             display.note(text, quiet=quiet)

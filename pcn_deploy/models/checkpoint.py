@@ -1,7 +1,6 @@
 """Reading weights: containers, safety, strictness.
 
-Pickles are read with `weights_only=True` only. The official PatchConvNet files come flat or wrapped; every container
-the authors used is accepted (facebookresearch/deit: `model`, `state_dict`, `model_ema`, prefix `module.`).
+Pickles are read with `weights_only=True` only. Which of the weights in a file are taken is decided in `containers.py`.
 """
 
 from __future__ import annotations
@@ -20,13 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from pcn_deploy.errors import CheckpointError
+from pcn_deploy.models.containers import AUTO, CONTAINERS, StateDict, Taken, choose_weights
 
 log = logging.getLogger(__name__)
-
-StateDict = dict[str, Tensor]
-
-CONTAINERS = ("model", "state_dict", "model_ema", "model_state_dict")
-"""Keys under which a state dict may be wrapped, first match wins."""
 
 COUNTER = ".num_batches_tracked"
 """Of batches that a BatchNorm saw in training: nothing reads it in evaluation, and a file halved as a whole has it in
@@ -35,25 +30,31 @@ float16, where it may have become infinite."""
 _SHOWN = 20
 
 
-def read_state_dict(path: Path) -> StateDict:
+def read_checkpoint(path: Path, which: str = AUTO) -> Taken:
     """Read a `.safetensors` file or a PyTorch checkpoint without executing anything in it.
 
     Args:
         path: The file.
+        which: Which weights to take where there are several, one of `containers.CHOICES`.
 
     Returns:
-        Tensors by name, on the CPU, the container removed.
+        Tensors by name, on the CPU, the container removed, and which they are.
 
     Raises:
         CheckpointError: If the file is missing, corrupt, holds other objects than tensors and plain values,
-            holds no tensors, or holds NaN or infinite values.
+            holds no tensors or none of the kind asked for, or holds NaN or infinite values.
     """
     if not path.is_file():
         msg = f"Weights file {str(path)!r} does not exist. Check the path given to --weights."
         raise CheckpointError(msg)
-    state = _unwrap(_read_safetensors(path) if _is_safetensors(path) else _read_pickle(path), path)
-    check_finite(state, str(path))
-    return state
+    taken = _unwrap(_read_safetensors(path) if _is_safetensors(path) else _read_pickle(path), path, which)
+    check_finite(taken.state, str(path))
+    return taken
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """The weights that `read_checkpoint` takes by default."""
+    return read_checkpoint(path).state
 
 
 def check_finite(state: StateDict, origin: str) -> None:
@@ -138,30 +139,23 @@ def _check_archive(path: Path) -> None:
         raise CheckpointError(msg)
 
 
-def _unwrap(content: Any, path: Path) -> StateDict:
-    for container in CONTAINERS:
-        if isinstance(content, dict) and isinstance(content.get(container), dict):
-            content = content[container]
-            break
-    tensors = (
-        {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-        if isinstance(content, dict)
-        else {}
-    )
-    if not tensors:
+def _unwrap(content: Any, path: Path, which: str) -> Taken:
+    taken = choose_weights(content, str(path), which) if isinstance(content, dict) else None
+    if taken is None:
         there = f" It has the keys {listed(map(repr, content))}." if isinstance(content, dict) and content else ""
         msg = (
             f"{path} holds no tensors by name. Expected a state dict, flat or under one of {', '.join(CONTAINERS)}."
             f"{there} Save it as torch.save(model.state_dict(), path)."
         )
         raise CheckpointError(msg)
-    return tensors
+    return taken
 
 
 def without_prefix(state: StateDict, expected: Iterable[str] = ()) -> StateDict:
     """Take off what all keys begin with and what is expected does not.
 
     Such are `module.` (DataParallel), `_orig_mod.` (torch.compile), `model.` and `backbone.` (a network in another).
+    The counter of an `AveragedModel` goes too.
 
     Args:
         state: Tensors by name.
@@ -170,6 +164,9 @@ def without_prefix(state: StateDict, expected: Iterable[str] = ()) -> StateDict:
     Returns:
         The same tensors; strict loading then judges whether they fit.
     """
+    expected = tuple(expected)
+    if "n_averaged" not in expected:
+        state = {name: value for name, value in state.items() if name != "n_averaged" or value.numel() > 1}
     while len(state) > 1 and len(heads := {name.partition(".")[0] for name in state}) == 1:
         prefix = f"{heads.pop()}."
         if not all(name.startswith(prefix) for name in state) or any(name.startswith(prefix) for name in expected):
@@ -190,6 +187,9 @@ def load_strict(model: nn.Module, state: StateDict, origin: str) -> None:
     Raises:
         CheckpointError: If a key is missing, extra or misshapen; all three lists are in the message.
     """
+    from pcn_deploy.models.deploy import unwrapped
+
+    model = unwrapped(model)
     state = _with_counters(model, _named_as(model, state))
     full = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     found = differences(model, state)
@@ -217,7 +217,10 @@ def _named_as(model: nn.Module, state: StateDict) -> StateDict:
     expected = list(model.state_dict())
     state = without_prefix(state, expected)
     prefix = ""
-    while expected and len(heads := {name.removeprefix(prefix).partition(".")[0] for name in expected}) == 1:
+    while expected and all("." in name.removeprefix(prefix) for name in expected):
+        heads = {name.removeprefix(prefix).partition(".")[0] for name in expected}
+        if len(heads) > 1:
+            break
         prefix += f"{heads.pop()}."
         if {prefix + name for name in state} == set(expected):
             state = {prefix + name: value for name, value in state.items()}

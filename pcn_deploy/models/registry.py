@@ -6,10 +6,12 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pcn_deploy.models.checkpoint import StateDict
+
+log = logging.getLogger(__name__)
 
 _DECIDED_BY_FILE = {"num_classes", "in_channels", "image_size"}
 """What a checkpoint may decide about an architecture whose name fixes the rest."""
@@ -59,6 +63,7 @@ def create_model(
     random_weights: bool = False,
     num_classes: int | None = None,
     seed: int = 0,
+    checkpoint_weights: str = "auto",
     **architecture: Any,
 ) -> nn.Module:
     """Make a network in evaluation mode, float32, on the CPU.
@@ -70,6 +75,8 @@ def create_model(
             bring weights of its own instead.
         num_classes: Number of logits; by default what the checkpoint holds, else the architecture's own.
         seed: Seed of the random weights.
+        checkpoint_weights: Of a checkpoint that holds an average too, take the `raw` or the averaged (`ema`) weights;
+            by default those that the tools of the field evaluate (`containers.py`), and a warning says which.
         **architecture: Further arguments of the network, such as `width`, `depth` and `patch` of a PatchConvNet.
 
     Returns:
@@ -81,6 +88,50 @@ def create_model(
         CheckpointError: If the checkpoint is unreadable, unsafe or does not fit.
         DependencyError: If torch is missing.
     """
+    made = make_model(
+        name,
+        weights=weights,
+        random_weights=random_weights,
+        num_classes=num_classes,
+        seed=seed,
+        checkpoint_weights=checkpoint_weights,
+        **architecture,
+    )
+    for note in made.notes:
+        log.warning(note)
+    return made.network
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeModel:
+    """A network, and which weights it has.
+
+    Attributes:
+        network: In evaluation mode.
+        weights_from: `file`, `random`, or `factory` where the user's own factory brought them.
+        checkpoint_weights: Which weights of the file were taken, `ema` or `raw`; empty where there is no file.
+        checkpoint_key: The key they were under, or the beginning of their names.
+        notes: What the user should know of them.
+    """
+
+    network: nn.Module
+    weights_from: str
+    checkpoint_weights: str = ""
+    checkpoint_key: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def make_model(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    random_weights: bool = False,
+    num_classes: int | None = None,
+    seed: int = 0,
+    checkpoint_weights: str = "auto",
+    **architecture: Any,
+) -> MadeModel:
+    """As `create_model`, and tell which weights the network has; raises the same."""
     info = find_model(name)
     check_weights_choice(info, weights, random_weights=random_weights)
     try:
@@ -89,7 +140,8 @@ def create_model(
         from pcn_deploy.models import checkpoint
     except ModuleNotFoundError as error:
         raise DependencyError.for_extra(error.name or "torch", "compile", "making a network") from error
-    state = checkpoint.read_state_dict(Path(weights)) if weights is not None else None
+    taken = checkpoint.read_checkpoint(Path(weights), checkpoint_weights) if weights is not None else None
+    state = taken.state if taken else None
     if num_classes is not None:
         architecture["num_classes"] = num_classes
     with torch.random.fork_rng(devices=[]), _default_dtype_kept():
@@ -112,7 +164,19 @@ def create_model(
     except NotImplementedError as error:
         msg = f"{name!r} returned a program of torch.export, which has no modules. Return the network it was made from."
         raise ModelError(msg) from error
-    return model
+    if taken:
+        notes = (taken.note,) if taken.note else ()
+        return MadeModel(
+            network=model,
+            weights_from="file",
+            checkpoint_weights=taken.kind,
+            checkpoint_key=taken.where,
+            notes=notes,
+        )
+    if info or random_weights:
+        return MadeModel(network=model, weights_from="random")
+    note = f"no --weights were given: the network has the weights that {name} makes or loads itself."
+    return MadeModel(network=model, weights_from="factory", notes=(note,))
 
 
 @contextmanager

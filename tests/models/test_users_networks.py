@@ -240,8 +240,8 @@ def test_masks_of_infinity_are_numbers(tmp_path: Path) -> None:
 
 
 def test_a_file_without_tensors_says_what_it_has(tmp_path: Path) -> None:
-    torch.save({"net": {"weight": torch.ones(2)}, "epoch": 3}, tmp_path / "odd.pth")
-    with pytest.raises(CheckpointError, match=r"It has the keys 'net', 'epoch'\. Save it as"):
+    torch.save({"student": {"w": torch.ones(2)}, "teacher": {"w": torch.ones(2)}, "epoch": 3}, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match=r"It has the keys 'student', 'teacher', 'epoch'\. Save it as"):
         read_state_dict(tmp_path / "odd.pth")
 
 

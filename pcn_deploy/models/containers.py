@@ -1,0 +1,217 @@
+"""Which weights a checkpoint holds: those of training, an average of them, or both; and which of them are taken.
+
+By default the ones that the tools of the field evaluate are taken. Sources:
+
+- timm, `models/_helpers.py load_state_dict(use_ema=True)`: `state_dict_ema`, then `model_ema`, then the raw ones. DeiT
+  writes `model_ema` too; its own `main.py --eval` loads `model`.
+- torchvision, `references/classification/train.py`: with `--model-ema` the average is evaluated; it is an
+  `AveragedModel`, with `module.` before each name and a counter `n_averaged`.
+- mmengine, `hooks/ema_hook.py before_save_checkpoint`: what the hook writes has been *exchanged*, so `state_dict` is
+  the average and `ema_state_dict` (`module.`, counter `steps`) the raw weights. mmcv did the same with buffers `ema_…`.
+- Lightning, `callbacks/weight_averaging.py`: `state_dict` is the average, `current_model_state` the raw weights.
+- Lightning modules that keep the average as a member: `ema_model.`, `model_ema.` beside `model.`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from pcn_deploy.errors import CheckpointError
+
+StateDict: TypeAlias = dict[str, Tensor]
+
+AUTO, EMA, RAW = "auto", "ema", "raw"
+CHOICES = (AUTO, EMA, RAW)
+RAW_FIRST = "raw-first"
+"""What bundles were built from before there was a choice: raw weights, averaged ones where there are no others."""
+
+CONTAINERS = ("model", "state_dict", "model_state_dict")
+"""Keys under which raw weights are looked for first."""
+
+_AVERAGED = re.compile(r"(^|[_.])(ema|swa|averaged?)([_.]|$)")
+_OTHERS = re.compile(r"optim|sched|scaler|loss|criterion|config|args|meta|hyper|callback|loop")
+COUNTERS = frozenset({"n_averaged", "steps", "step", "num_updates", "updates", "decay", "initted"})
+"""What averages count in tensors of one element beside the weights."""
+
+_INNER = ("module", "ema_model", "state_dict", "model")
+_WRAPPERS = ("module.", "ema_model.", "module.", "_orig_mod.")
+_SPELLINGS: tuple[Callable[[str], str], ...] = (
+    lambda name: name,
+    lambda name: name.replace(".", "_"),  # mmcv: buffers cannot have dots
+    lambda name: name.replace(".", ""),  # LitEma of latent diffusion
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One set of weights in a checkpoint, and where it was found: a key, or the beginning of names."""
+
+    state: StateDict
+    where: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """The weights that were taken.
+
+    Attributes:
+        state: Tensors by name.
+        kind: `ema` or `raw`.
+        where: The key they were under, or the beginning of their names; empty for a flat file.
+        note: What the user should know, where there was a choice.
+    """
+
+    state: StateDict
+    kind: str
+    where: str
+    note: str = ""
+
+
+def choose_weights(content: Mapping[Any, Any], origin: str, which: str = AUTO) -> Taken | None:
+    """Find the weights of a checkpoint and take some.
+
+    Args:
+        content: What the file holds.
+        origin: Its path, for messages.
+        which: One of `CHOICES`, or `RAW_FIRST`.
+
+    Returns:
+        The weights; None if there are none.
+
+    Raises:
+        CheckpointError: If it does not hold the kind that is asked for.
+    """
+    found = _find(content)
+    if not found:
+        return None
+    wanted = {AUTO: (EMA, RAW), RAW_FIRST: (RAW, EMA)}.get(which, (which,))
+    kind = next((kind for kind in wanted if kind in found), None)
+    if kind is None:
+        there, weights = next(iter(found.items()))
+        place = f"under {weights.where!r}" if weights.where else "without a container"
+        msg = f"{origin} holds no {_WORDS[which]} weights, only {_WORDS[there]} ones {place}. Leave the choice out."
+        raise CheckpointError(msg)
+    taken = found[kind]
+    if len(found) == 1:
+        return Taken(state=taken.state, kind=kind, where=taken.where)
+    note = (
+        f"{origin} holds averaged weights ({_place(found[EMA])}) and raw ones ({_place(found[RAW])}): the "
+        f"{_WORDS[kind]} ones were taken{_why(found, which)}; --checkpoint-weights {RAW if kind == EMA else EMA} takes "
+        "the others."
+    )
+    return Taken(state=taken.state, kind=kind, where=taken.where, note=note)
+
+
+_WORDS = {EMA: "averaged (EMA)", RAW: "raw"}
+
+
+def _place(weights: Weights) -> str:
+    return repr(weights.where) if weights.where else "the names without that"
+
+
+def _why(found: dict[str, Weights], which: str) -> str:
+    if which != AUTO:
+        return ""
+    if found[EMA].where in CONTAINERS:
+        return ", which the tool that wrote the file puts there for evaluation"
+    return ", as timm's loader does"
+
+
+def _find(content: Mapping[Any, Any]) -> dict[str, Weights]:
+    """The averaged and the raw weights, if there are any."""
+    held = {str(key): state for key, value in content.items() if (state := _tensors(value))}
+    flat = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if len(flat) > max(map(len, held.values()), default=0):
+        return _apart(Weights(flat, ""))
+    if {"state_dict", "current_model_state"} <= held.keys():  # Lightning
+        return {EMA: Weights(held["state_dict"], "state_dict"), RAW: _held(held, "current_model_state")}
+    weights = [key for key in held if not _OTHERS.search(key)]
+    averaged = next((key for key in weights if _AVERAGED.search(key)), "")
+    plain = [key for key in weights if not _AVERAGED.search(key)]
+    known = [key for key in CONTAINERS if key in held]
+    raw = max(known, key=lambda key: len(held[key])) if known else plain[0] if len(plain) == 1 else ""
+    found = _apart(_held(held, raw)) if raw else {}
+    if not averaged:
+        return found
+    if not raw:
+        return {EMA: Weights(_members(held[averaged]), averaged)}
+    if _is_exchanged(content, averaged):
+        return {EMA: found[RAW], RAW: Weights(_members(held[averaged]), averaged)}
+    whole = _mirrored(_members(held[averaged]), _members(held[raw]))
+    return {EMA: Weights(whole, averaged), RAW: found[RAW]} if whole else found
+
+
+def _held(held: dict[str, StateDict], key: str) -> Weights:
+    return Weights(held[key], key)
+
+
+def _is_exchanged(content: Mapping[Any, Any], key: str) -> bool:
+    """Whether it was mmengine that wrote the file: what is called the average is then the raw weights."""
+    meta, average = content.get("meta"), content[key]
+    by_name = isinstance(meta, Mapping) and "mmengine_version" in meta
+    return key == "ema_state_dict" and (by_name or "steps" in average)
+
+
+def _tensors(value: Any, depth: int = 2) -> StateDict:
+    """Tensors by name in a container, or in one inside it; nothing if it holds other things."""
+    if not isinstance(value, Mapping):
+        return {}
+    found = {str(name): tensor for name, tensor in value.items() if isinstance(tensor, Tensor)}
+    if len(found) > 1 or not depth:
+        return found
+    return next((inner for key in _INNER if (inner := _tensors(value.get(key), depth - 1))), found)
+
+
+def _members(state: StateDict) -> StateDict:
+    """The tensors of the network in the state of an object around it: without counters, and without its own name."""
+    for wrapper in _WRAPPERS:
+        state = {name: value for name, value in state.items() if name not in COUNTERS or value.numel() > 1}
+        inner = {name.removeprefix(wrapper): value for name, value in state.items() if name.startswith(wrapper)}
+        if len(inner) == len(state) or (inner and wrapper == "ema_model."):  # lucidrains keep `online_model.` beside it
+            state = inner
+    return {name: value for name, value in state.items() if name not in COUNTERS or value.numel() > 1}
+
+
+def _apart(weights: Weights) -> dict[str, Weights]:
+    """Weights of which some are an average of the others: both, if their names tell."""
+    state = weights.state
+    if "n_averaged" in state:
+        return {EMA: weights}
+    for head in sorted({name.partition(".")[0] for name in state if _AVERAGED.search(name.partition(".")[0])}):
+        average, rest = _split(state, f"{head}.")
+        for where, raw in [(weights.where, rest), *_groups({**rest, **_split(average, "online_model.")[0]})]:
+            if whole := _mirrored(_members(average), _members(raw)):
+                return {EMA: Weights(whole, f"{head}."), RAW: Weights(raw, where)}
+    kept, rest = _split(state, "ema_")
+    if kept and (whole := _mirrored(kept, rest)):  # mmcv, exchanged too
+        return {EMA: Weights(rest, weights.where), RAW: Weights(whole, "ema_")}
+    return {RAW: weights}
+
+
+def _split(state: StateDict, prefix: str) -> tuple[StateDict, StateDict]:
+    """What begins with a prefix, without it, and the rest."""
+    inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return inner, {name: value for name, value in state.items() if not name.startswith(prefix)}
+
+
+def _groups(state: StateDict) -> Iterator[tuple[str, StateDict]]:
+    """The parts of a state with one beginning each, largest first."""
+    heads = Counter(name.partition(".")[0] for name in state)
+    for head, _ in heads.most_common():
+        yield f"{head}.", _split(state, f"{head}.")[0]
+
+
+def _mirrored(average: StateDict, raw: StateDict) -> StateDict:
+    """The average under the names of the raw weights, buffers that it lacks from those; nothing if it is of others."""
+    for spelling in _SPELLINGS:
+        pairs = {name: average[spelling(name)] for name in raw if spelling(name) in average}
+        alike = all(value.shape == raw[name].shape for name, value in pairs.items())
+        if pairs and alike and len(pairs) == len(average) and 2 * len(pairs) >= len(raw):
+            return {**raw, **pairs}
+    return {}
