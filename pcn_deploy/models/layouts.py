@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from pcn_deploy.errors import CheckpointError
-from pcn_deploy.models.checkpoint import StateDict, listed
+from pcn_deploy.models.checkpoint import listed
+from pcn_deploy.models.containers import StateDict
 
 Read = tuple[StateDict, dict[str, Any]]
 

@@ -21,7 +21,7 @@ from pcn_deploy.models.catalogue import MODELS, ModelInfo
 if TYPE_CHECKING:
     from torch import nn
 
-    from pcn_deploy.models.checkpoint import StateDict
+    from pcn_deploy.models.containers import StateDict
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from pcn_deploy.errors import CheckpointError
-from pcn_deploy.models.checkpoint import StateDict, load_strict, read_state_dict, without_prefix
+from pcn_deploy.models.checkpoint import load_strict, read_state_dict, without_prefix
+from pcn_deploy.models.containers import StateDict
 from pcn_deploy.models.layouts import infer_patchconvnet, stack_class_heads
 from pcn_deploy.models.patchconvnet import PatchConvNet
 from pcn_deploy.models.registry import create_model

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from pcn_deploy.errors import CheckpointError
 from pcn_deploy.models.checkpoint import load_strict, read_checkpoint, without_prefix
@@ -49,7 +49,7 @@ def averaged_model() -> StateDict:
     """What torchvision's reference training saves as `model_ema`, by the class itself."""
     network = Net()
     network.load_state_dict(AVERAGE)
-    return dict(AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True).state_dict())
+    return dict(AveragedModel(network, use_buffers=True).state_dict())
 
 
 def parameters(given: StateDict) -> StateDict:

@@ -20,7 +20,7 @@ from pcn_deploy.errors import CheckpointError
 from pcn_deploy.models import layouts
 from pcn_deploy.models.augmentation import Augmentation
 from pcn_deploy.models.catalogue import LEGACY, MODELS
-from pcn_deploy.models.checkpoint import StateDict
+from pcn_deploy.models.containers import StateDict
 from pcn_deploy.models.mnasnet import MnasNet
 from pcn_deploy.models.registry import create_model
 from pcn_deploy.models.resnet import ResNet
