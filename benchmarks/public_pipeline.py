@@ -260,9 +260,9 @@ def main() -> None:
     options = parse()
     if options.child:
         results = run_stages(options)
-        (options.out / "stages.json").write_text(json.dumps(results), encoding="utf-8")
+        (options.out / "stages.json").write_text(json.dumps(results, allow_nan=False), encoding="utf-8")
         return
-    print(json.dumps(measure(options), indent=2))
+    print(json.dumps(measure(options), indent=2, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,54 @@ class PairedCounts:
         """The drop, in percentage points, that the true one exceeds with a probability of 5 % at most."""
         return 100 * _upper(self.lost, self.gained, self.images)
 
+    @property
+    def drop_shown(self) -> float:
+        """The drop, in percentage points, that the true one is below with a probability of 5 % at most.
+
+        Half a lost image is taken off, the usual correction for continuity: without it a single lost image of ten
+        would show a drop of a point.
+        """
+        return -100 * _upper(self.gained, max(self.lost - 0.5, 0.0), self.images)
+
+
+def judge_drop(counts: PairedCounts, budget: float) -> str:
+    """What answers to the same images tell of the drop of top-1.
+
+    Args:
+        counts: Images lost and gained.
+        budget: Largest drop, in percentage points.
+
+    Returns:
+        `proven` within the budget or `broken`, each with 95 % confidence; else `open`: so many images cannot tell.
+    """
+    if counts.drop_bound <= budget:
+        return "proven"
+    return "broken" if counts.drop_shown > budget else "open"
+
+
+def drop_failures(counts: PairedCounts, budget: float, *, to_prove: bool, given: int = 0) -> list[str]:
+    """What speaks against a pass, in words.
+
+    Args:
+        counts: Images lost and gained.
+        budget: Largest drop, in percentage points.
+        to_prove: Whether the drop must be proven within the budget; else it must not be shown to break it.
+        given: Images given in all, where some of them did not judge.
+    """
+    task = judge_drop(counts, budget)
+    if task == "broken":
+        shown = f"with {CONFIDENCE:.0%} confidence by more than {counts.drop_shown:.2f}"
+        return [f"top-1 drops by {counts.drop:.2f} points on {counts.images} images, {shown}: above {budget:.2f}"]
+    if task == "open" and to_prove:
+        needed = images_needed(counts, budget)
+        needed = needed and math.ceil(needed * (given or counts.images) / counts.images)
+        remedy = f"{needed} images would prove it at this rate" if needed else "more images will not help at this rate"
+        return [
+            f"top-1 drops by {counts.drop:.2f} points on {counts.images} images, with {CONFIDENCE:.0%} confidence by "
+            f"no more than {counts.drop_bound:.2f}, which is above {budget:.2f}; {remedy}"
+        ]
+    return []
+
 
 def images_needed(counts: PairedCounts, budget: float) -> int | None:
     """Number of images that would prove a drop within `budget` percentage points, at the rates seen so far.

@@ -72,7 +72,7 @@ class Processes:
         Raises:
             DataError: If a process has others than process 0.
         """
-        every = [json.loads(text) for text in self.gather(json.dumps(facts).encode())]
+        every = [json.loads(text) for text in self.gather(json.dumps(facts, allow_nan=False).encode())]
         for rank, theirs in enumerate(every):
             differing = [key for key in facts if theirs[key] != every[0][key]]
             if differing:

@@ -12,6 +12,7 @@ from pcn_deploy.calibration.bound import PairedCounts
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.labels import LabelCheck
 from pcn_deploy.errors import DataError
+from pcn_deploy.metrics import NO_CLASS, answers
 from pcn_deploy.progress import Progress, silent
 
 BATCH = 16
@@ -56,10 +57,11 @@ class Answers:
         progress(step, 0, len(source), "images")
         for images, labels in source.batches(BATCH):
             logits = forward(images)
-            if not np.isfinite(logits).all():
-                msg = "The network returns NaN or infinite logits on the images; nothing can be compared with it."
+            reference.append(answers(logits))
+            if (broken := np.flatnonzero(reference[-1] == NO_CLASS)).size:
+                name = source.name_of(images[broken[0]])
+                msg = f"The network returns NaN or infinite logits for {name}; nothing can be compared with it."
                 raise DataError(msg)
-            reference.append(logits.argmax(1))
             labelling.update(labels, logits)
             expected.append(reference[-1] if labels is None else labels)
             done += len(images)
@@ -86,20 +88,27 @@ class Answers:
         return self.select(np.unique(np.linspace(0, len(self) - 1, count).round().astype(np.intp)))
 
     def predict(self, forward: Forward, progress: Progress = silent, step: str = "Answers") -> npt.NDArray[np.int64]:
-        """The answers of a form of the network, `(N,)`."""
+        """The answers of a form of the network, `(N,)`; `NO_CLASS` where its logits are not finite."""
         found: list[npt.NDArray[np.int64]] = []
         progress(step, 0, len(self), "images")
         for images, _ in self.source.batches(BATCH):
-            found.append(forward(images).argmax(1))
+            found.append(answers(forward(images)))
             progress(step, sum(map(len, found)), len(self), "images")
         return np.concatenate(found)
 
-    def count(self, answers: npt.NDArray[np.int64]) -> PairedCounts:
-        """Images lost and gained by answers to the first of the images, `(n,)` with n at most N."""
-        seen = slice(len(answers))
-        right = answers == self.expected[seen]
-        was_right = self.reference[seen] == self.expected[seen]
-        return PairedCounts(len(self), int((was_right & ~right).sum()), int((~was_right & right).sum()))
+    def count(self, found: npt.NDArray[np.int64]) -> PairedCounts:
+        """Images lost and gained by answers to the first of the images, `(n,)` with n at most N.
+
+        An image without an answer is lost, also where the trained network was wrong.
+        """
+        seen = slice(len(found))
+        right = found == self.expected[seen]
+        could_lose = (self.reference[seen] == self.expected[seen]) | (found == NO_CLASS)
+        return PairedCounts(len(self), int((could_lose & ~right).sum()), int((~could_lose & right).sum()))
+
+    def unanswered(self, found: npt.NDArray[np.int64]) -> tuple[str, ...]:
+        """Names of the images that have no answer among `found`, `(N,)`."""
+        return tuple(self.source.item_name(index) for index in np.flatnonzero(found == NO_CLASS).tolist())
 
     def compare(self, forward: Forward, stop: Callable[[int, PairedCounts], bool]) -> PairedCounts:
         """Count the images that a form of the network lost or gained.
@@ -109,9 +118,9 @@ class Answers:
             stop: Asked after every batch with the number of images seen and the counts so far, over all N images; true
                 ends the comparison.
         """
-        answers = np.zeros(0, np.int64)
+        found = np.zeros(0, np.int64)
         for images, _ in self.source.batches(BATCH):
-            answers = np.append(answers, forward(images).argmax(1))
-            if stop(len(answers), self.count(answers)):
+            found = np.append(found, answers(forward(images)))
+            if stop(len(found), self.count(found)):
                 break
-        return self.count(answers)
+        return self.count(found)

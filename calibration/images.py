@@ -34,10 +34,11 @@ _SHA256_BYTES = 32
 
 @dataclass(frozen=True)
 class Sample:
-    """One transformed image `(C, H, W)`, float32, and its class if known."""
+    """One transformed image `(C, H, W)`, float32, its class if known, and its name."""
 
     image: ImageArray
     label: int | None
+    name: str = ""
 
 
 class ImageSource:
@@ -142,8 +143,7 @@ class ImageSource:
     def _spread(self, count: int) -> None:
         """Keep `count` items at even distances."""
         if count < len(self._items):
-            chosen = np.linspace(0, len(self._items) - 1, count).round().astype(int)
-            self._items = [self._items[index] for index in chosen]
+            self._items = [self._items[index] for index in spread(len(self._items), count)]
 
     def select(self, indices: Iterable[int]) -> ImageSource:
         """Some of the images, in the order of `indices`."""
@@ -220,6 +220,16 @@ class ImageSource:
             raise DataError(msg)
         self.digest = hashlib.sha256(fingerprints[read].tobytes()).hexdigest()
 
+    def item_name(self, index: int) -> str:
+        """Name of the image with this number."""
+        return self._items[index].name
+
+    def name_of(self, image: ImageArray) -> str:
+        """Name of an image that this process read in the current pass."""
+        digest = np.frombuffer(hashlib.sha256(np.ascontiguousarray(image).data).digest(), np.uint8)
+        (found,) = np.nonzero((self.fingerprints == digest).all(1))
+        return self._items[found[0]].name if len(found) else self.name
+
     def _begin(self) -> None:
         self.unreadable = []
         self.fingerprints = np.zeros((len(self._items), _SHA256_BYTES), np.uint8)
@@ -238,7 +248,7 @@ class ImageSource:
                 continue
             self._check(image, item.name)
             self.fingerprints[index] = np.frombuffer(hashlib.sha256(image.data).digest(), np.uint8)
-            yield Sample(image, item.label)
+            yield Sample(image, item.label, item.name)
 
     def _stack(self, group: list[Sample]) -> tuple[ImageArray, npt.NDArray[np.int64] | None]:
         images = np.stack([sample.image for sample in group])
@@ -269,6 +279,11 @@ class ImageSource:
         if not np.isfinite(image).all():
             msg = f"{name} holds NaN or infinite values. Remove it, or mend what produced it."
             raise DataError(msg)
+
+
+def spread(length: int, count: int) -> npt.NDArray[np.int64]:
+    """Indices of at most `count` of `length` items, at even distances."""
+    return np.linspace(0, length - 1, min(count, length)).round().astype(np.int64)
 
 
 def _bounds(count: int, size: int) -> list[tuple[int, int]]:

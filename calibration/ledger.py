@@ -44,7 +44,7 @@ class Ledger:
     def __init__(self, path: Path | None, identity: dict[str, Any]) -> None:
         self._path = path
         self._found: dict[str, Any] = {}
-        head = json.loads(json.dumps({"version": _VERSION, **identity}))
+        head = json.loads(json.dumps({"version": _VERSION, **identity}, allow_nan=False))
         if path is not None and path.exists():
             self._read(path, head)
         else:
@@ -59,7 +59,7 @@ class Ledger:
 
     def __setitem__(self, name: str, value: Any) -> None:
         self._found[name] = value
-        self._write(json.dumps([name, value, _checksum(name, value)]))
+        self._write(json.dumps([name, value, _checksum(name, value)], allow_nan=False))
 
     def remove(self) -> None:
         """Delete the file: the run is complete."""

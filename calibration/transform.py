@@ -121,7 +121,7 @@ class Transform:
         Raises:
             DataError: If nothing says how bright the image is, or the network takes other channels than images have.
         """
-        return self._normalised(self._cropped(to_pixels(image, self)))
+        return self.normalise(self._cropped(to_pixels(image, self)))
 
     def of_array(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Transform pixels `(H, W, C)`; C is what the network takes, and grey and RGB stand for each other as in files.
@@ -141,7 +141,7 @@ class Transform:
             msg = f"has {channels} channels; the network takes {len(self.mean)}. Give a mean and std for each channel."
             raise DataError(msg)
         planes = [self._cropped(Image.fromarray(np.ascontiguousarray(pixels[..., one]))) for one in range(channels)]
-        return self._normalised(np.concatenate(planes, axis=2))
+        return self.normalise(np.concatenate(planes, axis=2))
 
     def _cropped(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         """Resize and crop; uint8 `(H, W, C)`."""
@@ -155,7 +155,15 @@ class Transform:
         crop = image.crop((left, top, left + width, top + height))
         return np.asarray(crop).reshape(height, width, -1)
 
-    def _normalised(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def normalise(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Order the channels, scale to [0, 1], take off their mean and divide by their standard deviation.
+
+        Args:
+            pixels: RGB or grey, `(H, W, C)`, uint8.
+
+        Returns:
+            float32 `(C, H, W)`.
+        """
         ordered = pixels[..., ::-1] if self.channel_order == "bgr" else pixels
         unit = ordered.astype(np.float32) / np.float32(255)
         normal = np.subtract(unit, np.array(self.mean, np.float32)) / np.array(self.std, np.float32)

@@ -6,7 +6,7 @@ import ctypes
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,7 @@ def note(text: str, *, quiet: bool) -> None:
 
 def print_json(data: dict[str, Any]) -> None:
     """Print one JSON object on stdout."""
-    click.echo(json.dumps(data, indent=2))
+    click.echo(json.dumps(data, indent=2, allow_nan=False))
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -187,27 +187,31 @@ def proof_row(proof: BudgetProof) -> list[str]:
         f"{counts.drop:.2f}",
         f"{counts.drop_bound:.2f}",
         f"{proof.budget:.2f}",
-        "within" if proof else "BROKEN",
+        {"proven": "within", "broken": "BROKEN", "open": "NOT PROVEN" if proof.asked else "open"}[proof.verdict],
     ]
 
 
-def proof_basis(proof: BudgetProof) -> str:
-    """What a proof rests on."""
+def basis(manifest: dict[str, Any], proofs: Sequence[BudgetProof]) -> list[str]:
+    """What the verdict of a build rests on."""
+    judged = manifest["judged"]
+    golden = counted(judged["golden_images"], "image")
+    seen = "They calibrated the engine too" if judged["golden_calibrated"] else "They did not calibrate the engine"
+    lines = [
+        f"Golden set: {golden}, from {manifest['golden']}. {seen}. {judged['edge_images']} edge images beside them."
+    ]
+    if not proofs:
+        return [*lines, f"The accuracy was not judged: {judged['accuracy']}"]
+    proof, counts = proofs[0], proofs[0].counts
     trained = f"labels of {proof.data}, of which the trained network gets {proof.top1:.2f} %"
     right = trained if proof.labelled else f"answers of the trained network to {proof.data} (there are no labels)"
     images = "none of these images chose the plan" if proof.held_out else "these images chose the plan too"
-    return f"Judged by the {right}; {images}. One-sided 95 % bound: inverted McNemar test (Tango 1998)."
-
-
-def broken_budget(proof: BudgetProof) -> str:
-    """Why a proof failed, and what would mend it."""
-    counts = proof.counts
-    needed = proof.images_needed
-    remedy = f"{needed} images would prove it at this rate" if needed else "more images will not help at this rate"
-    return (
-        f"{proof.target}: top-1 drops by {counts.drop:.2f} points, with 95 % confidence by no more than "
-        f"{counts.drop_bound:.2f}, which is above {proof.budget:.2f}; {remedy}"
-    )
+    lines.append(f"Accuracy: judged on {counted(counts.images, 'image')} by the {right}; {images}.")
+    lines.append("One-sided 95 % bound: inverted McNemar test (Tango 1998).")
+    if any(one.verdict == "open" for one in proofs):
+        needed = max(one.images_needed or 0 for one in proofs)
+        more = f"{needed} images like these would prove it" if needed else "more images like these would not prove it"
+        lines.append(f"Open: so few images neither prove nor break a drop within {proof.budget:.2f} points; {more}.")
+    return lines
 
 
 def counted(count: int, thing: str) -> str:

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from pcn_deploy.compiler import CompileResult as CompileResult
     from pcn_deploy.compiler import compile as compile  # noqa: A004 - the verb's public name
     from pcn_deploy.errors import PcnDeployError as PcnDeployError
+    from pcn_deploy.limits import ParityBudget as ParityBudget
     from pcn_deploy.models.registry import create_model as create_model
     from pcn_deploy.models.registry import list_models as list_models
     from pcn_deploy.options import CompileOptions as CompileOptions
-    from pcn_deploy.parity import ParityBudget as ParityBudget
     from pcn_deploy.parity import ParityReport as ParityReport
     from pcn_deploy.runtime import Engine as Engine
     from pcn_deploy.runtime import load as load
@@ -33,7 +33,7 @@ _HOMES = {
     "CompileResult": "compiler",
     "Engine": "runtime",
     "ImageSource": "calibration.images",
-    "ParityBudget": "parity",
+    "ParityBudget": "limits",
     "ParityReport": "parity",
     "PcnDeployError": "errors",
     "Transform": "calibration.transform",

@@ -11,7 +11,7 @@ import numpy as np
 
 from pcn_deploy.errors import OptionError
 from pcn_deploy.progress import Progress, silent
-from pcn_deploy.runtime import Engine
+from pcn_deploy.runtime import Engine, check_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,7 @@ def bench(
 
     Raises:
         OptionError: If the batch is outside the engine's range, or the time is not above 0.
+        ParityError: If the engine returns NaN or infinite values: its time would be that of no answer.
     """
     allowed = engine.spec.batch
     if not allowed.min <= batch <= allowed.max or not 0 < seconds < math.inf:
@@ -87,10 +88,11 @@ def bench(
     progress(step, 0, total)
     while spent < seconds or len(times) < 10:
         start = time.perf_counter()
-        engine.run_batch(images)
+        outputs = engine.run_batch(images)
         times.append(time.perf_counter() - start)
         spent += times[-1]
         progress(step, min(int(1000 * spent), total - 1), total)
     progress(step, total, total)
+    check_finite(outputs, engine, "random images")
     p50, p90, p99 = (float(1000 * value) for value in np.percentile(times, [50, 90, 99]))
     return Latency(target=engine.target, batch=batch, runs=len(times), p50=p50, p90=p90, p99=p99)

@@ -10,16 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pcn_deploy.calibration.bound import CONFIDENCE, PairedCounts, images_needed
-from pcn_deploy.calibration.evaluation import Answers
+from pcn_deploy.calibration.bound import CONFIDENCE, PairedCounts, drop_failures, images_needed, judge_drop
+from pcn_deploy.calibration.evaluation import Answers, Forward
+from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.ledger import Ledger
-from pcn_deploy.errors import OptionError, ParityError
+from pcn_deploy.errors import DataError, OptionError, ParityError
+from pcn_deploy.parity import listed
 from pcn_deploy.progress import Progress
 
 if TYPE_CHECKING:
     from pcn_deploy.calibration.search import SearchResult
     from pcn_deploy.preparation import Prepared
     from pcn_deploy.runtime import Engine
+
+NOT_LABELLED = "no labelled images were at hand that did not calibrate: give --data DIR with a folder for each class"
+"""Why a build did not judge the accuracy."""
 
 RANKING_IMAGES = 64
 """Images on which the layers are ranked; an order needs fewer than a proof."""
@@ -39,6 +44,8 @@ class BudgetProof:
         top1: Of the trained network, in percent.
         budget: Largest drop of top-1, in percentage points.
         given: Images given in all, those that chose the plan included.
+        asked: Whether the budget was asked for, so that it must be proven; else it must not be shown broken.
+        unanswered: Images for which the engine returned NaN or infinite logits; with any there is no pass.
     """
 
     target: str
@@ -50,9 +57,23 @@ class BudgetProof:
     top1: float
     budget: float
     given: int
+    asked: bool = True
+    unanswered: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return self.counts.drop_bound <= self.budget
+        return not self.failures
+
+    @property
+    def verdict(self) -> str:
+        """`proven`, `broken` or `open`, each with 95 % confidence."""
+        return judge_drop(self.counts, self.budget)
+
+    @property
+    def failures(self) -> list[str]:
+        """What speaks against a pass, in words."""
+        if self.unanswered:
+            return [f"NaN or infinite logits for {listed(self.unanswered)}"]
+        return drop_failures(self.counts, self.budget, to_prove=self.asked, given=self.given)
 
     @property
     def images_needed(self) -> int | None:
@@ -66,10 +87,11 @@ class BudgetProof:
         return {
             "passed": bool(self),
             **asdict(self),
+            "verdict": self.verdict,
             "drop": counts.drop,
             "drop_bound": counts.drop_bound,
             "confidence": CONFIDENCE,
-            "images_needed": None if self else self.images_needed,
+            "images_needed": None if self.verdict == "proven" else self.images_needed,
         }
 
 
@@ -82,12 +104,14 @@ class Judges:
         proof: Those that judge the engine: others if there are enough, the same ones otherwise.
         held_out: Whether they are others.
         budget: Largest drop of top-1, in percentage points.
+        asked: Whether it was asked for.
     """
 
     search: Answers
     proof: Answers
     held_out: bool
     budget: float
+    asked: bool = True
 
     @property
     def given(self) -> int:
@@ -95,24 +119,46 @@ class Judges:
         return len(self.proof) if self.search is self.proof else len(self.search) + len(self.proof)
 
     @classmethod
-    def share_out(cls, answers: Answers, budget: float, *, searching: bool) -> Judges:
+    def share_out(cls, answers: Answers, budget: float, *, searching: bool, asked: bool = True) -> Judges:
         """Halve the images if half of them can prove the budget; every other one, so that both halves see all classes.
 
         Args:
             answers: All images.
             budget: Largest drop of top-1, in percentage points.
             searching: Whether a plan will be chosen by them at all.
+            asked: Whether the budget was asked for.
 
         Raises:
-            OptionError: If the budget is 0: no number of images proves that nothing is lost.
-            ParityError: If there are too few to prove the budget even for an engine that loses none of them.
+            OptionError: If a budget asked for is 0: no number of images proves that nothing is lost.
+            ParityError: If there are too few to prove one that was asked for even for an engine that loses none.
         """
-        needed = check_count(len(answers), budget)
+        needed = check_count(len(answers), budget) if asked else 0
         if not searching or len(answers) < 2 * needed:
-            return cls(search=answers, proof=answers, held_out=not searching, budget=budget)
+            return cls(search=answers, proof=answers, held_out=not searching, budget=budget, asked=asked)
         indices = np.arange(len(answers))
         halves = answers.select(indices[::2]), answers.select(indices[1::2])
-        return cls(search=halves[0], proof=halves[1], held_out=True, budget=budget)
+        return cls(search=halves[0], proof=halves[1], held_out=True, budget=budget, asked=asked)
+
+
+def judge_held_out(
+    forward: Forward, images: ImageSource, budget: float, progress: Progress
+) -> tuple[Judges | None, str]:
+    """Let labelled images judge that were held out of the calibration, where their labels are the network's classes.
+
+    Args:
+        forward: The trained network.
+        images: The images.
+        budget: Largest drop of top-1, in percentage points; nobody asked for it.
+        progress: Told the number of images done.
+
+    Returns:
+        The judges; or None and why not.
+    """
+    try:
+        answers = Answers.of(forward, images, progress)
+    except DataError as error:  # nobody said that these labels are the network's classes
+        return None, str(error)
+    return Judges.share_out(answers, budget, searching=False, asked=False), ""
 
 
 def check_count(images: int, budget: float) -> int:
@@ -202,14 +248,16 @@ def prove_budget(engine: Engine, judges: Judges, progress: Progress) -> BudgetPr
         judges: The images.
         progress: Told the number of images done.
     """
-    answers = judges.proof.predict(engine.predict, progress, f"Judging {engine.target}")
+    found = judges.proof.predict(engine.predict, progress, f"Judging {engine.target}")
     return BudgetProof(
         target=engine.target,
         executed_by=engine.executed_by,
         data=judges.proof.source.name,
         held_out=judges.held_out,
         labelled=judges.proof.labelled,
-        counts=judges.proof.count(answers),
+        counts=judges.proof.count(found),
+        unanswered=judges.proof.unanswered(found),
+        asked=judges.asked,
         top1=judges.proof.top1,
         budget=judges.budget,
         given=judges.given,

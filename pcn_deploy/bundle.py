@@ -181,7 +181,7 @@ class Bundle:
 
     def add_json(self, name: str, data: Any) -> None:
         """Add or replace a JSON member; raises what `add` raises."""
-        self.add(name, json.dumps(data, indent=1).encode())
+        self.add(name, json.dumps(data, indent=1, allow_nan=False).encode())
 
     def add_engine(self, target: str, member: str, data: bytes, built_with: dict[str, str]) -> None:
         """Add or replace an engine. A member shared with the portable graph is stored once."""
@@ -207,7 +207,7 @@ class Bundle:
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
             with os.fdopen(handle, "wb") as file:
                 with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                    archive.writestr(_entry(MANIFEST), json.dumps(self.manifest, indent=1))
+                    archive.writestr(_entry(MANIFEST), json.dumps(self.manifest, indent=1, allow_nan=False))
                     for name in self.manifest["members"]:
                         archive.writestr(_entry(name), self.read(name))
                 file.flush()

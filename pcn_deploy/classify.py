@@ -11,7 +11,7 @@ import numpy as np
 from pcn_deploy.calibration.image_files import read_image
 from pcn_deploy.errors import DataError, OptionError
 from pcn_deploy.heatmap import MapRange, choose_map, overlay, save
-from pcn_deploy.runtime import Engine
+from pcn_deploy.runtime import Engine, check_finite
 from pcn_deploy.specs import ATTENTION_MAP, LOGITS
 
 
@@ -61,6 +61,7 @@ def classify(
 
     Raises:
         DataError: If an image cannot be read, or the names are not as many as the classes.
+        ParityError: If the engine returns NaN or infinite logits for an image.
         OptionError: If heatmaps are asked of a bundle without attention map, or for a class without one of its own.
         OutputError: If a picture cannot be written.
         DependencyError: If Pillow is missing.
@@ -75,6 +76,7 @@ def classify(
     for index, path in enumerate(images):
         image = read_image(path, engine.transform)
         outputs = engine.outputs(image[None])
+        check_finite(outputs, engine, str(path))
         logits = outputs[LOGITS][0].astype(np.float64)
         if class_names is not None and len(class_names) != len(logits):
             msg = f"{len(class_names)} class names were given; the network has {len(logits)} classes."

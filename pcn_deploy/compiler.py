@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -14,28 +13,37 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.budget import BudgetProof, Judges, check_count, prove_budget, search_plan
+from pcn_deploy.budget import (
+    NOT_LABELLED,
+    BudgetProof,
+    Judges,
+    check_count,
+    judge_held_out,
+    prove_budget,
+    search_plan,
+)
 from pcn_deploy.bundle import Bundle
 from pcn_deploy.calibration.evaluation import Answers
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.engines.base import Array, Backend, GraphSource
 from pcn_deploy.engines.registry import get_backend
-from pcn_deploy.errors import DataError, DependencyError, ExecutionError, ModelError
+from pcn_deploy.errors import DependencyError, ExecutionError, ModelError
+from pcn_deploy.golden import MEMBER, NOISE
+from pcn_deploy.limits import ParityBudget
 from pcn_deploy.memory import release_unused
 from pcn_deploy.options import CompileOptions
-from pcn_deploy.parity import ParityBudget, ParityReport, least_sqnr_db
+from pcn_deploy.parity import ParityReport, least_sqnr_db
 from pcn_deploy.preparation import (
-    NOISE,
     CalibrationImages,
     Prepared,
     in_evaluation_mode,
     open_evaluation,
-    open_source,
+    open_sources,
     prepare,
-    synthetic_images,
 )
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof import prove
+from pcn_deploy.reference import golden_set, with_simulation
 from pcn_deploy.runtime import Engine, executor
 from pcn_deploy.specs import EngineSpec
 from pcn_deploy.verification import eager
@@ -91,10 +99,12 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
         options: What to build.
         calibration: Images for INT8 ranges and for the golden set; required for INT8
             unless a recipe gives every range.
-        evaluation: Images that judge the accuracy, labelled or not; every engine must then keep the drop of top-1
-            within `options.max_drop` with 95 % confidence, and for INT8 the plan is searched so that it does. With a
-            budget for INT8 and no images here, all calibration images judge.
-        search_record: File in which the search keeps its measurements, so that a killed build goes on with them.
+        evaluation: Images that judge the accuracy, labelled or not. With `options.max_drop` every engine must keep the
+            drop of top-1 within it with 95 % confidence, and for INT8 the plan is searched so that it does; without,
+            no engine may be shown to drop by more than the precision allows. With `options.max_drop` and no images
+            here, all calibration images judge; without both, labelled ones that are held out of the calibration.
+        search_record: File in which the search keeps its measurements, so that a killed build goes on with them. It is
+            left there: remove it when the bundle is on disk.
         provenance: Where the network comes from, kept in the manifest as it is, but for `notes`, which go to the notes.
         progress: Told how far each step is.
 
@@ -112,31 +122,46 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     options = options or CompileOptions()
     backends = [get_backend(target) for target in options.targets]
     _check_backends(backends, options)
-    source = open_source(calibration, options)
+    source, held_out = open_sources(calibration, evaluation, options)
     judged_by = open_evaluation(evaluation, calibration, options)
-    if judged_by is not None:
-        check_count(len(judged_by), options.budget.top1_drop)
+    if judged_by is not None and options.max_drop is not None:
+        check_count(len(judged_by), options.max_drop)
     model = in_evaluation_mode(model)
     network = prepare(model, options, source, progress, exporting=True)
     judges = found = None
+    why_not = NOT_LABELLED
     if judged_by is not None:
         answers = Answers.of(eager(model), judged_by, progress)
-        judges = Judges.share_out(answers, options.budget.top1_drop, searching=options.quantizes)
-        if options.quantizes:
+        asked = options.max_drop is not None
+        judges = Judges.share_out(answers, options.budget.top1_drop, searching=options.searches, asked=asked)
+        if options.searches:
             network, found = search_plan(network, judges, search_record, progress)
+    elif held_out is not None:
+        judges, why_not = judge_held_out(eager(model), held_out, options.budget.top1_drop, progress)
+    unseen = held_out if evaluation is None else judged_by
+    golden, broken = golden_set(model, options, unseen or source, progress)
     origin = _origin(model, provenance or {})
-    notes = [*origin.pop("notes", ()), *network.notes]
+    notes = [*origin.pop("notes", ()), *network.notes, *broken]
     notes += [note for images in (source, judged_by) if images for note in images.notes]
-    bundle = _new_bundle(network, options, source, origin, list(dict.fromkeys(notes)))
-    bundle.add("golden.npz", _npz(_golden_set(model, options, source, progress)))
+    bundle = _new_bundle(network, options, unseen or source, origin, list(dict.fromkeys(notes)))
+    bundle.manifest["judged"] = {
+        "golden_images": int((~golden.edge).sum()),
+        "edge_images": int(golden.edge.sum()),
+        "golden_calibrated": network.calibration is not None and unseen is None,
+        "accuracy": "" if judges else why_not,
+    }
     del model  # no longer needed; the caller may keep it
-    plan, spec = network.plan, _add_graphs(bundle, network, options, progress)
+    plan, spec = network.plan, _add_graphs(bundle, network, golden.images[:2], options, progress)
     rounds_codes = options.quantizes and options.graph_type == "fp16"
     as_fp32 = partial(_fp32_graph, network, options) if rounds_codes else None
     del network  # its folded weights are in the graphs now
     release_unused()
-    _check_agreement(bundle, spec, options, as_fp32)
+    _check_agreement(bundle, golden.images, spec, options, as_fp32)
     del as_fp32
+    if options.quantizes:
+        with get_backend("torchscript").open(bundle.read("model.ts"), spec) as simulation:
+            golden = with_simulation(golden, simulation, progress)
+    bundle.add(MEMBER, golden.to_npz())
     release_unused()
     _build_engines(bundle, backends, spec, options, progress)
     release_unused()
@@ -144,8 +169,6 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     if proofs:
         search = found.to_json() if found else None
         bundle.add_json("budget.json", {"search": search, "proofs": [proof.to_json() for proof in proofs]})
-    if search_record is not None:
-        search_record.unlink(missing_ok=True)
     return CompileResult(bundle=bundle, plan=plan, reports=reports, search=found, proofs=proofs)
 
 
@@ -162,31 +185,6 @@ def _check_backends(backends: list[Backend], options: CompileOptions) -> None:
         backend.check_can_build()
         backend.check_precision(options.precision)
         executor(backend, options.graph_type)
-
-
-def _golden_set(
-    model: nn.Module, options: CompileOptions, source: ImageSource | None, progress: Progress
-) -> dict[str, npt.NDArray[np.float32]]:
-    """A few images with the outputs of the plain eager network."""
-    import torch
-
-    from pcn_deploy.models.attention_map import with_attention_map
-
-    forward = with_attention_map(model) if options.with_attention_map else lambda images: (model(images),)
-    count = options.golden_images
-    images = synthetic_images(count, options) if source is None else next(source.subset(count).batches(count))[0]
-    rows: list[tuple[torch.Tensor, ...]] = []
-    with torch.inference_mode():
-        for image in images:
-            progress("Eager reference", len(rows), len(images), "images")
-            rows.append(forward(torch.tensor(image[None])))  # a copy: the network may write into it
-    progress("Eager reference", len(images), len(images), "images")
-    columns = zip(*rows, strict=True)
-    expected = {name: torch.cat(values).numpy() for name, values in zip(options.outputs, columns, strict=True)}
-    if not all(np.isfinite(values).all() for values in expected.values()):
-        msg = "The eager network returns NaN or infinite logits on the golden images; there is nothing to be equal to."
-        raise DataError(msg)
-    return {"images": images, **expected}
 
 
 def _new_bundle(
@@ -228,7 +226,9 @@ def _recovery(network: Prepared) -> dict[str, Any]:
     return {"recovery": network.recovered} if network.recovered else {}
 
 
-def _add_graphs(bundle: Bundle, network: Prepared, options: CompileOptions, progress: Progress) -> EngineSpec:
+def _add_graphs(
+    bundle: Bundle, network: Prepared, images: Array, options: CompileOptions, progress: Progress
+) -> EngineSpec:
     """Add the TorchScript module and the typed ONNX graph; returns their interface."""
     import torch
 
@@ -239,8 +239,8 @@ def _add_graphs(bundle: Bundle, network: Prepared, options: CompileOptions, prog
     from pcn_deploy.graph.typed import reduce_precision
 
     progress("Scripting", 0, 1)
-    images = torch.from_numpy(bundle.read_arrays("golden.npz")["images"][:2])
-    bundle.add("model.ts", to_torchscript(apply_scales(network.deployed, network.scales), images, options.batch))
+    quantized = apply_scales(network.deployed, network.scales)
+    bundle.add("model.ts", to_torchscript(quantized, torch.from_numpy(images), options.batch))
     progress("Scripting", 1, 1)
     graph = to_onnx(
         network.deployed,
@@ -271,7 +271,11 @@ def _fp32_graph(network: Prepared, options: CompileOptions) -> bytes:
 
 
 def _check_agreement(
-    bundle: Bundle, spec: EngineSpec, options: CompileOptions, as_fp32: Callable[[], bytes] | None = None
+    bundle: Bundle,
+    images: Array,
+    spec: EngineSpec,
+    options: CompileOptions,
+    as_fp32: Callable[[], bytes] | None = None,
 ) -> None:
     """Run both portable graphs once: made by different roads from one module, they must compute the same.
 
@@ -280,8 +284,7 @@ def _check_agreement(
     """
     import torch
 
-    golden = bundle.read_arrays("golden.npz")["images"]
-    images = golden[np.arange(spec.batch.min) % len(golden)]
+    images = images[np.arange(spec.batch.min) % len(images)]
     with torch.jit.optimized_execution(False):  # type: ignore[attr-defined] # for one run it costs more than it saves
         expected = _outputs("torchscript", bundle.read("model.ts"), spec, images)
     if options.graph_type == "bf16":  # ONNX Runtime has no BF16 on the CPU
@@ -357,9 +360,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _npz(arrays: dict[str, npt.NDArray[np.float32]]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type] # numpy's stub takes allow_pickle for one of the arrays
-    return buffer.getvalue()

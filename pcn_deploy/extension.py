@@ -8,8 +8,9 @@ from pathlib import Path
 from pcn_deploy.bundle import Bundle, check_output
 from pcn_deploy.engines.base import GraphSource
 from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.limits import ParityBudget
 from pcn_deploy.options import check_target_precision
-from pcn_deploy.parity import ParityBudget, ParityReport
+from pcn_deploy.parity import ParityReport
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine, executor
 from pcn_deploy.specs import EngineSpec

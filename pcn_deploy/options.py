@@ -20,7 +20,7 @@ from pcn_deploy.calibration.recovery import check_recovery
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import OptionError
-from pcn_deploy.parity import ParityBudget, budget_for
+from pcn_deploy.limits import ParityBudget, budget_for
 from pcn_deploy.specs import ATTENTION_MAP, LOGITS, BatchRange
 
 
@@ -150,6 +150,11 @@ class CompileOptions:
     def graph_type(self) -> str:
         """Type of the graph outside Q/DQ: fp32, fp16 or bf16."""
         return self.remainder if self.quantizes else self.precision
+
+    @property
+    def searches(self) -> bool:
+        """Whether a plan of 8-bit layers is searched that keeps a budget."""
+        return self.quantizes and self.max_drop is not None
 
     @property
     def quantizes(self) -> bool:

@@ -1,76 +1,38 @@
-"""How far an engine is from the eager model: metrics, budget, verdict. numpy only.
+"""How far an engine is from the eager model: meter, budget, verdict. numpy only.
 
 Definitions, with reference r and engine output y, one row per image:
 cosine = r.y / (|r| |y|) of the worst image; SQNR = 10 log10(sum r^2 / sum (r - y)^2) in dB over all images;
 SQNR of the differences = the same, of what each logit differs from the mean of its row by, on both sides: one number
 added to all logits of an image changes no answer, and makes the errors of the others look small;
+SQNR of the changes = what the images change in these differences, over the same noise: what every image of a set gets
+alike, such as the priors of the classes, tells no image from another;
 top-1 agreement = share of images with the same largest logit; top-1 drop = accuracy of r minus that of y, in
-percentage points. The default budgets are justified in docs/parity.md.
+percentage points. An output that is not finite is a failure of its own. The budgets are justified in docs/parity.md.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.errors import DataError, OptionError
-from pcn_deploy.exact import ExactSum
+from pcn_deploy.calibration.bound import PairedCounts, drop_failures, judge_drop
+from pcn_deploy.errors import DataError
+from pcn_deploy.exact import ExactSum, ExactVector
+from pcn_deploy.limits import CHANGES_DB, TOLERATED, ParityBudget
+from pcn_deploy.metrics import Logits, answers, centred, cosine, power_of_changes, sqnr_db
 from pcn_deploy.specs import ATTENTION_MAP, LOGITS
 
-Logits = npt.NDArray[np.floating[Any]]
+NAMED = 5
+"""Most images that a message names."""
 
-SQNR_CEILING_DB = 200.0
-"""Reported where both sides are equal to the bit; float32 cannot tell smaller errors from none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParityBudget:
-    """What is still parity.
-
-    Attributes:
-        cosine_min: Least cosine similarity of any image.
-        sqnr_db: Least signal to quantisation noise ratio, in dB.
-        top1_drop: Largest loss of top-1 accuracy, in percentage points; used where there are labels.
-    """
-
-    cosine_min: float
-    sqnr_db: float
-    top1_drop: float
-
-
-BUDGETS = {
-    "fp32": ParityBudget(cosine_min=0.9999, sqnr_db=60.0, top1_drop=0.1),
-    "fp16": ParityBudget(cosine_min=0.999, sqnr_db=40.0, top1_drop=0.2),
-    "bf16": ParityBudget(cosine_min=0.99, sqnr_db=20.0, top1_drop=0.5),
-    "int8": ParityBudget(cosine_min=0.95, sqnr_db=15.0, top1_drop=1.0),
-    "fp8": ParityBudget(cosine_min=0.95, sqnr_db=15.0, top1_drop=1.0),
-}
-"""Default budget per precision; justified in docs/parity.md."""
-
-
-def budget_for(precision: str, max_drop: float | None = None) -> ParityBudget:
-    """Default budget of a precision, with the user's limit on the top-1 drop if there is one.
-
-    Args:
-        precision: One of `BUDGETS`.
-        max_drop: Percentage points, from 0 to below 100.
-
-    Raises:
-        OptionError: If the limit is negative, or allows everything.
-    """
-    default = BUDGETS[precision]
-    if max_drop is None:
-        return default
-    if not 0 <= max_drop < 100:
-        msg = f"--max-drop {max_drop}: expected percentage points of top-1, from 0 to below 100."
-        raise OptionError(msg)
-    return ParityBudget(cosine_min=default.cosine_min, sqnr_db=default.sqnr_db, top1_drop=max_drop)
+Name = Callable[[int], str]
+"""From the index in a batch to the name of the image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +45,15 @@ class ParityReport:
             machine and ONNX Runtime executed the same graph instead.
         images: Number of images compared.
         data: Where they came from.
-        metrics: Names as in the module's definitions, `sqnr_differences_db` of logits only; `top1_*` and `top1_drop` in
-            percent, with labels only; `attention_map_*` where the engine has that output and the reference too.
+        metrics: Names as in the module's definitions, `sqnr_differences_db` and `sqnr_changes_db` of logits only;
+            `cosine_judged` is that of the worst image but those that are tolerated; `non_finite` counts images;
+            `top1_*` and `top1_drop` in percent, `top1_lost` and `top1_gained` in images, with labels only;
+            `attention_map_*` where the engine has that output and the reference too.
         budget: What was allowed.
         failures: One sentence per limit that was broken.
         unreadable: Image files that could not be read and were left out.
+        task: What the labels tell of the drop: `proven` within the budget, `broken`, `open`; empty without labels.
+        worst_image: Name of the image with the least cosine.
         executions: Metrics of further executions of the same graph, by their name; their failures are among `failures`.
         notes: What does not fail the verdict, but has to be known, such as an execution that another program refused.
     """
@@ -100,6 +66,8 @@ class ParityReport:
     budget: ParityBudget
     failures: tuple[str, ...] = field(default=())
     unreadable: int = 0
+    task: str = ""
+    worst_image: str = ""
     executions: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -118,6 +86,24 @@ class ParityReport:
             failures=(*self.failures, *(f"{other.executed_by}: {failure}" for failure in other.failures)),
             executions={**self.executions, other.executed_by: other.metrics},
         )
+
+    def with_comparison(self, name: str, meter: ParityMeter, limit: ParityBudget) -> ParityReport:
+        """This report, with a further comparison that is judged by cosine and SQNR.
+
+        Args:
+            name: Of the comparison, in front of its metrics and failures, with that of another output than logits.
+            meter: What was compared.
+            limit: What is allowed.
+        """
+        seen = meter.metrics()
+        seen.pop("sqnr_changes_db", None)
+        key, words = name, f"{name} images"
+        if meter.output != LOGITS:
+            key, words = f"{name}_{meter.output}", f"{meter.output.replace('_', ' ')}: {words}"
+        kept = {f"{key}_cosine_min": seen["cosine_min"]}
+        kept[f"{key}_sqnr_db"] = min(seen["sqnr_db"], seen.get("sqnr_differences_db", math.inf))
+        failures = (f"{words}: {failure}" for failure in meter.failures(seen, limit))
+        return replace(self, metrics={**self.metrics, **kept}, failures=(*self.failures, *failures))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `verify --json` prints them and the bundle holds them."""
@@ -140,71 +126,103 @@ def report_from_json(data: dict[str, Any]) -> ParityReport:
         budget=ParityBudget(**data["budget"]),
         failures=tuple(data["failures"]),
         unreadable=int(data["unreadable"]),
-        executions=dict(data.get("executions", {})),  # bundles of 0.1.0 have none
+        task=str(data.get("task", "")),  # this and the others are not in bundles of 0.1.0
+        worst_image=str(data.get("worst_image", "")),
+        executions=dict(data.get("executions", {})),
         notes=tuple(data.get("notes", ())),
     )
 
 
 class ParityMeter:
-    """Accumulates the comparison batch by batch, in constant memory; grouping and order of the images do not matter.
+    """Accumulates the comparison batch by batch, in 8 bytes per image; grouping and order of the images do not matter.
 
     Args:
         output: Name of the output that is compared, for messages.
     """
 
     def __init__(self, output: str = LOGITS) -> None:
-        self._output = output
-        self._images = 0
+        self.output = output
         self._labelled = 0
-        self._cosine_min = 1.0
+        self._cosines: list[float] = []
+        self._worst: tuple[float, str] = (math.inf, "")
+        self._broken: list[str] = []
         self._max_abs = 0.0
         self._signal, self._noise = ExactSum(), ExactSum()
         self._centred_signal, self._centred_noise = ExactSum(), ExactSum()
-        self._agree = self._reference_hits = self._engine_hits = 0
+        self._class_sums = ExactVector()
+        self._agree = self._reference_hits = self._engine_hits = self._lost = 0
 
-    def update(self, reference: Logits, engine: Logits, labels: npt.NDArray[np.int64] | None = None) -> None:
+    def update(
+        self,
+        reference: Logits,
+        engine: Logits,
+        labels: npt.NDArray[np.int64] | None = None,
+        name: Name | None = None,
+    ) -> None:
         """Compare one batch.
 
         Args:
             reference: Logits of the eager model, `(N, K)`; another output, `(N, ...)`, is one row per image.
             engine: The same of the engine.
             labels: Classes, `(N,)`, if known.
+            name: Names the images; by default by their number.
 
         Raises:
             DataError: If the shapes differ, the reference is not finite, or a label is not one of the K classes.
         """
-        rank_fits = reference.ndim == 2 if self._output == LOGITS else reference.ndim > 1
+        rank_fits = reference.ndim == 2 if self.output == LOGITS else reference.ndim > 1
         if reference.shape != engine.shape or not rank_fits:
-            shape = "(N, K)" if self._output == LOGITS else "shape (N, ...)"
+            shape = "(N, K)" if self.output == LOGITS else "shape (N, ...)"
             msg = (
-                f"Reference {self._output} {reference.shape} and engine {self._output} {engine.shape}: "
+                f"Reference {self.output} {reference.shape} and engine {self.output} {engine.shape}: "
                 f"expected the same {shape}."
             )
             raise DataError(msg)
+        seen = len(self._cosines)
+        name = name or (lambda index: f"image {seen + index}")
         ref, out = (values.reshape(len(values), -1).astype(np.float64) for values in (reference, engine))
-        if not np.isfinite(ref).all():
-            msg = f"The reference {self._output} hold NaN or infinite values; there is nothing to be equal to."
+        no_reference = np.flatnonzero(~np.isfinite(ref).all(1)).tolist()
+        if no_reference:
+            msg = (
+                f"The reference {self.output} hold NaN or infinite values for {listed(map(name, no_reference))}; "
+                "there is nothing to be equal to."
+            )
             raise DataError(msg)
-        self._images += len(ref)
-        self._signal.add((ref**2).sum(1))
-        error = np.where(np.isfinite(out), ref - out, np.inf)
-        self._noise.add((error**2).sum(1))
-        if self._output == LOGITS:
-            infinite = np.isinf(error)
-            noise = (_centred(np.where(infinite, 0.0, error)) ** 2).sum(1)
-            self._centred_signal.add((_centred(ref) ** 2).sum(1))
-            self._centred_noise.add(np.where(infinite.any(1), np.inf, noise))
-        self._max_abs = max(self._max_abs, float(np.abs(error).max(initial=0.0)))
-        self._cosine_min = min(self._cosine_min, float(_cosine(ref, out).min(initial=1.0)))
-        best_ref, best_out = ref.argmax(1), out.argmax(1)
-        self._agree += int((best_ref == best_out).sum())
+        self._compare(ref, out, name)
         if labels is not None:
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < ref.shape[1]:
-                msg = f"Labels run from {labels.min()} to {labels.max()}; the network has {ref.shape[1]} classes."
-                raise DataError(msg)
-            self._labelled += len(labels)
-            self._reference_hits += int((best_ref == labels).sum())
-            self._engine_hits += int((best_out == labels).sum())
+            self._compare_with(labels, ref, out)
+
+    def _compare(self, ref: npt.NDArray[np.float64], out: npt.NDArray[np.float64], name: Name) -> None:
+        finite = np.isfinite(out)
+        self._broken += [name(index) for index in np.flatnonzero(~finite.all(1)).tolist()]
+        error = np.where(finite, ref - out, np.inf)
+        self._signal.add((ref**2).sum(1))
+        self._noise.add((error**2).sum(1))
+        if self.output == LOGITS:
+            differences = centred(ref)
+            noise = (centred(np.where(finite, error, 0.0)) ** 2).sum(1)
+            self._centred_signal.add((differences**2).sum(1))
+            self._centred_noise.add(np.where(finite.all(1), noise, np.inf))
+            self._class_sums.add(differences)
+        self._max_abs = max(self._max_abs, float(np.abs(error).max(initial=0.0)))
+        cosines = cosine(ref, out).tolist()
+        self._cosines += cosines
+        least = min(cosines, default=math.inf)
+        if least <= self._worst[0]:
+            self._worst = min(self._worst, (least, min(name(i) for i, one in enumerate(cosines) if one == least)))
+        self._agree += int((ref.argmax(1) == answers(out)).sum())
+
+    def _compare_with(
+        self, labels: npt.NDArray[np.int64], ref: npt.NDArray[np.float64], out: npt.NDArray[np.float64]
+    ) -> None:
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < ref.shape[1]:
+            msg = f"Labels run from {labels.min()} to {labels.max()}; the network has {ref.shape[1]} classes."
+            raise DataError(msg)
+        was_right, right = ref.argmax(1) == labels, answers(out) == labels
+        self._labelled += len(labels)
+        self._reference_hits += int(was_right.sum())
+        self._engine_hits += int(right.sum())
+        self._lost += int((was_right & ~right).sum())
 
     @property
     def _sums(self) -> tuple[ExactSum, ...]:
@@ -212,24 +230,40 @@ class ParityMeter:
 
     def state(self) -> bytes:
         """Everything counted so far, as JSON, for `merge` in another process."""
-        sums = [[each.units, each.infinite] for each in self._sums]
-        extremes = {"cosine_min": self._cosine_min, "max_abs": self._max_abs}
-        counts = [self._images, self._labelled, self._agree, self._reference_hits, self._engine_hits]
-        return json.dumps({"sums": sums, **extremes, "counts": counts}).encode()
+        whole = {
+            "sums": [[each.units, each.infinite] for each in self._sums],
+            "class_sums": self._class_sums.units,
+            "cosines": self._cosines,
+            "worst": self._worst if self._cosines else None,
+            "broken": self._broken,
+            "max_abs": _as_json(self._max_abs),
+            "counts": [self._labelled, self._agree, self._reference_hits, self._engine_hits, self._lost],
+        }
+        return json.dumps(whole, allow_nan=False).encode()
 
     def merge(self, state: bytes) -> None:
         """Add what another meter counted. Nothing is rounded: the metrics are those of one meter for all images."""
         other = json.loads(state)
         for mine, (units, infinite) in zip(self._sums, other["sums"], strict=True):
             mine.merge(ExactSum(units, infinite=infinite))
-        self._cosine_min = min(self._cosine_min, other["cosine_min"])
+        self._class_sums.merge(ExactVector(other["class_sums"]))
+        self._cosines += other["cosines"]
+        if other["worst"]:
+            self._worst = min(self._worst, tuple(other["worst"]))
+        self._broken += other["broken"]
         self._max_abs = max(self._max_abs, other["max_abs"])
-        images, labelled, agree, reference_hits, engine_hits = other["counts"]
-        self._images += images
+        labelled, agree, reference_hits, engine_hits, lost = other["counts"]
         self._labelled += labelled
         self._agree += agree
         self._reference_hits += reference_hits
         self._engine_hits += engine_hits
+        self._lost += lost
+
+    @property
+    def counts(self) -> PairedCounts:
+        """Labelled images, and those lost and gained among them."""
+        gained = self._engine_hits - self._reference_hits + self._lost
+        return PairedCounts(self._labelled, self._lost, gained)
 
     def metrics(self) -> dict[str, float]:
         """The numbers so far.
@@ -237,25 +271,43 @@ class ParityMeter:
         Raises:
             DataError: If nothing was compared.
         """
-        if self._images == 0:
+        images = len(self._cosines)
+        if images == 0:
             msg = "No images were compared."
             raise DataError(msg)
         found = {
-            "cosine_min": self._cosine_min,
-            "sqnr_db": _sqnr_db(float(self._signal), float(self._noise)),
-            "max_abs_error": min(self._max_abs, float(np.finfo(np.float64).max)),  # JSON has no infinity
-            "top1_agreement": 100.0 * self._agree / self._images,
+            "cosine_min": self._worst[0],
+            "sqnr_db": sqnr_db(float(self._signal), float(self._noise)),
+            "max_abs_error": _as_json(self._max_abs),
+            "top1_agreement": 100.0 * self._agree / images,
+            "non_finite": float(len(self._broken)),
         }
-        if self._output == LOGITS:
-            found["sqnr_differences_db"] = _sqnr_db(float(self._centred_signal), float(self._centred_noise))
+        if self.output == LOGITS:
+            power, noise = float(self._centred_signal), float(self._centred_noise)
+            found["sqnr_differences_db"] = sqnr_db(power, noise)
+            changes = power_of_changes(power, self._class_sums.sum_of_squares(), images)
+            if changes is not None:
+                found["sqnr_changes_db"] = sqnr_db(changes, noise)
         if self._labelled:
             reference = 100.0 * self._reference_hits / self._labelled
             engine = 100.0 * self._engine_hits / self._labelled
+            counts = self.counts
             found |= {"top1_reference": reference, "top1_engine": engine, "top1_drop": reference - engine}
+            found |= {"top1_lost": float(counts.lost), "top1_gained": float(counts.gained)}
+            found["top1_drop_bound"] = counts.drop_bound
         return found
 
     def report(
-        self, *, target: str, executed_by: str, data: str, budget: ParityBudget, attention: ParityMeter | None = None
+        self,
+        *,
+        target: str,
+        executed_by: str,
+        data: str,
+        budget: ParityBudget,
+        attention: ParityMeter | None = None,
+        tolerant: bool = False,
+        to_prove: bool = False,
+        changes: bool = True,
     ) -> ParityReport:
         """Judge the numbers so far against a budget.
 
@@ -265,21 +317,73 @@ class ParityMeter:
             data: Where the images came from.
             budget: What is still parity.
             attention: The comparison of the attention maps, judged by cosine and SQNR as the logits are.
+            tolerant: Whether, of many images, a share may be below the least cosine: `TOLERATED` percent, or less if
+                the budget allows less of them to change their answer.
+            to_prove: Whether the labels must prove the drop within the budget; else they must not show it broken.
+            changes: Whether what the images change is judged: noise tells nothing of that.
         """
-        metrics, failures = self.metrics(), _failures(self.metrics(), budget)
+        metrics = self.metrics()
+        if not changes:
+            metrics.pop("sqnr_changes_db", None)
+        share = min(budget.top1_drop, TOLERATED) if tolerant else 0.0
+        metrics["cosine_judged"] = sorted(self._cosines)[int(len(self._cosines) * share / 100)]
+        task, failures = "", []
+        if self._labelled:
+            task = judge_drop(self.counts, budget.top1_drop)
+            failures = drop_failures(self.counts, budget.top1_drop, to_prove=to_prove)
+        failures += self.failures(metrics, budget)
         if attention is not None:
             seen = attention.metrics()
             metrics |= {f"{ATTENTION_MAP}_{name}": seen[name] for name in ("cosine_min", "sqnr_db", "max_abs_error")}
-            failures += [f"attention map: {failure}" for failure in _failures(seen, budget)]
+            failures += [f"attention map: {failure}" for failure in attention.failures(seen, budget)]
         return ParityReport(
             target=target,
             executed_by=executed_by,
-            images=self._images,
+            images=len(self._cosines),
             data=data,
             metrics=metrics,
             budget=budget,
             failures=tuple(failures),
+            task=task,
+            worst_image=self._worst[1],
         )
+
+    def failures(self, metrics: dict[str, float], budget: ParityBudget) -> list[str]:
+        """One sentence per limit that the numbers break; where they are no numbers, only that."""
+        if self._broken:
+            return [f"NaN or infinite {self.output} for {listed(self._broken)}"]
+        found = []
+        judged = metrics.get("cosine_judged", metrics["cosine_min"])
+        if judged < budget.cosine_min:
+            which = f"the worst image, {self._worst[1]}," if judged == self._worst[0] else "an image too many"
+            found.append(f"cosine {judged:.5f} of {which} is below {budget.cosine_min}")
+        differences = metrics.get("sqnr_differences_db", math.inf)
+        changes = metrics.get("sqnr_changes_db", math.inf)
+        if metrics["sqnr_db"] < budget.sqnr_db:
+            found.append(f"SQNR {metrics['sqnr_db']:.1f} dB is below {budget.sqnr_db:.1f} dB")
+        elif differences < budget.sqnr_db:
+            found.append(
+                f"SQNR {metrics['sqnr_db']:.1f} dB is that of what all logits of an image have in common; "
+                f"that of their differences, {differences:.1f} dB, is below {budget.sqnr_db:.1f} dB"
+            )
+        elif changes < min(CHANGES_DB, budget.sqnr_db):
+            found.append(
+                f"SQNR {metrics['sqnr_db']:.1f} dB is that of what all images have in common; that of what the image "
+                f"changes, {changes:.1f} dB, is below {min(CHANGES_DB, budget.sqnr_db):.1f} dB"
+            )
+        return found
+
+
+def listed(names: Iterable[str]) -> str:
+    """So many images, the first of them by name."""
+    every = sorted(names)
+    more = f" and {len(every) - NAMED} more" if len(every) > NAMED else ""
+    return ", ".join(every[:NAMED]) + more
+
+
+def _as_json(value: float) -> float:
+    """JSON has no infinity: the largest double stands for it."""
+    return min(value, float(np.finfo(np.float64).max))
 
 
 def least_sqnr_db(expected: Iterable[Logits], found: Iterable[Logits]) -> float:
@@ -297,44 +401,3 @@ def least_sqnr_db(expected: Iterable[Logits], found: Iterable[Logits]) -> float:
         metrics = meter.metrics()
         ratios.append(min(metrics["sqnr_db"], metrics.get("sqnr_differences_db", math.inf)))
     return min(ratios)
-
-
-def _cosine(ref: npt.NDArray[np.float64], out: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Cosine per row; 1 where both rows are zero, -1 where the engine's is not finite."""
-    finite = np.asarray(np.isfinite(out).all(1))
-    out = np.where(finite[:, None], out, 0.0)
-    norms = np.linalg.norm(ref, axis=1) * np.linalg.norm(out, axis=1)
-    both_zero = (np.abs(ref).max(1, initial=0) == 0) & (np.abs(out).max(1, initial=0) == 0)
-    cosine = np.where(both_zero, 1.0, (ref * out).sum(1) / np.where(norms > 0, norms, 1.0))
-    worst: npt.NDArray[np.float64] = np.where(finite, cosine, -1.0)
-    return worst
-
-
-def _centred(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Rows less their means; a single logit has no others to differ from, and stays."""
-    centred: npt.NDArray[np.float64] = rows - rows.mean(1, keepdims=True) if rows.shape[1] > 1 else rows
-    return centred
-
-
-def _sqnr_db(signal: float, noise: float) -> float:
-    if noise == 0:
-        return SQNR_CEILING_DB
-    if signal == 0 or math.isinf(noise):
-        return -SQNR_CEILING_DB
-    return min(SQNR_CEILING_DB, 10 * math.log10(signal / noise))
-
-
-def _failures(metrics: dict[str, float], budget: ParityBudget) -> list[str]:
-    found = []
-    if metrics["cosine_min"] < budget.cosine_min:
-        found.append(f"cosine {metrics['cosine_min']:.5f} of the worst image is below {budget.cosine_min}")
-    if metrics["sqnr_db"] < budget.sqnr_db:
-        found.append(f"SQNR {metrics['sqnr_db']:.1f} dB is below {budget.sqnr_db:.1f} dB")
-    elif (differences := metrics.get("sqnr_differences_db", math.inf)) < budget.sqnr_db:
-        found.append(
-            f"SQNR {metrics['sqnr_db']:.1f} dB is that of what all logits of an image have in common; "
-            f"that of their differences, {differences:.1f} dB, is below {budget.sqnr_db:.1f} dB"
-        )
-    if metrics.get("top1_drop", 0.0) > budget.top1_drop:
-        found.append(f"top-1 drops by {metrics['top1_drop']:.2f} points, more than {budget.top1_drop:.2f}")
-    return found

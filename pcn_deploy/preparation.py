@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.calibration.arrays import ArraysGiven
-from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.calibration.images import ImageSource, spread
 from pcn_deploy.calibration.transform import drawn_images
 from pcn_deploy.errors import DataError, ModelError
+from pcn_deploy.golden import NOISE
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.progress import Progress, silent
 
@@ -27,7 +28,15 @@ if TYPE_CHECKING:
 
 CalibrationImages = str | Path | ArraysGiven | ImageSource
 
-NOISE = "standard normal noise"
+HELD_OUT = 270
+"""Most calibration images that are held out: the fewest that prove a drop within 1.0 points if none of them is lost."""
+
+HELD_OUT_OF = 5
+"""One of so many labelled images is held out where all of them would calibrate."""
+
+LEAST_CALIBRATION = 64
+"""With fewer images left to calibrate, none is held out."""
+
 NO_IMAGES = (
     "INT8 and FP8 need calibration images: without them the ranges would be guesses. "
     "Give --calibration DIR or FILE.npz with a few hundred images like those the network will see."
@@ -133,25 +142,58 @@ def open_source(calibration: CalibrationImages | None, options: CompileOptions) 
     return None
 
 
-def take_part(model: nn.Module, options: CompileOptions, calibration: CalibrationImages | None) -> None:
+def open_sources(
+    calibration: CalibrationImages | None, evaluation: CalibrationImages | None, options: CompileOptions
+) -> tuple[ImageSource | None, ImageSource | None]:
+    """The calibration images, and labelled ones held out from them to judge the accuracy where no others are to.
+
+    Where more are labelled than calibrate, the others are held out; where all would calibrate, one of `HELD_OUT_OF` is.
+    Where that would leave too few to calibrate, none is.
+
+    Raises:
+        DataError: As `open_source`.
+    """
+    if calibration is None or evaluation is not None or options.max_drop is not None:
+        return open_source(calibration, options), None
+    every = as_source(calibration, options)
+    # who gives a source has chosen how many
+    limit = len(every) if isinstance(calibration, ImageSource) else options.calibration_images
+    order = np.arange(len(every))
+    chosen = spread(len(every), limit) if len(every) > limit else order[order % HELD_OUT_OF != HELD_OUT_OF - 1]
+    others = np.setdiff1d(order, chosen)
+    if not every.has_labels or len(others) == 0 or len(chosen) < min(limit, LEAST_CALIBRATION):
+        return every.select(spread(len(every), limit)), None
+    return every.select(chosen), every.select(others[spread(len(others), HELD_OUT)])
+
+
+def take_part(
+    model: nn.Module,
+    options: CompileOptions,
+    calibration: CalibrationImages | None,
+    evaluation: CalibrationImages | None = None,
+) -> None:
     """What a process does in a build that another one writes: its share of the calibration images.
 
     Raises:
         PcnDeployError: As `prepare`, in all processes alike.
     """
-    prepare(in_evaluation_mode(model), options, open_source(calibration, options), silent, exporting=True)
+    source, _ = open_sources(calibration, evaluation, options)
+    prepare(in_evaluation_mode(model), options, source, silent, exporting=True)
 
 
 def open_evaluation(
     evaluation: CalibrationImages | None, calibration: CalibrationImages | None, options: CompileOptions
 ) -> ImageSource | None:
-    """The images that judge the accuracy: those given for it, or with a budget for INT8 all calibration images.
+    """The images that judge the accuracy: those given for it, or with a budget asked for all calibration images.
 
     Raises:
-        DataError: If images are unusable.
+        DataError: If images are unusable, or there are none to prove a budget that was asked for.
     """
-    if evaluation is None and options.max_drop is not None and options.quantizes:
+    if evaluation is None and options.max_drop is not None:
         evaluation = calibration
+        if evaluation is None:
+            msg = f"--max-drop {options.max_drop} must be proven on images: give --data DIR or FILE.npz."
+            raise DataError(msg)
     return None if evaluation is None else as_source(evaluation, options)
 
 

@@ -14,7 +14,8 @@ from pcn_deploy.engines.base import Session
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.engines.stock import open_stock
 from pcn_deploy.errors import StockSessionError
-from pcn_deploy.parity import ParityBudget, ParityReport
+from pcn_deploy.limits import ParityBudget
+from pcn_deploy.parity import ParityReport
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine, executor
 from pcn_deploy.specs import EngineSpec

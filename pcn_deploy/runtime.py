@@ -14,7 +14,7 @@ from pcn_deploy.bundle import Bundle
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.engines.base import Backend, Session
 from pcn_deploy.engines.registry import get_backend
-from pcn_deploy.errors import DataError, DependencyError, OptionError
+from pcn_deploy.errors import DataError, DependencyError, OptionError, ParityError
 from pcn_deploy.specs import LOGITS, EngineSpec
 
 PREFERENCE = ("tensorrt", "tensorrt-rtx", "cpu", "torchscript")
@@ -137,6 +137,27 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def check_finite(outputs: dict[str, npt.NDArray[np.float32]], engine: Engine, image: str) -> None:
+    """Refuse what an engine returned where it is no answer.
+
+    Args:
+        outputs: Of the engine, by name.
+        engine: The engine.
+        image: What it was asked about.
+
+    Raises:
+        ParityError: If a value is NaN or infinite.
+    """
+    for name, values in outputs.items():
+        if not np.isfinite(values).all():
+            target = engine.target
+            msg = (
+                f"The {target} engine returns NaN or infinite {name} for {image}, which is no answer. "
+                f"Check it: pcn-compile verify --target {target}. If that fails, build with --precision fp32."
+            )
+            raise ParityError(msg)
 
 
 def executor(backend: Backend, graph_type: str) -> str:

@@ -29,7 +29,7 @@ class FakeEngine:
 
     def run_batch(self, images: Any) -> Any:
         self.seen.append(images)
-        return np.zeros((len(images), 2), np.float32)
+        return {"logits": np.zeros((len(images), 2), np.float32)}
 
 
 def measure(engine: FakeEngine, **given: Any) -> Latency:

@@ -15,7 +15,7 @@ import pcn_deploy
 from pcn_deploy import CompileResult
 from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend
 from pcn_deploy.errors import CheckpointError, DataError, DependencyError, ModelError, OptionError
-from pcn_deploy.parity import BUDGETS
+from pcn_deploy.limits import BUDGETS
 from pcn_deploy.preparation import synthetic_images
 
 torch = pytest.importorskip("torch")
@@ -79,7 +79,9 @@ def test_the_golden_set_is_the_eager_network(results: dict[str, CompileResult]) 
         expected = network()(torch.from_numpy(golden["images"])).numpy()
     np.testing.assert_allclose(golden["logits"], expected, atol=1e-5)
     given = images()
-    assert all(any(np.array_equal(image, one) for one in given) for image in golden["images"])
+    assert golden["edge"].tolist() == [False] * 8 + [True] * 7
+    assert all(any(np.array_equal(image, one) for one in given) for image in golden["images"][:8])
+    assert golden["names"][:2].tolist() == ["array[0]", "array[2]"]
 
 
 def test_int8_records_its_calibration(results: dict[str, CompileResult]) -> None:

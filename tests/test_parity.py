@@ -19,15 +19,9 @@ from hypothesis.extra.numpy import arrays
 from pcn_deploy.calibration.plan import PRECISIONS
 from pcn_deploy.errors import DataError, OptionError
 from pcn_deploy.exact import ExactSum
-from pcn_deploy.parity import (
-    BUDGETS,
-    SQNR_CEILING_DB,
-    ParityBudget,
-    ParityMeter,
-    ParityReport,
-    budget_for,
-    report_from_json,
-)
+from pcn_deploy.limits import BUDGETS, ParityBudget, budget_for
+from pcn_deploy.metrics import SQNR_CEILING_DB
+from pcn_deploy.parity import ParityMeter, ParityReport, report_from_json
 
 Floats = npt.NDArray[np.float32]
 STRICT = ParityBudget(cosine_min=0.99, sqnr_db=30.0, top1_drop=1.0)
@@ -167,7 +161,7 @@ def test_one_bad_image_among_many_decides_the_cosine() -> None:
     report = judge(reference, engine)
     assert report.metrics["cosine_min"] == pytest.approx(1 / 3)
     assert len(report.failures) == 2
-    assert "cosine 0.33333 of the worst image is below 0.99" in report.failures[0]
+    assert "cosine 0.33333 of the worst image, image 41, is below 0.99" in report.failures[0]
     assert "SQNR 18.8 dB is below 30.0 dB" in report.failures[1]
 
 
@@ -192,7 +186,8 @@ def test_the_drop_alone_fails() -> None:
     engine = reference[:, [1, 0, 2]].copy()
     assert judge(reference, engine)
     report = judge(reference, engine, np.zeros(10, np.int64))
-    assert report.failures == ("top-1 drops by 100.00 points, more than 1.00",)
+    (failure,) = report.failures
+    assert failure.startswith("top-1 drops by 100.00 points on 10 images, with 95% confidence by more than 53.48")
     assert not report.passed
     assert judge(reference, engine, np.ones(10, np.int64)), "a gain is no drop"
 
@@ -255,7 +250,8 @@ def test_the_json_form_keeps_its_keys() -> None:
     assert json.loads(json.dumps(found)) == found
     assert (found["passed"], found["target"], found["executed_by"], found["images"]) == (True, "tensorrt", "cpu", 3)
     assert (found["data"], found["failures"]) == ("golden", [])
-    names = {"cosine_min", "sqnr_db", "sqnr_differences_db", "max_abs_error"}
+    names = {"cosine_min", "cosine_judged", "sqnr_db", "sqnr_differences_db", "sqnr_changes_db", "max_abs_error"}
+    names |= {"non_finite", "top1_lost", "top1_gained", "top1_drop_bound"}
     names |= {"top1_agreement", "top1_reference", "top1_engine", "top1_drop"}
     assert set(found["metrics"]) == names
     assert found["budget"] == {"cosine_min": 0.99, "sqnr_db": 30.0, "top1_drop": 1.0}

@@ -110,7 +110,7 @@ def _analyze(given: dict[str, Any], processes: Processes) -> None:
     for text in (*made.notes, *found.notes):
         display.note(text, quiet=quiet)
     measurements = {"model": given["model"], "calibrator": compile_options.calibrator, **found.to_json()}
-    given["output"].write_text(json.dumps(measurements, indent=1) + "\n", encoding="utf-8")
+    given["output"].write_text(json.dumps(measurements, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if given["picture"] is not None:
         images = display.counted(found.sensitivity.images, "image")
         draw(found, given["picture"], f"{given['model']}: cost of INT8 per layer, {images}")

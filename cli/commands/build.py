@@ -115,22 +115,25 @@ def _build(given: dict[str, Any], processes: Processes) -> None:
     impossible = (ModelError,) if given["precision"] == AUTO else ()  # process 0 then builds FP16 alone
     if not processes.first:
         with suppress(*impossible), display.user_code():
-            take_part(source.create(), compile_options, calibration)
+            take_part(source.create(), compile_options, calibration, given["data"])
         return
-    choice = None
+    choice, searched = None, []
+    record = given["output"].with_name(f"{given['output'].name}.search")
     with display.user_code(), display.progress_bars(quiet=quiet) as progress:
 
         def build(chosen: CompileOptions) -> CompileResult:
             origin: dict[str, Any] = {}
-            return compile(
+            built = compile(
                 _create(source, origin, progress),  # without a name here: it is freed before the engines are built
                 chosen,
                 calibration=calibration,
                 evaluation=given["data"],
-                search_record=given["output"].with_name(f"{given['output'].name}.search"),
+                search_record=record,
                 provenance=origin,
                 progress=progress,
             )
+            searched.append(built.search is not None)
+            return built
 
         if given["precision"] == AUTO:
             result, choice = compile_fastest(build, compile_options, progress)
@@ -140,12 +143,14 @@ def _build(given: dict[str, Any], processes: Processes) -> None:
         display.note(text, quiet=quiet)
     if result:
         result.bundle.save(given["output"], overwrite=given["overwrite"])
+    if any(searched):  # the record is that of this build, and the build is over
+        record.unlink(missing_ok=True)
     if choice and not given["as_json"]:
         click.echo(f"Kept {choice.precision}: {choice.reason}.")
     _report(result, given["output"], explain=given["explain"], as_json=given["as_json"])
     if not result:
         reasons = [f"{report.target}: {', '.join(report.failures)}" for report in result.reports if not report]
-        reasons += [display.broken_budget(proof) for proof in result.proofs if not proof]
+        reasons += [f"{proof.target}: {', '.join(proof.failures)}" for proof in result.proofs if not proof]
         message = f"Parity failed, so {given['output']} was not written: {'; '.join(reasons)}."
         raise ParityError(message)
 
@@ -211,6 +216,7 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
                 "engines": bundle.engines,
                 "parity": reports,
                 "notes": _notes(result),
+                "judged": bundle.manifest["judged"],
                 "budget": bundle.read_json("budget.json") if result.proofs else None,
                 "layers": result.plan.to_json()["entries"] if explain else None,
             }
@@ -229,9 +235,9 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
     if result.proofs:
         rows = [display.proof_row(proof) for proof in result.proofs]
         display.print_table("Drop of top-1, in percentage points", display.PROOF_COLUMNS, rows)
-        click.echo(display.proof_basis(result.proofs[0]))
     seen = bundle.manifest["calibration"]
-    click.echo(f"Golden set: {display.counted(reports[0]['images'], 'image')}, from {bundle.manifest['golden']}.")
+    for line in display.basis(bundle.manifest, result.proofs):
+        click.echo(line)
     if seen:
         images = display.counted(seen["images"], "image")
         click.echo(f"Ranges: {seen['calibrator']} on {images}; {seen['unreadable']} could not be read.")

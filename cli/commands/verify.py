@@ -13,7 +13,8 @@ from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.errors import ParityError
-from pcn_deploy.parity import ParityBudget, ParityReport, budget_for
+from pcn_deploy.limits import ParityBudget, budget_for
+from pcn_deploy.parity import ParityReport
 from pcn_deploy.provenance import make_again
 from pcn_deploy.runtime import load
 from pcn_deploy.verification import verify

@@ -23,7 +23,16 @@ from pcn_deploy.errors import IncompatibleError
 torch = pytest.importorskip("torch")
 
 
-METRICS = {"cosine_min", "sqnr_db", "sqnr_differences_db", "max_abs_error", "top1_agreement"}
+METRICS = {
+    "cosine_min",
+    "cosine_judged",
+    "sqnr_db",
+    "sqnr_differences_db",
+    "max_abs_error",
+    "top1_agreement",
+    "non_finite",
+}
+LABELLED = {"top1_reference", "top1_engine", "top1_drop", "top1_drop_bound", "top1_lost", "top1_gained"}
 
 
 def test_the_golden_set(path: Path) -> None:
@@ -40,7 +49,7 @@ def test_json_keeps_its_keys(path: Path, target: str) -> None:
     assert result.stderr == ""
     found = json.loads(result.stdout)
     assert (found["passed"], found["target"], found["images"]) == (True, target, 8)
-    assert set(found["metrics"]) == METRICS
+    assert set(found["metrics"]) == METRICS | {"edge_cosine_min", "edge_sqnr_db"}
 
 
 @pytest.fixture
@@ -72,7 +81,7 @@ def test_labelled_images_with_the_weights(from_weights: tuple[Path, Path], folde
     result = invoke("verify", bundle, "--data", folder, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert set(found["metrics"]) == METRICS | {"top1_reference", "top1_engine", "top1_drop"}
+    assert set(found["metrics"]) == METRICS | LABELLED | {"sqnr_changes_db"}
     assert (found["images"], found["data"]) == (6, str(folder))
     assert "top-1: eager" in invoke("verify", bundle, "--data", folder).stdout
     assert json.loads(invoke("verify", bundle, "--data", folder, "--images", 3, "--json").stdout)["images"] == 3

@@ -1,0 +1,73 @@
+"""The arithmetic of parity: cosine, SQNR, what has to be taken off before. numpy only; defined in docs/parity.md."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Logits = npt.NDArray[np.floating[Any]]
+Doubles = npt.NDArray[np.float64]
+
+SQNR_CEILING_DB = 200.0
+"""Reported where both sides are equal to the bit; float32 cannot tell smaller errors from none."""
+
+NO_CLASS = -1
+"""The answer of a row that holds NaN or infinity: no class is the largest."""
+
+_NOTHING = 1e-8
+"""Share of the power of the logits below which the images change nothing: one part in 10,000 of their size, less than
+one step of FP16. Weights that nobody trained do that; there is nothing to tell apart, and nothing to judge."""
+
+
+def answers(logits: Logits) -> npt.NDArray[np.int64]:
+    """The class of the largest logit of each row, `(N,)`; `NO_CLASS` where the row is not finite.
+
+    Args:
+        logits: `(N, K)`.
+    """
+    return np.where(np.isfinite(logits).all(1), logits.argmax(1), NO_CLASS).astype(np.int64)
+
+
+def cosine(reference: Doubles, engine: Doubles) -> Doubles:
+    """Cosine per row of `(N, K)`; 1 where both rows are zero, -1 where the engine's is not finite."""
+    finite = np.asarray(np.isfinite(engine).all(1))
+    out = np.where(finite[:, None], engine, 0.0)
+    norms = np.linalg.norm(reference, axis=1) * np.linalg.norm(out, axis=1)
+    both_zero = (np.abs(reference).max(1, initial=0) == 0) & (np.abs(out).max(1, initial=0) == 0)
+    found = np.where(both_zero, 1.0, (reference * out).sum(1) / np.where(norms > 0, norms, 1.0))
+    worst: Doubles = np.where(finite, found, -1.0)
+    return worst
+
+
+def centred(rows: Doubles) -> Doubles:
+    """Rows less their means; a single logit has no others to differ from, and stays."""
+    found: Doubles = rows - rows.mean(1, keepdims=True) if rows.shape[1] > 1 else rows
+    return found
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """Signal to quantisation noise ratio from both powers, in dB, within the ceiling."""
+    if noise == 0:
+        return SQNR_CEILING_DB
+    if signal == 0 or math.isinf(noise):
+        return -SQNR_CEILING_DB
+    return min(SQNR_CEILING_DB, 10 * math.log10(signal / noise))
+
+
+def power_of_changes(power: float, squared_sums: float, images: int) -> float | None:
+    """Power of what differs between images: of each logit less its mean over all images.
+
+    Args:
+        power: Sum of the squares of all logits.
+        squared_sums: Sum over the classes of the square of the sum of their logits.
+        images: Number of images; the mean of few images takes a share of 1 / images of the changes off with it, which
+            is given back.
+
+    Returns:
+        The power; None where the images change nothing, or there is only one.
+    """
+    changes = power - squared_sums / images
+    return changes * images / (images - 1) if images > 1 and changes > _NOTHING * power else None

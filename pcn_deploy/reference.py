@@ -1,0 +1,112 @@
+"""Making the golden set: what the trained network answers, and of an 8-bit graph its simulation."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.engines.base import Session
+from pcn_deploy.errors import DataError
+from pcn_deploy.golden import GoldenSet, edge_images
+from pcn_deploy.options import CompileOptions
+from pcn_deploy.preparation import synthetic_images
+from pcn_deploy.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Array = npt.NDArray[np.float32]
+
+
+def golden_set(
+    model: nn.Module, options: CompileOptions, source: ImageSource | None, progress: Progress
+) -> tuple[GoldenSet, list[str]]:
+    """A few real images and the edge images, with the outputs of the plain eager network.
+
+    Args:
+        model: In evaluation mode; left as it is.
+        options: What is built.
+        source: Where the real images come from; noise stands in for them where there is none.
+        progress: Told the number of images done.
+
+    Returns:
+        The set, without edge images for which the network itself is not finite, and a note on those.
+
+    Raises:
+        DataError: If the network is not finite for a real image.
+    """
+    real, edge = _real_images(options, source), edge_images(options.transform)
+    names, images = [*real, *edge], [*real.values(), *edge.values()]
+    rows = _eager_rows(model, images, options, progress)
+    finite = [all(np.isfinite(values).all() for values in row) for row in rows]
+    broken = [name for name, good in zip(names, finite, strict=True) if not good]
+    if not all(finite[: len(real)]):
+        first = ", ".join(name for name in broken if name in real)
+        msg = f"The eager network returns NaN or infinite logits for {first}; there is nothing to be equal to."
+        raise DataError(msg)
+    kept = np.flatnonzero(finite)
+    columns = zip(*(rows[index] for index in kept), strict=True)
+    golden = GoldenSet(
+        images=np.stack([images[index] for index in kept]),
+        names=tuple(names[index] for index in kept),
+        edge=kept >= len(real),
+        outputs={name: np.concatenate(values) for name, values in zip(options.outputs, columns, strict=True)},
+    )
+    if not broken:
+        return golden, []
+    return golden, [
+        f"the trained network itself returns NaN or infinite logits for {', '.join(broken)} (an edge image); "
+        "the engines were not judged by that."
+    ]
+
+
+def with_simulation(golden: GoldenSet, simulation: Session, progress: Progress) -> GoldenSet:
+    """The golden set with what the simulation of an 8-bit graph answers.
+
+    Args:
+        golden: The set.
+        simulation: The module with fake quantisation.
+        progress: Told the number of images done.
+    """
+    (given,), outputs = simulation.spec.inputs, [tensor.name for tensor in simulation.spec.outputs]
+    rows: dict[str, list[Array]] = {name: [] for name in outputs}
+    for done, image in enumerate(golden.images):
+        progress("Simulated reference", done, len(golden.images), "images")
+        batch = np.repeat(image[None], simulation.spec.batch.min, axis=0)
+        for name, values in simulation.run({given.name: batch}).items():
+            rows[name].append(values[:1])
+    progress("Simulated reference", len(golden.images), len(golden.images), "images")
+    return replace(golden, simulated={name: np.concatenate(values) for name, values in rows.items()})
+
+
+def _real_images(options: CompileOptions, source: ImageSource | None) -> dict[str, Array]:
+    """By name, that of a file within its folder."""
+    count = options.golden_images
+    if source is None:
+        return {f"noise {index}": image for index, image in enumerate(synthetic_images(count, options))}
+    root = f"{source.name}{os.sep}"
+    return {sample.name.removeprefix(root): sample.image for sample in source.subset(count)}
+
+
+def _eager_rows(
+    model: nn.Module, images: list[Array], options: CompileOptions, progress: Progress
+) -> list[tuple[Array, ...]]:
+    """The outputs of the network, one image at a time."""
+    import torch
+
+    from pcn_deploy.models.attention_map import with_attention_map
+
+    forward = with_attention_map(model) if options.with_attention_map else lambda images: (model(images),)
+    rows: list[tuple[Array, ...]] = []
+    with torch.inference_mode():
+        for image in images:
+            progress("Eager reference", len(rows), len(images), "images")
+            outputs = forward(torch.tensor(image[None]))  # a copy: the network may write into it
+            rows.append(tuple(values.numpy() for values in outputs))
+    progress("Eager reference", len(images), len(images), "images")
+    return rows
