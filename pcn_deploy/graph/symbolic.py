@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pcn_deploy.graph.attributes import attributes_kept
 from pcn_deploy.graph.floats import write_floats
 
 BATCHES = (1, 2, 1009)
@@ -187,7 +188,7 @@ def trace(
     root, mode = _ImageOnly(model), FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         images = [torch.empty(batch, *shape) for batch in BATCHES]
-    with answers_known():
+    with answers_known(), attributes_kept(root):
         graph = ShapedTracer(mode, {"x": images}, is_leaf).trace(root)
     return fx.GraphModule(without_root(root, graph), graph, type(model).__name__)
 

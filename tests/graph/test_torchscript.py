@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcn_deploy.errors import ModelError
+from pcn_deploy.graph.symbolic import trace
 from pcn_deploy.graph.torchscript import to_torchscript
 from pcn_deploy.specs import BatchRange
 
@@ -176,6 +177,35 @@ def test_what_exports_has_a_torchscript_form(kind: Callable[[], nn.Module], fixe
     for count in (3,) if fixed else (1, 2, 5):
         images = torch.randn(count, *IMAGES.shape[1:])
         torch.testing.assert_close(module(images), net(images), atol=0, rtol=0)
+
+
+class Caches(Net):
+    """Keeps what it computed for a device and a size, as timm's LeViT does; scripting cannot read the attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.rand(4, 9))
+        self.cache: dict[Any, Any] = {}
+        self.sizes: list[Any] = []
+        self.last: Any = None
+
+    def features(self, x: Tensor) -> Tensor:
+        key = f"{x.device}, {x.shape[1]}"
+        if key not in self.cache:
+            self.cache[key] = self.table[:, :4]
+            self.sizes.append(x.shape[0])
+            self.last = x
+        return super().features(x) @ self.cache[key]
+
+
+@pytest.mark.parametrize("look", [lambda net: to_torchscript(net, IMAGES), lambda net: trace(net, (3, 6, 8))])
+def test_a_cache_of_the_network_is_left_as_it_was(look: Callable[[nn.Module], object]) -> None:
+    net = Caches().eval()
+    look(net)
+    kinds = {type(value) for value in net.cache.values()} | {type(value) for value in (*net.sizes, net.last)}
+    assert kinds <= {Tensor, int, type(None)}
+    with torch.no_grad():
+        torch.testing.assert_close(net(IMAGES), net.head(Net.features(net, IMAGES) @ net.table[:, :4]))
 
 
 class AsksForTheType(Net):
