@@ -5,6 +5,7 @@
 #   make test-all   the same with every registered network, in every precision (about an hour)
 #   make lint       formatting, style, types
 #   make bench      the figures of the README
+#   make timm-families  60 networks of timm, beside the public tools (hours)
 #
 # A CPU-only PyTorch saves gigabytes: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -16,7 +17,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench timm-families clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits/demo.py
@@ -36,13 +37,22 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev $(VENV)-public/.done
 	$(BIN)/python benchmarks/run.py
 
+timm-families: $(VENV)-timm/.done $(VENV)-public/.done
+	OMP_NUM_THREADS=1 $(VENV)-timm/bin/python benchmarks/timm_families.py --markdown benchmarks/timm_families.md
+
+# timm brings torchvision, which is bound to one version of torch.
+$(VENV)-timm/.done: benchmarks/timm-requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-timm
+	$(VENV)-timm/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[compile]' -r $<
+	@touch $@
+
 $(VENV)-public/.done: benchmarks/public-requirements.txt
 	$(PYTHON) -m venv $(VENV)-public
 	$(VENV)-public/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r $<
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-public build out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-public $(VENV)-timm build out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
