@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pcn_deploy.graph.attributes import attributes_kept
 from pcn_deploy.graph.symbolic import BATCHES, PLAIN, ROOT, ShapedTracer, answers_known, without_root
 
 
@@ -54,7 +55,7 @@ class Calls:
             for batch in BATCHES:
                 for calls in self._given.values():
                     calls.append([])
-                with self.mode, torch.no_grad():
+                with self.mode, torch.no_grad(), attributes_kept(model):
                     model(torch.empty(batch, *shape))
         finally:
             for handle in handles:
@@ -88,7 +89,7 @@ class Calls:
                 raise ValueError(msg)
         inputs = {name: [call[name] for call in given] for name in names if name not in settings}
         root = _call_of(module, names, settings)
-        with answers_known():
+        with answers_known(), attributes_kept(root):
             tracer = ShapedTracer(self.mode, inputs, is_leaf)
             graph = tracer.trace(root)
         for node in graph.nodes:

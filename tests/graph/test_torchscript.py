@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcn_deploy.errors import ModelError
+from pcn_deploy.graph.calls import Calls
 from pcn_deploy.graph.symbolic import trace
 from pcn_deploy.graph.torchscript import to_torchscript
 from pcn_deploy.specs import BatchRange
@@ -198,7 +199,11 @@ class Caches(Net):
         return super().features(x) @ self.cache[key]
 
 
-@pytest.mark.parametrize("look", [lambda net: to_torchscript(net, IMAGES), lambda net: trace(net, (3, 6, 8))])
+def called(net: nn.Module) -> object:
+    return Calls(net, (3, 6, 8), [""]).trace("", lambda *_: True)
+
+
+@pytest.mark.parametrize("look", [lambda net: to_torchscript(net, IMAGES), lambda net: trace(net, (3, 6, 8)), called])
 def test_a_cache_of_the_network_is_left_as_it_was(look: Callable[[nn.Module], object]) -> None:
     net = Caches().eval()
     look(net)
