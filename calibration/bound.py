@@ -45,7 +45,11 @@ class PairedCounts:
     @property
     def drop_bound(self) -> float:
         """The drop, in percentage points, that the true one exceeds with a probability of 5 % at most."""
-        return 100 * _upper(self.lost, self.gained, self.images)
+        return self.drop_bound_at(_Z)
+
+    def drop_bound_at(self, deviations: float) -> float:
+        """The bound at another confidence, given in standard deviations: 1.645 are 95 %, 3.09 are 99.9 %."""
+        return 100 * _upper(self.lost, self.gained, self.images, deviations)
 
     @property
     def drop_shown(self) -> float:
@@ -119,12 +123,12 @@ def images_needed(counts: PairedCounts, budget: float) -> int | None:
     return high
 
 
-def _upper(lost: float, gained: float, images: float) -> float:
+def _upper(lost: float, gained: float, images: float, deviations: float = _Z) -> float:
     """Largest difference in [-1, 1] that the score test does not reject on the upper side."""
     low, high = (lost - gained) / images, 1.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if _score(lost, gained, images, middle) >= -_Z:
+        if _score(lost, gained, images, middle) >= -deviations:
             low = middle
         else:
             high = middle

@@ -6,6 +6,7 @@ be seen here. On the digits of the examples it gains 0.7 dB here and costs 2 to 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -54,14 +55,41 @@ def choose_calibrator(
     Raises:
         DataError: If no histograms were kept.
     """
-    found: dict[str, tuple[float, Calibration]] = {}
-    for done, name in enumerate(CALIBRATORS):
-        progress(STEP, done, len(CALIBRATORS))
-        candidate = recalibrate(seen, name, percentile)
+
+    def quantized(candidate: Calibration) -> nn.Module:
         planned = plan.with_ranges(candidate.ranges)
-        quantized = apply_scales(deployed, plan_scales(deployed, planned, weight_calibrator))
-        found[name] = (_sqnr_db(deployed, quantized, source), candidate)
-    progress(STEP, len(CALIBRATORS), len(CALIBRATORS))
+        return apply_scales(deployed, plan_scales(deployed, planned, weight_calibrator))
+
+    return take_best(deployed, quantized, seen, source, percentile=percentile, progress=progress)
+
+
+def take_best(
+    reference: nn.Module,
+    quantized: Callable[[Calibration], nn.Module],
+    seen: Calibration,
+    source: ImageSource,
+    *,
+    percentile: float,
+    names: Sequence[str] = CALIBRATORS,
+    progress: Progress = silent,
+) -> Calibration:
+    """As `choose_calibrator`, for whatever network is made from the ranges.
+
+    Args:
+        reference: The float network.
+        quantized: Makes the quantised network.
+        seen: A calibration with histograms.
+        source: Images that judge.
+        percentile: That of the percentile calibrator.
+        names: Calibrators to try, `max` among them.
+        progress: Told the number of calibrators tried.
+    """
+    found: dict[str, tuple[float, Calibration]] = {}
+    for done, name in enumerate(names):
+        progress(STEP, done, len(names))
+        candidate = recalibrate(seen, name, percentile)
+        found[name] = (sqnr_db(reference, quantized(candidate), source.subset(IMAGES)), candidate)
+    progress(STEP, len(names), len(names))
     chosen = max(found, key=lambda name: found[name][0])
     if found[chosen][0] < found["max"][0] + CLIPPING_DB:
         chosen = "max"
@@ -71,11 +99,12 @@ def choose_calibrator(
     return replace(found[chosen][1], notes=(*seen.notes, note))
 
 
-def _sqnr_db(deployed: nn.Module, quantized: nn.Module, source: ImageSource) -> float:
+def sqnr_db(reference: nn.Module, quantized: nn.Module, source: ImageSource) -> float:
+    """SQNR of the logits of a quantised network on images, in dB."""
     meter = ParityMeter()
     with torch.inference_mode():
-        for images, _ in source.subset(IMAGES).batches(BATCH):
-            expected, answered = (_logits(network, torch.from_numpy(images)) for network in (deployed, quantized))
+        for images, _ in source.batches(BATCH):
+            expected, answered = (_logits(network, torch.from_numpy(images)) for network in (reference, quantized))
             meter.update(expected.numpy(), answered.numpy())
     return meter.metrics()["sqnr_db"]
 

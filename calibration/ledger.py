@@ -5,6 +5,7 @@ One JSON object per line: first the identity of the run, then one measurement ea
 
 from __future__ import annotations
 
+import copy
 import json
 import zlib
 from pathlib import Path
@@ -43,6 +44,7 @@ class Ledger:
 
     def __init__(self, path: Path | None, identity: dict[str, Any]) -> None:
         self._path = path
+        self._prefix = ""
         self._found: dict[str, Any] = {}
         head = json.loads(json.dumps({"version": _VERSION, **identity}, allow_nan=False))
         if path is not None and path.exists():
@@ -52,14 +54,21 @@ class Ledger:
         self.resumed = len(self._found)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._found
+        return self._prefix + name in self._found
 
     def __getitem__(self, name: str) -> Any:
-        return self._found[name]
+        return self._found[self._prefix + name]
 
     def __setitem__(self, name: str, value: Any) -> None:
+        name = self._prefix + name
         self._found[name] = value
         self._write(json.dumps([name, value, _checksum(name, value)], allow_nan=False))
+
+    def part(self, name: str) -> Ledger:
+        """The same file for measurements of something else under the same names."""
+        part = copy.copy(self)
+        part._prefix = f"{self._prefix}{name}/"
+        return part
 
     def remove(self) -> None:
         """Delete the file: the run is complete."""

@@ -112,11 +112,14 @@ class PrecisionPlan:
         counts = Counter((entry.precision, entry.kind, entry.reason) for entry in self.entries)
         return [(*key, count) for key, count in counts.most_common()]
 
-    def with_ranges(self, ranges: dict[str, float]) -> PrecisionPlan:
-        """Fill in calibrated ranges where there are none.
+    def with_ranges(self, ranges: dict[str, float], *, again: bool = False) -> PrecisionPlan:
+        """Fill in calibrated ranges where there are none; `again`, also where these names have one.
 
         Layers whose input was all zero fall back to the remainder's precision.
         """
+        if again:
+            kept = tuple(replace(e, input_amax=None) if e.op in ranges else e for e in self.entries)
+            return replace(self, entries=kept).with_ranges(ranges)
         return replace(self, entries=tuple(self._with_range(entry, ranges) for entry in self.entries))
 
     def leave_out(self, ops: Collection[str], reason: str) -> PrecisionPlan:

@@ -6,7 +6,8 @@ import ctypes
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from pcn_deploy.calibration.search import SearchResult
 
 
+SECONDS_BETWEEN_LINES = 10.0
+"""Where stderr is no terminal, a step that takes longer says so often how far it is."""
+
+
 class _RateColumn(ProgressColumn):
     """Units per second, or how much is done where the step has no unit."""
 
@@ -57,6 +62,27 @@ class _Bars:
         self._progress.update(self._tasks[step], completed=done, total=total)
 
 
+class _Lines:
+    """One line when a step is over, and now and then where it takes long: for logs, which have no bars."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._started: dict[str, float] = {}
+        self._told = clock()
+
+    def __call__(self, step: str, done: int, total: int, unit: str = "", /) -> None:
+        now, over = self._clock(), done >= total
+        if over and step not in self._started:  # its end was told already
+            return
+        started = self._started.setdefault(step, now)
+        if not over and now - self._told < SECONDS_BETWEEN_LINES:
+            return
+        if over:
+            del self._started[step]
+        self._told = now
+        click.echo(f"{step}: {done}/{total} {unit}".rstrip() + f", {now - started:.0f} s", err=True)
+
+
 @contextmanager
 def progress_bars(*, quiet: bool) -> Iterator[ProgressCallable]:
     """Show the steps of the body on stderr.
@@ -74,7 +100,11 @@ def progress_bars(*, quiet: bool) -> Iterator[ProgressCallable]:
         _RateColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(time.monotonic)
+        return
+    with Progress(*columns, console=console) as progress:
         yield _Bars(progress)
 
 

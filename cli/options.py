@@ -248,7 +248,7 @@ def calibration_options(command: Command) -> Command:
         click.option(
             "--calibrator",
             type=click.Choice((*CALIBRATORS, AUTO)),
-            help="Ranges; auto tries them all and takes the one of largest SQNR of the logits. [default: entropy; for "
+            help="Ranges; auto tries them all and takes the one of largest SQNR of the logits. [default: mse; for "
             "fp8 max]",
         ),
         click.option(

@@ -19,7 +19,9 @@ from pcn_deploy.parity import listed
 from pcn_deploy.progress import Progress
 
 if TYPE_CHECKING:
-    from pcn_deploy.calibration.search import SearchResult
+    from pcn_deploy.calibration.images import ImageSource
+    from pcn_deploy.calibration.search import Search, SearchResult
+    from pcn_deploy.calibration.simulate import Simulation
     from pcn_deploy.preparation import Prepared
     from pcn_deploy.runtime import Engine
 
@@ -193,7 +195,7 @@ def check_count(images: int, budget: float) -> int:
 def search_plan(
     network: Prepared, judges: Judges, record: Path | None, progress: Progress
 ) -> tuple[Prepared, SearchResult]:
-    """Find the fewest layers to leave unquantised.
+    """Find the fewest layers to leave unquantised; before any is given up, the ranges of other calibrators are tried.
 
     Args:
         network: The network with every layer quantised that may be.
@@ -202,22 +204,22 @@ def search_plan(
         progress: Told how far the steps are.
 
     Returns:
-        The network with the plan found, and what the search found.
+        The network with the plan found, perhaps with other ranges, and what the search found.
 
     Raises:
         DataError: If `record` belongs to another run.
         ParityError: If no layer at all can be quantised within the budget.
     """
-    from pcn_deploy.calibration.quantized import apply_scales
-    from pcn_deploy.calibration.search import Search
     from pcn_deploy.calibration.sensitivity import rank
-    from pcn_deploy.calibration.simulate import Simulation
 
-    simulation = Simulation(network.unrounded, apply_scales(network.deployed, network.scales), network.scales)
-    units = network.units()
     ledger = Ledger(record, {**run_digests(network, [judges.search, judges.proof]), "budget": judges.budget})
-    chosen = judges.search.spread(RANKING_IMAGES)
-    search = Search(simulation, units, judges.search, judges.budget, ledger, progress)
+    simulation, search = _search(network, judges, ledger, progress)
+    if not search.holds_all():
+        better = _with_better_ranges(network, judges.search.source, progress)
+        if better is not network:
+            network, ledger = better, ledger.part("other ranges")
+            simulation, search = _search(network, judges, ledger, progress)
+    units, chosen = network.units(), judges.search.spread(RANKING_IMAGES)
 
     def ranked() -> list[str]:
         return rank(simulation, units, chosen, ledger, progress)
@@ -238,6 +240,36 @@ def search_plan(
     left = frozenset(layer for unit in found.unquantized for layer in units[unit])
     reason = f"{codes} here would break the budget of {judges.budget} points of top-1"
     return network.leave_out(left, reason), found
+
+
+def _search(network: Prepared, judges: Judges, ledger: Ledger, progress: Progress) -> tuple[Simulation, Search]:
+    from pcn_deploy.calibration.quantized import apply_scales
+    from pcn_deploy.calibration.search import Search
+    from pcn_deploy.calibration.simulate import Simulation
+
+    simulation = Simulation(network.unrounded, apply_scales(network.deployed, network.scales), network.scales)
+    return simulation, Search(simulation, network.units(), judges.search, judges.budget, ledger, progress)
+
+
+def _with_better_ranges(network: Prepared, source: ImageSource, progress: Progress) -> Prepared:
+    """The network with the ranges of the calibrator that costs its logits least, where histograms were kept."""
+    from pcn_deploy.calibration.calibrators import CALIBRATORS, FLOAT_CALIBRATORS, PERCENTILE
+    from pcn_deploy.calibration.choose import take_best
+    from pcn_deploy.calibration.quantized import apply_scales
+
+    seen = network.calibration
+    if seen is None or not all(each.counts.size for each in seen.statistics.values()):
+        return network
+    found = take_best(
+        network.unrounded,
+        lambda candidate: apply_scales(network.deployed, network.with_calibration(candidate).scales),
+        seen,
+        source,
+        percentile=seen.percentile or PERCENTILE,
+        names=CALIBRATORS if network.plan.precision == "int8" else FLOAT_CALIBRATORS,
+        progress=progress,
+    )
+    return network if found.ranges == seen.ranges else network.with_calibration(found)
 
 
 def prove_budget(engine: Engine, judges: Judges, progress: Progress) -> BudgetProof:

@@ -47,7 +47,7 @@ class CompileOptions:
         remainder: Type of what INT8 and FP8 leave unquantised, `fp16` or `fp32`; used with `int8` and `fp8` only.
         targets: Names from `engines.registry.TARGETS`, each once.
         calibrator: One of `calibrators.CALIBRATORS`, or `auto`: the one of largest SQNR on the calibration images. With
-            `fp8`, `max` or `percentile`. By default `entropy`, with `fp8` `max`.
+            `fp8`, `max` or `percentile`. By default `mse`, with `fp8` `max`.
         percentile: For the percentile calibrator, in percent, above 50 and at most 100.
         weight_calibrator: One of `calibrators.WEIGHT_CALIBRATORS`.
         calibration_cache: File that keeps what calibration saw, `.json`, or a bundle to take it from; see
@@ -93,7 +93,7 @@ class CompileOptions:
         if self.classes is not None:
             object.__setattr__(self, "classes", Classes.of(self.classes))
         if not self.calibrator:
-            object.__setattr__(self, "calibrator", "max" if self.precision == "fp8" else "entropy")
+            object.__setattr__(self, "calibrator", "max" if self.precision == "fp8" else "mse")
         if self.precision not in PRECISIONS or self.remainder not in REMAINDERS:
             msg = (
                 f"Precision {self.precision!r} with remainder {self.remainder!r}: "

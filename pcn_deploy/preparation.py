@@ -84,6 +84,15 @@ class Prepared:
             plan = keep_in_range(plan, self.unrounded, self.magnitudes, self.layers, others)
         return replace(self, deployed=deployed, plan=plan, scales=scales)
 
+    def with_calibration(self, calibration: Calibration) -> Prepared:
+        """The network with other ranges from the same images; weights and their scales stay."""
+        from pcn_deploy.calibration.quantized import plan_scales
+
+        plan = self.plan.with_ranges(calibration.ranges, again=True)
+        inputs = plan_scales(self.deployed, plan)
+        scales = {path: replace(own, input=inputs[path].input) for path, own in self.scales.items()}
+        return replace(self, plan=plan, scales=scales, calibration=calibration)
+
     def units(self) -> dict[str, tuple[str, ...]]:
         """The INT8 layers, each with the residual additions that are INT8 because it is, by its name."""
         branches = {layer.path: layer.branch for layer in self.layers if layer.branch and layer.path in self.scales}

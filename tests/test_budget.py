@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from small_builds import images, network, options
 import pcn_deploy
 from pcn_deploy import CompileResult
 from pcn_deploy.budget import Judges, check_count, prove_budget, run_digests
+from pcn_deploy.calibration.collect import recalibrate
 from pcn_deploy.calibration.evaluation import Answers
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.record import Calibration
+from pcn_deploy.calibration.statistics import Statistics
 from pcn_deploy.errors import OptionError, ParityError
 from pcn_deploy.preparation import in_evaluation_mode, prepare
 from pcn_deploy.progress import silent
@@ -26,8 +29,11 @@ torch = pytest.importorskip("torch")
 HARMFUL = "blocks.0.attn.qkv_pos.5"
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, layers: set[str] | None) -> None:
-    """Ranges so wide that the layers named (all of them if None) round everything to zero: faked calibrations."""
+def spoil(monkeypatch: pytest.MonkeyPatch, layers: set[str] | None, *, histograms: bool = False) -> None:
+    """Ranges so wide that the layers named (all of them if None) round everything to zero: faked calibrations.
+
+    Without histograms there are no others to take.
+    """
     from pcn_deploy.calibration import collect
 
     real = collect.calibrate
@@ -37,7 +43,10 @@ def spoil(monkeypatch: pytest.MonkeyPatch, layers: set[str] | None) -> None:
         for path in seen.ranges:
             if layers is None or path in layers:
                 seen.ranges[path] *= 300
-        return seen
+        if histograms:
+            return seen
+        bare = {path: Statistics(kept.amax, np.zeros(0, np.int64), 0.0) for path, kept in seen.statistics.items()}
+        return replace(seen, statistics=bare)
 
     monkeypatch.setattr(collect, "calibrate", spoiled)
 
@@ -72,6 +81,31 @@ def test_a_harmful_layer_is_left_out_and_the_engine_is_proven(monkeypatch: pytes
     assert [proof["passed"] for proof in saved["proofs"]] == [True, True]
     assert saved["proofs"][0]["drop_bound"] == result.proofs[0].counts.drop_bound <= 6.0
     assert record.exists(), "it goes when the bundle is on disk"
+
+
+def test_other_ranges_are_tried_before_a_layer_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    spoil(monkeypatch, {HARMFUL}, histograms=True)
+    result = build(6.0, evaluation=[images(160)], search_record=tmp_path / "search")
+    assert result
+    assert result.search is not None
+    assert HARMFUL not in result.search.unquantized
+    kept = result.bundle.read_json("calibration.json")
+    assert any("was chosen by the SQNR of the logits" in note for note in kept["notes"])
+    entry = next(entry for entry in result.plan.entries if entry.op == HARMFUL)
+    assert entry.input_amax == kept["ranges"][HARMFUL] <= kept["amax"][HARMFUL]
+    assert kept["scales"][HARMFUL]["input"] == pytest.approx(entry.input_amax / 127, rel=1e-3)
+
+
+def test_other_ranges_leave_the_weights_as_they_are() -> None:
+    chosen = options(precision="int8", recovery=("weight-rounding",), weight_calibrator="mse", calibrator="percentile")
+    prepared = prepare(in_evaluation_mode(network()), chosen, ImageSource(images(8), chosen.transform), silent)
+    assert prepared.calibration is not None
+    other = prepared.with_calibration(recalibrate(prepared.calibration, "max", 99.99))
+    assert other.deployed is prepared.deployed
+    for path, own in other.scales.items():
+        np.testing.assert_array_equal(own.weight, prepared.scales[path].weight)
+        assert own.input > prepared.scales[path].input
+        assert other.plan.quantized_entries[path].input_amax == prepared.calibration.amax[path]
 
 
 def test_a_layer_given_up_is_judged_by_the_rules_of_fp16() -> None:

@@ -87,7 +87,7 @@ def test_the_golden_set_is_the_eager_network(results: dict[str, CompileResult]) 
 def test_int8_records_its_calibration(results: dict[str, CompileResult]) -> None:
     bundle = results["int8"].bundle
     kept = bundle.read_json("calibration.json")
-    assert (kept["calibrator"], kept["images"], kept["unreadable"]) == ("entropy", 12, 0)
+    assert (kept["calibrator"], kept["images"], kept["unreadable"]) == ("mse", 12, 0)
     quantised = {entry["op"] for entry in bundle.read_json("plan.json")["entries"] if entry["precision"] == "int8"}
     assert quantised == set(kept["ranges"])
     assert quantised

@@ -231,28 +231,63 @@ FOUND = SearchResult(budget=0.5, unquantized=("a",), counts=PairedCounts(3000, 7
 @pytest.mark.parametrize(
     ("others", "asked", "left", "reached"),
     [
-        ([99, 3, 2, 1, 1, 1, 1, 1], [7, 6, 5, 4, 3, 2, 1], "a", True),
-        ([99, 30, 30, 1, 1, 1, 1, 1], [7, 6, 5, 4, 3, 2], "bac", True),
-        ([99, 1, 1, 1, 1, 1, 30, 1], [7, 6], "bacdefg", True),
-        ([99, 1, 1, 1, 1, 1, 1, 30], [7], "bacdefg", False),
-        ([99, 8, 1, 1, 1, 1, 1, 1], [7, 6, 5, 4, 3, 2, 1], "ba", True),  # 8 are within the budget, not with the slack
+        ([99, 3, 2, 1, 1, 1, 1, 30], [1], "a", True),
+        ([99, 30, 30, 1, 1, 1, 1, 1], [1, 7, 6, 5, 4, 3, 2], "bac", True),
+        ([99, 30, 1, 1, 1, 1, 30, 1], [1, 7, 6], "bacdefg", True),
+        ([99, 30, 1, 1, 1, 1, 1, 30], [1, 7], "bacdefg", False),
+        ([99, 8, 1, 1, 1, 1, 1, 1], [1, 7, 6, 5, 4, 3, 2], "ba", True),  # 8 are within the budget, not with the slack
     ],
 )
 def test_the_last_plan_that_holds_on_other_images_is_taken(
     others: list[int], asked: list[int], left: str, reached: bool
 ) -> None:
     search = KnownCounts([30, 7, 6, 5, 5, 5, 0, 0], others)
-    found = search.confirm(FOUND, None, lambda: list("bacdefgh"))  # type: ignore[arg-type]
-    assert search.asked == asked, "from the safe one on, and no further than the first that does not hold"
+    found = search.confirm(FOUND, range(3000), lambda: list("bacdefgh"))  # type: ignore[arg-type]
+    assert search.asked == asked, "the plan found, else from the safe one to the first that does not hold"
     assert found.unquantized == tuple(left)
     assert found.reached is reached
     assert found.confirmed == PairedCounts(3000, lost=others[len(left)])
 
 
 def test_beyond_the_safe_plan_steps_grow() -> None:
-    search = KnownCounts([0] * 8, [0] * 8)
-    assert search.confirm(FOUND, None, lambda: list("bacdefgh")).unquantized == ("a",)  # type: ignore[arg-type]
-    assert search.asked == [7, 6, 4, 3, 2, 1], "2 is safe, then 1, 2, 4 and at most all but one"
+    search = KnownCounts([0] * 8, [0, 99, 0, 0, 0, 0, 0, 0])
+    found = search.confirm(FOUND, range(3000), lambda: list("bacdefgh"))  # type: ignore[arg-type]
+    assert found.unquantized == ("b", "a")
+    assert search.asked == [1, 7, 6, 4, 3, 2], "2 is safe, then 1, 2, 4 and at most all but one"
+
+
+class Painted:
+    """A fake: the answer is the first pixel; all-INT8 answers those wrongly whose second pixel says so."""
+
+    def __init__(self) -> None:
+        self.images = 0
+
+    def logits(self, images: Any, *, inputs: Any = (), weights: Any = ()) -> Any:
+        self.images += len(images)
+        wrong = images[:, 0, 0, 1] if inputs else np.zeros(len(images))
+        return np.eye(10, dtype=np.float32)[((images[:, 0, 0, 0] + wrong) % 10).astype(int)]
+
+
+@pytest.mark.parametrize(("lost", "asked", "within"), [(0, 1008, True), (8, 2000, True), (400, 4000, False)])
+def test_a_plan_is_judged_on_no_more_images_than_it_needs(lost: int, asked: int, within: bool) -> None:
+    """The images come class by class, and those that are lost are all of the last: the first say nothing of them."""
+    pictures = np.zeros((4000, 1, 1, 2), np.float32)
+    pictures[:, 0, 0, 0] = np.arange(4000) // 400
+    pictures[4000 - lost :, 0, 0, 1] = 1
+    painted = Painted()
+    answers = Answers.of(painted.logits, ImageSource([pictures], Transform(resolution=(1, 2), mean=(0.5,), std=(0.5,))))
+    search = Search(painted, {"a": ("a",)}, answers, 1.0, Ledger(None, {}))  # type: ignore[arg-type]
+    painted.images = 0
+    found = search.run(lambda: ["a"])
+    assert found.reached
+    assert (found.unquantized == ()) == within
+    assert painted.images == (asked if within else 2 * asked)
+    assert found.counts.drop_bound <= 1.0
+    if within:
+        assert found.counts.images == asked
+        painted.images = 0
+        assert search.confirm(found, answers, lambda: ["a"]).confirmed == found.counts
+        assert painted.images == asked
 
 
 def test_labels_that_are_right_by_chance_only_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,37 @@
+"""What a person sees of progress where there is no terminal."""
+
+from __future__ import annotations
+
+import pytest
+
+from pcn_deploy.cli import display
+
+
+def test_a_log_has_a_line_per_step_and_more_where_it_takes_long(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    lines = display._Lines(lambda: now[0])
+    for seconds, done in ((0, 0), (1, 1), (9, 2), (11, 3), (12, 4), (25, 5), (26, 6), (26, 6)):
+        now[0] = seconds
+        lines("Searching", done, 6, "layers")
+    now[0] = 26.4
+    lines("Scripting", 0, 1)
+    lines("Scripting", 1, 1)
+    lines("Searching", 0, 6, "layers")
+    lines("Searching", 6, 6, "layers")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        "Searching: 3/6 layers, 11 s",
+        "Searching: 5/6 layers, 25 s",
+        "Searching: 6/6 layers, 26 s",
+        "Scripting: 1/1, 0 s",
+        "Searching: 6/6 layers, 0 s",
+    ]
+
+
+def test_without_a_terminal_steps_are_lines_and_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    for quiet in (True, False):
+        with display.progress_bars(quiet=quiet) as progress:
+            progress("Calibrating", 0, 8, "images")
+            progress("Calibrating", 8, 8, "images")
+    assert capsys.readouterr().err == "Calibrating: 8/8 images, 0 s\n"
