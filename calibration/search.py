@@ -4,12 +4,13 @@ Layers are given up one by one, most harmful first, until the bound of `calibrat
 each of them is tried in INT8 again, least harmful first, because some harmed only in company. So the plan found never
 leaves more layers unquantised than giving up in that order alone would.
 
-The images that chose a plan judge it too kindly. Where there are others, they are asked about a sequence of plans that
-the first ones fixed, from a safe one to the one found, and the last of them that holds is taken: such a sequence, which
-ends at the first failure, keeps the confidence of a single test. Source: Angelopoulos et al., "Learn then Test", 2021,
-section 3 (fixed sequence testing). It is made of the plan found, the one at which the order alone would have stopped,
-those one layer further each until one is safe, and some beyond: all but the first is what the order alone would ask
-about, so it never ends with fewer layers.
+The images that chose a plan judge it too kindly. Where there are others, they are asked about the plan found; if it
+does not hold, about a sequence of plans that the first ones fixed, from a safe one on, and the last of them that holds
+is taken: such a sequence, which ends at the first failure, keeps the confidence of a single test. Source: Angelopoulos
+et al., "Learn then Test", 2021, section 3 (fixed sequence testing). It is made of the plan at which the order alone
+would have stopped, those one layer further each until one is safe, and some beyond: what the order alone would ask
+about, so it never ends with fewer. `_with_slack` makes each of the two tests err in 1.6 of 100 cases, so both together
+err less often than the bound allows.
 """
 
 from __future__ import annotations
