@@ -200,7 +200,8 @@ def _share_weight(
 ) -> None:
     """Layers of one weight have one rounded weight."""
     key = (id(source.weight), scales.weight.tobytes(), scales.codes)
-    quantized.weight = rounded.setdefault(key, quantized.weight)
+    own: nn.Parameter = quantized.weight  # type: ignore[assignment] # torch's annotation
+    quantized.weight = rounded.setdefault(key, own)
 
 
 def apply_scales(model: nn.Module, scales: dict[str, Quantization]) -> nn.Module:

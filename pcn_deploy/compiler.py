@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
+from pcn_deploy.agreement import Forms, check_agreement
 from pcn_deploy.budget import (
     NOT_LABELLED,
     BudgetProof,
@@ -27,12 +24,12 @@ from pcn_deploy.calibration.evaluation import Answers
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.engines.base import Array, Backend, GraphSource
 from pcn_deploy.engines.registry import get_backend
-from pcn_deploy.errors import DependencyError, ExecutionError, ModelError
+from pcn_deploy.errors import DependencyError
 from pcn_deploy.golden import MEMBER, NOISE
 from pcn_deploy.limits import ParityBudget
 from pcn_deploy.memory import release_unused
 from pcn_deploy.options import CompileOptions
-from pcn_deploy.parity import ParityReport, least_sqnr_db
+from pcn_deploy.parity import ParityReport
 from pcn_deploy.preparation import (
     CalibrationImages,
     Prepared,
@@ -53,10 +50,6 @@ if TYPE_CHECKING:
 
     from pcn_deploy.calibration.plan import PrecisionPlan
     from pcn_deploy.calibration.search import SearchResult
-
-AGREEMENT_DB = 25.0
-"""Least SQNR between the TorchScript module and the ONNX graph: FP16 rounding alone leaves 64 dB and more, a graph
-that was unrolled wrongly in a trial had 17 dB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +145,12 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     }
     del model  # no longer needed; the caller may keep it
     plan, spec = network.plan, _add_graphs(bundle, network, golden.images[:2], options, progress)
-    rounds_codes = options.quantizes and options.graph_type == "fp16"
-    as_fp32 = partial(_fp32_graph, network, options) if rounds_codes else None
+    forms = Forms(network.deployed, network.scales, options) if options.quantizes else None
     del network  # its folded weights are in the graphs now
     release_unused()
-    _check_agreement(bundle, golden.images, spec, options, as_fp32)
-    del as_fp32
+    if note := check_agreement(bundle, golden, spec, options, forms):
+        bundle.manifest["notes"].append(note)
+    del forms
     if options.quantizes:
         with get_backend("torchscript").open(bundle.read("model.ts"), spec) as simulation:
             golden = with_simulation(golden, simulation, progress)
@@ -260,57 +253,6 @@ def _add_graphs(
     bundle.add("model.onnx", serialise(graph))
     release_weights(graph)
     return spec
-
-
-def _fp32_graph(network: Prepared, options: CompileOptions) -> bytes:
-    """The ONNX graph before it was given FP16."""
-    from pcn_deploy.graph.export import serialise, to_onnx
-
-    shape = options.transform.shape
-    return serialise(to_onnx(network.deployed, shape, options.batch, network.scales, outputs=options.outputs))
-
-
-def _check_agreement(
-    bundle: Bundle,
-    images: Array,
-    spec: EngineSpec,
-    options: CompileOptions,
-    as_fp32: Callable[[], bytes] | None = None,
-) -> None:
-    """Run both portable graphs once: made by different roads from one module, they must compute the same.
-
-    A rewrite or an unrolling gone wrong could hide below the budget of INT8; it cannot hide here. Rounding to FP16
-    may move many INT8 codes by one, which looks like an error; so a typed graph that differs is judged in FP32.
-    """
-    import torch
-
-    images = images[np.arange(spec.batch.min) % len(images)]
-    with torch.jit.optimized_execution(False):  # type: ignore[attr-defined] # for one run it costs more than it saves
-        expected = _outputs("torchscript", bundle.read("model.ts"), spec, images)
-    if options.graph_type == "bf16":  # ONNX Runtime has no BF16 on the CPU
-        return
-    found = least_sqnr_db(expected, _outputs("cpu", bundle.read("model.onnx"), spec, images))
-    if found < AGREEMENT_DB and as_fp32 is not None:
-        found = least_sqnr_db(expected, _outputs("cpu", as_fp32(), spec, images))
-    if found < AGREEMENT_DB:
-        msg = (
-            f"TorchScript and ONNX were made from one module but differ ({found:.1f} dB): the network decides by how "
-            "it is run, such as torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export(), or the exporter got "
-            "it wrong. Leave such decisions out; if there are none, please report it with the definition."
-        )
-        raise ModelError(msg)
-
-
-def _outputs(target: str, graph: bytes, spec: EngineSpec, images: npt.NDArray[np.float32]) -> list[Array]:
-    """What a portable graph returns, in the order of its interface."""
-    backend = get_backend(target)
-    try:
-        with backend.open(graph, spec) as session:
-            found = session.run({spec.inputs[0].name: images})
-            return [found[tensor.name] for tensor in spec.outputs]
-    except ExecutionError as error:  # __cause__ is what a scripted module raises when it runs
-        msg = f"{backend.member} cannot be executed: {str(error.__cause__).strip().splitlines()[-1]}"
-        raise ModelError(msg) from error
 
 
 def _build_engines(

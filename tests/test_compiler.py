@@ -263,8 +263,9 @@ def test_a_typed_graph_that_differs_is_judged_in_fp32(
     monkeypatch: pytest.MonkeyPatch, in_fp32: float, accepted: bool
 ) -> None:
     """Rounding to FP16 moves INT8 codes: pytorchcv's mobilenetv2_w1 came to 22.5 dB. The measurements are fakes."""
-    found = iter([20.0, in_fp32])
-    monkeypatch.setattr("pcn_deploy.compiler.least_sqnr_db", lambda *_: next(found))
+    explained = [] if accepted else [80.0, 80.0, 20.0]  # rounding alone; then each graph, for the message
+    found = iter([20.0, in_fp32, *explained])
+    monkeypatch.setattr("pcn_deploy.agreement.least_sqnr_db", lambda *_: next(found))
     given = {"options": options(precision="int8"), "calibration": images()}
     if accepted:
         assert pcn_deploy.compile(network(), **given)

@@ -10,9 +10,11 @@ from small_builds import RTX_IS_HERE, images, needs_rtx, network, options
 
 import pcn_deploy
 from pcn_deploy import Bundle, CompileResult, Transform, compiler
+from pcn_deploy.agreement import check_agreement
 from pcn_deploy.engines.onnxruntime import _OnnxRuntimeSession
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import ModelError
+from pcn_deploy.golden import GoldenSet
 from pcn_deploy.limits import BUDGETS
 from pcn_deploy.progress import silent
 from pcn_deploy.specs import EngineSpec
@@ -91,15 +93,15 @@ def test_graphs_whose_maps_differ_are_refused(
 ) -> None:
     bundle, real = mapped["fp32"].bundle, _OnnxRuntimeSession._run_impl
     spec = EngineSpec.from_json(bundle.manifest["interface"])
-    chosen = options(precision="fp32")
-    compiler._check_agreement(bundle, images(1)[..., :1].repeat(48, axis=3), spec, chosen)
+    chosen, golden = options(precision="fp32"), GoldenSet.read(bundle, [tensor.name for tensor in spec.outputs])
+    check_agreement(bundle, golden, spec, chosen)
     monkeypatch.setattr(
         _OnnxRuntimeSession,
         "_run_impl",
         lambda self, inputs: {**(found := real(self, inputs)), "attention_map": 1.1 * found["attention_map"]},
     )
     with pytest.raises(ModelError, match=r"differ \(\d\d\.\d dB\)"):
-        compiler._check_agreement(bundle, images(1)[..., :1].repeat(48, axis=3), spec, chosen)
+        check_agreement(bundle, golden, spec, chosen)
 
 
 def test_a_network_of_the_user_with_its_pooling_replaced() -> None:

@@ -109,6 +109,6 @@ def _call_of(module: nn.Module, names: list[str], settings: dict[str, Any]) -> n
     given = ", ".join(f"{name}={name}" if name not in settings else f"{name}=settings[{name!r}]" for name in names)
     scope: dict[str, Any] = {"settings": settings}
     exec(f"def forward(self, {tensors}):\n    return self.{ROOT}({given})", scope)
-    root = type("_Call", (nn.Module,), {"forward": scope["forward"]})()
+    root: nn.Module = type("_Call", (nn.Module,), {"forward": scope["forward"]})()
     root.add_module(ROOT, module)
     return root

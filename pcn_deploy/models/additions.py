@@ -84,4 +84,4 @@ def _is_addition(node: fx.Node, is_activation: Callable[..., bool]) -> bool:
     if len(operands) != 2 or not set(node.kwargs) <= {"other"} or not all(is_activation(each, 0) for each in operands):
         return False
     shapes = [each.meta["values"][0].shape for each in (*operands, node) if isinstance(each, fx.Node)]
-    return shapes[0] == shapes[1] == shapes[2]
+    return bool(shapes[0] == shapes[1] == shapes[2])

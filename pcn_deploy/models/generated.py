@@ -77,7 +77,7 @@ def _declare(trace: CallTrace) -> None:
         if isinstance(value, list):
             node.type = List[Tensor]  # noqa: UP006
         elif isinstance(value, tuple):
-            node.type = Tuple[tuple(Tensor for _ in value)]  # type: ignore[misc] # noqa: UP006
+            node.type = Tuple[tuple(Tensor for _ in value)]  # noqa: UP006
     names = trace.names
     last = max((names.index(name) for name in tensors), default=-1)
     following = next(iter(graph.nodes))

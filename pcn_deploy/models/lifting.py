@@ -61,8 +61,8 @@ def separate_all_attention(model: nn.Module) -> int:
     So are torch's encoders, which would call none of these layers.
     """
     found = [module for module in model.modules() if type(module) is nn.MultiheadAttention]
-    for module in found:
-        become(module, separate_attention(module).eval())
+    for attention in found:
+        become(attention, separate_attention(attention).eval())
     for module in list(model.modules()):
         if (plain := plain_encoder(module)) is not None:
             become(module, plain.eval())
@@ -149,7 +149,7 @@ def _separate(
     kept: set[int] = set()
     for node in list(trace.graph.nodes):
         part = trace.held.get(str(node.target)) if node.op == "call_module" else None
-        if id(part) not in shared:
+        if part is None or id(part) not in shared:
             continue
         owned = path == shared[id(part)].rpartition(".")[0] or path == min(
             caller for caller, parts in repeated.items() if shared[id(part)] in parts

@@ -23,6 +23,9 @@ class SeparateAttention(nn.Module):
     Source: Vaswani et al., "Attention Is All You Need", arXiv 1706.03762, section 3.2; argument names are torch's.
     """
 
+    extra_key: Tensor | None
+    extra_value: Tensor | None
+
     def __init__(
         self,
         query: tuple[Tensor, Tensor | None],
@@ -65,9 +68,10 @@ class SeparateAttention(nn.Module):
         elif not self.batch_first:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
-        if self.extra_key is not None and self.extra_value is not None:
-            k = torch.cat([k, self.extra_key.expand(k.shape[0], -1, -1)], 1)
-            v = torch.cat([v, self.extra_value.expand(v.shape[0], -1, -1)], 1)
+        extra_key, extra_value = self.extra_key, self.extra_value
+        if extra_key is not None and extra_value is not None:
+            k = torch.cat([k, extra_key.expand(k.shape[0], -1, -1)], 1)
+            v = torch.cat([v, extra_value.expand(v.shape[0], -1, -1)], 1)
         if self.zero_position:
             k, v = F.pad(k, [0, 0, 0, 1]), F.pad(v, [0, 0, 0, 1])
         mask = self._mask(q, k, key_padding_mask, attn_mask)
@@ -92,7 +96,7 @@ class SeparateAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """`(N, L, E)` as `(N, heads, L, E / heads)`."""
-        return x.unflatten(2, [self.num_heads, self.head_dim]).transpose(1, 2)
+        return x.reshape(x.shape[0], x.shape[1], self.num_heads, self.head_dim).transpose(1, 2)
 
     def _mask(self, q: Tensor, k: Tensor, of_keys: Tensor | None, of_pairs: Tensor | None) -> Tensor | None:
         """Both masks as one term of the logits, `(N or 1, heads or 1, L, S)`; True is where nothing is looked at."""
@@ -100,7 +104,7 @@ class SeparateAttention(nn.Module):
         if of_pairs is not None:
             of_pairs = additive(of_pairs, q)
             if of_pairs.dim() == 3 and of_pairs.shape[0] > 1:
-                of_pairs = of_pairs.unflatten(0, [-1, self.num_heads])
+                of_pairs = of_pairs.reshape(-1, self.num_heads, of_pairs.shape[1], of_pairs.shape[2])
             elif of_pairs.dim() == 3:
                 of_pairs = of_pairs.unsqueeze(0)
             else:
@@ -183,9 +187,8 @@ def plain_encoder(module: nn.Module) -> nn.Module | None:
         return Encoder(module)
     if type(module) is not nn.TransformerEncoderLayer:
         return None
-    activation = module.activation
-    if not isinstance(activation, nn.Module):
-        activation = {F.relu: nn.ReLU(), F.gelu: nn.GELU()}.get(activation)
+    given: Any = module.activation
+    activation = given if isinstance(given, nn.Module) else {F.relu: nn.ReLU(), F.gelu: nn.GELU()}.get(given)
     return None if activation is None else EncoderLayer(module, activation)
 
 

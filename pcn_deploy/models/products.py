@@ -151,14 +151,16 @@ def _conv2d(
         return None
     if not _is_plain(stride, padding, dilation, groups):
         return None
-    settings = [setting if isinstance(setting, str) else _pair(setting) for setting in (stride, padding, dilation)]
+    settings: list[Any] = [each if isinstance(each, str) else _pair(each) for each in (stride, padding, dilation)]
     layer = nn.Conv2d(
         kernel.shape[1] * groups,
         kernel.shape[0],
         (kernel.shape[2], kernel.shape[3]),
-        *settings,  # type: ignore[arg-type] # torch's annotations
-        groups=groups,
-        bias=shift is not None,
+        settings[0],
+        settings[1],
+        settings[2],
+        groups,
+        shift is not None,
         device="meta",
     )
     layer.weight = as_parameter(kernel)
@@ -293,10 +295,13 @@ def _attention(
     tensors: list[Any] = matrices if use_separate_proj_weight else [*matrices[0].chunk(3), matrices[1]]  # type: ignore[union-attr]
     bias = at.constant(in_proj_bias, 1)
     biases = [None, None, None] if bias is None else list(bias.chunk(3))
-    pairs = list(zip(tensors, [*biases, at.constant(out_proj_bias, 1)], strict=True))
+    query_, key_, value_, out = zip(tensors, [*biases, at.constant(out_proj_bias, 1)], strict=True)
     layer = SeparateAttention(
-        *pairs,
-        heads=num_heads,
+        query_,
+        key_,
+        value_,
+        out,
+        num_heads,
         batch_first=False,
         extra_key=at.constant(bias_k, 3),
         extra_value=at.constant(bias_v, 3),

@@ -124,7 +124,7 @@ def test_a_range_belongs_to_int8() -> None:
         ('[operations.nowhere]\nprecision="fp32"', r"\[operations\..*nowhere"),
         ('[layers.stem]\nkind="Linear"\nprecision="fp16"', "is a Linear there and a Conv2d in this network"),
         ('[layers.gelu]\nprecision="int8"', "cannot be int8: not a Conv2d or Linear.*Expected fp16 or fp32"),
-        ('[layers.shared]\nprecision="int8"', "cannot be int8: used more than once"),
+        ('[layers.shared]\nprecision="int8"', "cannot be int8: called more than once"),
         ('[layers.stem]\nprecision="fp16"\n[layers.add]\nprecision="int8"', "together with its branch, 'stem'"),
     ],
 )

@@ -50,7 +50,8 @@ class StandardisedConv(nn.Conv2d):
 
 class ScaledConv(nn.Conv2d):
     def _conv_forward(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-        return super()._conv_forward(x, kernel * 2, bias)
+        y: Tensor = super()._conv_forward(x, kernel * 2, bias)
+        return y
 
 
 class LowRank(nn.Linear):
@@ -72,7 +73,8 @@ class Subclasses(Logits):
 
     def features(self, x: Tensor) -> Tensor:
         x = self.scaled(self.body(self.stem(x)).relu())
-        return self.low(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y: Tensor = self.low(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return y
 
 
 class Functions(Logits):
@@ -111,7 +113,8 @@ class CalledAgain(Logits):
     def features(self, x: Tensor) -> Tensor:
         for _ in range(3):
             x = self.block(x) + x
-        return self.second(self.stages(x)) + self.first(x)
+        y: Tensor = self.second(self.stages(x)) + self.first(x)
+        return y
 
 
 class Attention(Logits):
@@ -153,7 +156,8 @@ class Encoder(Logits):
                 nn.init.normal_(parameter)
 
     def features(self, x: Tensor) -> Tensor:
-        return self.encoder(x.flatten(2).transpose(1, 2)).transpose(1, 2)
+        y: Tensor = self.encoder(x.flatten(2).transpose(1, 2))
+        return y.transpose(1, 2)
 
 
 class AttentionPool(Logits):

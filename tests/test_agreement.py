@@ -1,0 +1,102 @@
+"""The two portable graphs are compared, and the one that departs is named."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_builds import images, network, options
+
+import pcn_deploy
+from pcn_deploy import agreement
+from pcn_deploy.agreement import check_agreement
+from pcn_deploy.errors import ModelError
+from pcn_deploy.golden import GoldenSet
+from pcn_deploy.graph.export import serialise, to_onnx
+from pcn_deploy.graph.torchscript import to_torchscript
+from pcn_deploy.models.deploy import to_deploy
+from pcn_deploy.specs import EngineSpec
+
+OPTIONS = options(precision="int8", remainder="fp32")
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, Any]:
+    bundle = pcn_deploy.compile(network(), OPTIONS, calibration=[images()]).bundle
+    other, _ = to_deploy(network(seed=7), torch.from_numpy(images(1)))
+    example = torch.from_numpy(images(2))
+    spec = EngineSpec.from_json(bundle.manifest["interface"])
+    return {
+        "bundle": bundle,
+        "golden": GoldenSet.read(bundle, [tensor.name for tensor in spec.outputs]),
+        "spec": spec,
+        "model.ts": to_torchscript(other, example, OPTIONS.batch),
+        "model.onnx": serialise(to_onnx(other, (3, 32, 32), OPTIONS.batch, {})),
+    }
+
+
+def with_member(bundle: Any, name: str, data: bytes) -> Any:
+    return SimpleNamespace(read=lambda member: data if member == name else bundle.read(member))
+
+
+@pytest.mark.parametrize(("name", "departs"), [("model.ts", "TorchScript"), ("model.onnx", "ONNX")])
+def test_the_graph_of_another_network_is_the_one_that_departs(built: dict[str, Any], name: str, departs: str) -> None:
+    assert check_agreement(built["bundle"], built["golden"], built["spec"], OPTIONS) == ""
+    wrong = with_member(built["bundle"], name, built[name])
+    with pytest.raises(ModelError, match=rf"the {departs} graph departs"):
+        check_agreement(wrong, built["golden"], built["spec"], OPTIONS)
+
+
+class FakeForms:
+    """A fake: a network whose answers in float32 are so far from those in float64 by rounding alone."""
+
+    def __init__(self, right: Any, rounding: float) -> None:
+        self._right, self._rounding = right, rounding
+
+    def graph(self, *, quantized: bool) -> bytes:
+        return b"with codes" if quantized else b"without codes"
+
+    def run(self, images: Any, *, quantized: bool, double: bool = False) -> list[Any]:
+        return [noisy(self._right, self._rounding, 3) if quantized and not double else self._right]
+
+
+def noisy(values: Any, decibels: float, seed: int) -> Any:
+    noise = np.random.default_rng(seed).standard_normal(values.shape).astype(np.float32)
+    return values + noise * np.linalg.norm(values) / np.linalg.norm(noise) * 10 ** (-decibels / 20)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "scripted", "exported", "without_codes", "refused"),
+    [
+        (14.0, 15.0, 16.0, 90.0, ""),  # no further apart than rounding alone makes them
+        (14.0, 15.0, 16.0, 30.0, "ONNX|TorchScript"),  # the graph is another one without codes too
+        (60.0, 60.0, 15.0, 90.0, "the ONNX graph departs"),  # rounding does not explain it
+        (60.0, 15.0, 60.0, 90.0, "the TorchScript graph departs"),
+    ],
+)
+def test_rounding_explains_what_it_can(
+    built: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    rounding: float,
+    scripted: float,
+    exported: float,
+    without_codes: float,
+    refused: str,
+) -> None:
+    right = np.random.default_rng(0).standard_normal((1, 50)).astype(np.float32)
+    found = {
+        b"without codes": noisy(right, without_codes, 1),
+        built["bundle"].read("model.ts"): noisy(right, scripted, 2),
+    }
+    monkeypatch.setattr(agreement, "_outputs", lambda _target, graph, *_: [found.get(graph, noisy(right, exported, 4))])
+    forms: Any = FakeForms(right, rounding)
+    if refused:
+        with pytest.raises(ModelError, match=refused):
+            check_agreement(built["bundle"], built["golden"], built["spec"], OPTIONS, forms)
+    else:
+        assert "the order of summation alone moves the INT8 answers" in check_agreement(
+            built["bundle"], built["golden"], built["spec"], OPTIONS, forms
+        )
