@@ -18,7 +18,7 @@ LAYERS = [
     LayerFacts(path="gelu", kind="GELU"),
     LayerFacts(path="narrow", kind="Conv2d", rows=196, in_channels=8, out_channels=64),
     LayerFacts(path="shared", kind="Linear", rows=196, in_channels=64, out_channels=64, uses=2),
-    LayerFacts(path="add", kind=RESIDUAL_ADD, branch="stem"),
+    LayerFacts(path="add", kind=RESIDUAL_ADD, branch="stem", identity=("stem",)),
 ]
 MODULES = ["", "block", *(layer.path for layer in LAYERS)]
 

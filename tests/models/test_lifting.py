@@ -143,7 +143,10 @@ class Attention(Logits):
         y, weights = self.attention(y, self.keys(y), self.values(y), keys, self.need_weights, pairs)
         if not self.attention.batch_first:
             y = y.transpose(0, 1)
-        return y.transpose(1, 2) if weights is None else y.transpose(1, 2) * weights.amax((1, 2))[:, None, None]
+        found: Tensor = (
+            y.transpose(1, 2) if weights is None else y.transpose(1, 2) * weights.amax((1, 2))[:, None, None]
+        )
+        return found
 
 
 class Encoder(Logits):
