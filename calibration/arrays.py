@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -26,6 +26,12 @@ class DataSet(Protocol):
 ArraysGiven: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]] | DataSet
 """Arrays, tensors or pictures, single or in batches, alone or with labels; a function that returns or yields them; a
 data set with a length."""
+
+_SURVEYED = 64
+"""Images whose values are looked at to tell the user of them."""
+
+_FAR = 10.0
+"""Floats so many times beyond black and white were not normalised (0 to 255 is 96 times with ImageNet's statistics)."""
 
 _IMAGE_KEYS = ("images", "image", "pixel_values", "img", "inputs", "input", "x")
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y")
@@ -75,6 +81,24 @@ def open_arrays(given: ArraysGiven, transform: Transform, limit: int | None) -> 
             if limit is not None and not held and len(items) > 2 * limit:
                 items, step = items[::2], 2 * step
     return items
+
+
+def survey_arrays(items: Sequence[ArrayImage], transform: Transform) -> list[str]:
+    """What a user should know of floats before they are run: whether they look as if nobody had normalised them."""
+    step = max(1, len(items) // _SURVEYED)
+    floats = [item.pixels for item in items[::step] if getattr(item.pixels, "dtype", None) == np.float32]
+    if not floats or not all(image.size for image in floats):
+        return []
+    low, high = min(float(image.min()) for image in floats), max(float(image.max()) for image in floats)
+    mean, std = np.array(transform.mean), np.array(transform.std)
+    black, white = float((-mean / std).min()), float(((1 - mean) / std).max())
+    plain = low >= 0 and high <= 1 and (black, white) != (0.0, 1.0)
+    if not plain and max(-low, high) <= _FAR * max(-black, white):
+        return []
+    return [
+        f"the floats looked at run from {low:.3g} to {high:.3g}, normalised images from {black:.3g} to {white:.3g}. "
+        "Floats are taken as they are: normalise them first, or give uint8 pixels."
+    ]
 
 
 def open_npz(path: Path, transform: Transform) -> list[ArrayImage]:

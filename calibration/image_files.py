@@ -136,11 +136,11 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
-def survey(files: Sequence[ImageFile], transform: Transform) -> list[str]:
+def survey(files: Sequence[ImageFile], transform: Transform, *, sizes_too: bool = True) -> list[str]:
     """What a user should know of images before they are read, by the headers of some of them."""
     from PIL import Image
 
-    step = -(-len(files) // _SURVEYED)
+    step = max(1, len(files) // _SURVEYED)
     sizes: Counter[tuple[int, int]] = Counter()
     kinds: Counter[str] = Counter()
     for file in files[::step]:
@@ -154,7 +154,7 @@ def survey(files: Sequence[ImageFile], transform: Transform) -> list[str]:
             continue
     count = sum(sizes.values())
     notes = [f"{kinds[name]} of {count} images looked at {kind.words}" for name, kind in KINDS.items() if kinds[name]]
-    return notes + _about_sizes(sizes, transform)
+    return notes + (_about_sizes(sizes, transform) if sizes_too else [])
 
 
 def _about_sizes(sizes: Counter[tuple[int, int]], transform: Transform) -> list[str]:

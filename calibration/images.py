@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.calibration.arrays import ArrayImage, ArraysGiven, open_arrays, open_npz
+from pcn_deploy.calibration.arrays import ArrayImage, ArraysGiven, open_arrays, open_npz, survey_arrays
 from pcn_deploy.calibration.classes import Classes, ClassesGiven
 from pcn_deploy.calibration.image_files import Folder, ImageFile, open_folder, survey
 from pcn_deploy.calibration.labels import REMEDY
@@ -99,7 +99,8 @@ class ImageSource:
     def notes(self) -> tuple[str, ...]:
         """What the user should know of the images before they are read, by the headers of some of their files."""
         files = [item for item in self._items if isinstance(item, ImageFile)]
-        return (*self._class_notes, *(survey(files, self.transform) if files else ()))
+        arrays = [item for item in self._items if isinstance(item, ArrayImage)]
+        return (*self._class_notes, *survey(files, self.transform), *survey_arrays(arrays, self.transform))
 
     @property
     def classes_present(self) -> npt.NDArray[np.int64]:

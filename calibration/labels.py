@@ -50,6 +50,7 @@ class LabelCheck:
 
     source: ImageSource
     seen: list[Indices] = field(default_factory=list)
+    _present: Indices | None = None
 
     def update(self, labels: Indices | None, logits: npt.NDArray[np.floating]) -> None:
         """Add a batch.
@@ -64,8 +65,9 @@ class LabelCheck:
         if not self.seen:
             self.source.check_classes(logits.shape[1])
         if labels is not None:
-            there = self.source.classes_present
-            among = there[logits[:, there].argmax(1)]
+            if self._present is None:
+                self._present = self.source.classes_present
+            among = self._present[logits[:, self._present].argmax(1)]
             self.seen.append(np.stack([labels, logits.argmax(1), among]))
 
     def of_all_processes(self) -> LabelCheck:

@@ -40,6 +40,8 @@ class Kind:
 
 def is_turned(image: Image.Image) -> bool:
     """Whether EXIF says that the image is to be turned or mirrored."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return False  # Pillow would decode the whole image to look for it at the end
     return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
 
 

@@ -160,7 +160,9 @@ def overlay(
     from PIL import Image
 
     mean, std = (np.array(values, np.float64)[:, None, None] for values in (transform.mean, transform.std))
-    seen = np.broadcast_to((image * std + mean).clip(0, 1), (3, *image.shape[1:])).transpose(1, 2, 0)
+    unit = (image * std + mean).clip(0, 1)
+    ordered = unit[::-1] if transform.channel_order == "bgr" else unit
+    seen = np.broadcast_to(ordered, (3, *image.shape[1:])).transpose(1, 2, 0)
     height, width = image.shape[1:]
     factor = max(1, -(-SHORT_SIDE // min(height, width)))
     size = (width * factor, height * factor)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from pcn_deploy.calibration.image_files import ImageFile, survey
 from pcn_deploy.classify import Prediction, classify
 from pcn_deploy.cli import display, options
 from pcn_deploy.errors import DataError
@@ -60,6 +61,9 @@ def command(
             engine, images, top=top, class_names=names, heatmaps=pictures, heatmap_class=heatmap_class
         )
         used = engine.target
+        notes = survey([ImageFile(path, str(path), None) for path in images], engine.transform, sizes_too=False)
+    for text in notes:
+        display.note(text, quiet=as_json)
     if as_json:
         display.print_json({"target": used, "predictions": [asdict(prediction) for prediction in predictions]})
         return

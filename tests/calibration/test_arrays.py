@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,10 @@ from PIL import Image
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.errors import DataError, OptionError
+from pcn_deploy.options import CompileOptions
+from pcn_deploy.preparation import as_source
+from pcn_deploy.runtime import load
+from pcn_deploy.verification import verify
 
 torch = pytest.importorskip("torch")
 
@@ -181,6 +186,29 @@ def test_a_data_set_is_asked_only_for_what_is_used() -> None:
 def test_another_transform_than_that_of_the_options_is_refused() -> None:
     source = ImageSource(PIXELS, transform())
     other = Transform(resolution=(8, 8), crop_pct=1.0, mean=(0.5,) * 3, std=(1.0,) * 3)
-    source.check_transform(transform(), "the options")
-    with pytest.raises(OptionError, match=r"another transform than that of the options: mean \[?\(?0.0.* instead of"):
-        source.check_transform(other, "the options")
+    assert as_source(source, CompileOptions(transform=transform())) is source
+    with pytest.raises(
+        OptionError, match=r"than that of the options: mean \(0.0, 0.0, 0.0\) instead of \(0.5, 0.5, 0.5\)"
+    ):
+        as_source(source, CompileOptions(transform=other))
+
+
+def test_another_transform_than_that_of_the_bundle_is_refused(path: Path) -> None:
+    with load(path) as engine:
+        with pytest.raises(OptionError, match=r"than that of the bundle: resolution \(8, 8\) instead of \(32, 32\)"):
+            verify(engine, ImageSource(PIXELS, transform()), reference=engine.predict)
+        pixels = ImageSource(PIXELS, engine.transform)
+        assert verify(engine, pixels, reference=engine.predict)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "told"), [(0, 255, True), (0, 1, True), (-1, 1, False), (-2.1, 2.6, False), (-5, 5, False)]
+)
+def test_floats_that_nobody_normalised_are_noted(low: float, high: float, told: bool) -> None:
+    images = np.linspace(low, high, 3 * 64, dtype=np.float32).reshape(1, 3, 8, 8)
+    notes = ImageSource(images, Transform(resolution=(8, 8))).notes
+    assert [f"run from {low:.3g} to {high:.3g}" in note for note in notes] == [True] * told
+
+
+def test_floats_of_a_network_without_normalisation_are_not_noted() -> None:
+    assert ImageSource(np.random.default_rng(0).random((2, 3, 8, 8)), transform()).notes == ()

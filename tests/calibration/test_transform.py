@@ -96,6 +96,15 @@ def test_json_round_trip() -> None:
     assert Transform.from_json(json.loads(json.dumps(transform.to_json()))) == transform
 
 
+def test_what_an_older_bundle_does_not_say_was_as_by_default() -> None:
+    old = {"resolution": [8, 9], "crop_pct": 0.9, "mean": [0.5], "std": [0.2], "interpolation": "nearest"}
+    given = Transform(resolution=(8, 9), crop_pct=0.9, mean=(0.5,), std=(0.2,), interpolation="nearest")
+    assert Transform.from_json({**old, "of a newer one": 1}) == given
+    for key in old:
+        with pytest.raises(KeyError):
+            Transform.from_json({name: value for name, value in old.items() if name != key})
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
