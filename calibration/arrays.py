@@ -59,6 +59,11 @@ class ArrayImage:
         return np.ascontiguousarray(self.pixels, dtype=np.float32)
 
 
+def is_stream(given: Any) -> bool:
+    """Whether images come one after the other and need not all be in memory, as of a loader, a function, a data set."""
+    return not isinstance(given, str | Path | list | tuple | np.ndarray) and not hasattr(given, "shape")
+
+
 def open_arrays(given: ArraysGiven, transform: Transform, limit: int | None) -> list[ArrayImage]:
     """Take images out of whatever holds or yields them.
 
@@ -72,13 +77,13 @@ def open_arrays(given: ArraysGiven, transform: Transform, limit: int | None) -> 
     """
     items: list[ArrayImage] = []
     seen, step = 0, 1
-    held = isinstance(given, list | tuple | np.ndarray)
+    stream = is_stream(given)
     for element in _elements(given, limit):
         for image in _images(element, transform, "array"):
             if seen % step == 0:
                 items.append(replace(image, name=f"array[{seen}]"))
             seen += 1
-            if limit is not None and not held and len(items) > 2 * limit:
+            if limit is not None and stream and len(items) > 2 * limit:
                 items, step = items[::2], 2 * step
     return items
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -150,6 +150,13 @@ class ImageSource:
         """Some of the images, in the order of `indices`."""
         part, items = copy.copy(self), self._items
         part._items = [items[index] for index in indices]
+        return part
+
+    def without_labels(self) -> ImageSource:
+        """The same images, their classes forgotten."""
+        part = copy.copy(self)
+        part._items = [replace(item, label=None) for item in self._items]
+        part.has_labels, part.folders, part._classes, part._class_fault = False, (), None, ""
         return part
 
     def readable(self) -> ImageSource:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pcn_deploy.budget import run_digests
 from pcn_deploy.calibration.evaluation import Answers
 from pcn_deploy.calibration.ledger import Ledger
+from pcn_deploy.errors import DataError
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.preparation import CalibrationImages, as_source, in_evaluation_mode, prepare
 from pcn_deploy.progress import Progress, silent
@@ -90,7 +91,14 @@ def analyze(
     network = prepare(in_evaluation_mode(model), options, source, progress)
     simulation = Simulation(network.unrounded, apply_scales(network.deployed, network.scales), network.scales)
     judged_by = source if evaluation is None else as_source(evaluation, options)
-    answers = Answers.of(simulation.logits, judged_by.subset(images), progress)
+    sample, notes = judged_by.subset(images), [*source.notes, *judged_by.notes]
+    try:
+        answers = Answers.of(simulation.logits, sample, progress)
+    except DataError as error:
+        if evaluation is not None or not sample.has_labels:
+            raise
+        notes.append(f"the labels of the calibration images are not used. {error}")  # nobody asked for them
+        answers = Answers.of(simulation.logits, sample.without_labels(), progress)
     ledger = Ledger(record, run_digests(network, [answers]))
     kinds = {entry.op: entry.kind for entry in network.plan.entries}
     sensitivity = measure_sensitivity(simulation, kinds, answers, ledger, progress)
@@ -101,5 +109,5 @@ def analyze(
         unquantized={entry.op: entry.reason for entry in network.plan.entries if entry.precision != "int8"},
         data=judged_by.name,
         resumed=ledger.resumed,
-        notes=tuple(dict.fromkeys([*source.notes, *judged_by.notes])),
+        notes=tuple(dict.fromkeys(notes)),
     )

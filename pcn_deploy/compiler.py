@@ -37,6 +37,7 @@ from pcn_deploy.preparation import (
     open_evaluation,
     open_sources,
     prepare,
+    repeatable,
 )
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof import prove
@@ -115,6 +116,8 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     options = options or CompileOptions()
     backends = [get_backend(target) for target in options.targets]
     _check_backends(backends, options)
+    if options.max_drop is not None and evaluation is None:
+        calibration = repeatable(calibration)  # it calibrates and judges
     source, held_out = open_sources(calibration, evaluation, options)
     judged_by = open_evaluation(evaluation, calibration, options)
     if judged_by is not None and options.max_drop is not None:

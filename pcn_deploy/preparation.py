@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.calibration.arrays import ArraysGiven
+from pcn_deploy.calibration.arrays import ArraysGiven, is_stream
 from pcn_deploy.calibration.images import ImageSource, spread
 from pcn_deploy.calibration.transform import drawn_images
 from pcn_deploy.errors import DataError, ModelError
@@ -138,6 +139,11 @@ def as_source(images: CalibrationImages, options: CompileOptions, limit: int | N
     )
 
 
+def repeatable(images: CalibrationImages | None) -> CalibrationImages | None:
+    """Images that can be gone through twice: what a generator yields, in a list."""
+    return list(images) if isinstance(images, Iterator) else images
+
+
 def open_source(calibration: CalibrationImages | None, options: CompileOptions) -> ImageSource | None:
     """The calibration images, if there are any.
 
@@ -164,7 +170,8 @@ def open_sources(
     """
     if calibration is None or evaluation is not None or options.max_drop is not None:
         return open_source(calibration, options), None
-    every = as_source(calibration, options)
+    streamed = not isinstance(calibration, ImageSource) and is_stream(calibration)
+    every = as_source(calibration, options, options.calibration_images + HELD_OUT if streamed else None)
     # who gives a source has chosen how many
     limit = len(every) if isinstance(calibration, ImageSource) else options.calibration_images
     order = np.arange(len(every))

@@ -14,7 +14,7 @@ from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.errors import DataError, OptionError
 from pcn_deploy.options import CompileOptions
-from pcn_deploy.preparation import as_source
+from pcn_deploy.preparation import HELD_OUT, as_source, open_sources, repeatable
 from pcn_deploy.runtime import load
 from pcn_deploy.verification import verify
 
@@ -212,3 +212,25 @@ def test_floats_that_nobody_normalised_are_noted(low: float, high: float, told: 
 
 def test_floats_of_a_network_without_normalisation_are_not_noted() -> None:
     assert ImageSource(np.random.default_rng(0).random((2, 3, 8, 8)), transform()).notes == ()
+
+
+def test_a_generator_may_calibrate_and_judge() -> None:
+    """With a budget and no other images, the same ones are gone through twice."""
+    streamed = (image for image in FLOATS)
+    again: Any = repeatable(streamed)
+    assert [len(list(ImageSource(again, transform()))) for _ in range(2)] == [6, 6]
+    assert repeatable(FLOATS) is FLOATS
+
+
+def test_a_long_stream_does_not_stay_in_memory_where_images_are_held_out() -> None:
+    def stream() -> Iterator[Any]:
+        for index in range(3000):
+            yield np.full((3, 8, 8), index, np.float32), 0
+
+    options = CompileOptions(transform=transform(), calibration_images=10)
+    source, held_out = open_sources(stream, None, options)
+    assert source is not None and held_out is not None
+    assert len(source) == 10
+    assert 0 < len(held_out) <= HELD_OUT
+    names = [{part.item_name(index) for index in range(len(part))} for part in (source, held_out)]
+    assert not names[0] & names[1]

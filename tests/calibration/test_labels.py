@@ -151,3 +151,10 @@ def test_folders_of_another_head_stop_before_the_images_are_through(folder: Path
     with pytest.raises(DataError, match="12 class folders"):
         Answers.of(thousand, ImageSource(folder, TRANSFORM))
     assert len(calls) == 1
+
+
+def test_labels_can_be_forgotten(folder: Path) -> None:
+    source = ImageSource(folder, TRANSFORM).without_labels()
+    assert not source.has_labels and len(source) == 240
+    source.check_classes(1000)
+    assert {sample.label for sample in source} == {None}

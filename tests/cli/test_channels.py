@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from helpers import invoke, refused
 from PIL import Image
@@ -49,7 +51,7 @@ def model(tmp_path: Path) -> str:
 @pytest.mark.parametrize(("name", "channels", "kind"), [("two", 2, np.float32), ("thirteen", 13, np.uint8)])
 def test_int8_of_any_number_of_channels(model: str, tmp_path: Path, name: str, channels: int, kind: type) -> None:
     random = np.random.default_rng(0)
-    images = random.standard_normal((40, channels, 16, 16)).astype(np.float32)
+    images: npt.NDArray[Any] = random.standard_normal((40, channels, 16, 16)).astype(np.float32)
     if kind is np.uint8:
         images = random.integers(0, 256, (40, 20, 20, channels), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=images)

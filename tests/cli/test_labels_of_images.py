@@ -7,8 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_builds
 from helpers import invoke, refused
 from PIL import Image
+
+from pcn_deploy import Transform
+from pcn_deploy.analysis import analyze
+from pcn_deploy.errors import DataError
 
 pytest.importorskip("torch")
 
@@ -97,3 +102,14 @@ def test_a_build_takes_classes_too(bundle: Path, tmp_path: Path) -> None:
     result = invoke(*words, "--classes", tmp_path / "classes.json", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["budget"]["proofs"][0]["top1"] == 100
+
+
+def test_labels_that_nobody_asked_for_are_left_and_noted(tmp_path: Path) -> None:
+    """Calibration images of other folders than the classes: an analysis without --data needs no labels."""
+    data = colours(tmp_path, "1_red", "2_green")
+    options = small_builds.options(precision="int8", transform=Transform(resolution=(32, 32), crop_pct=1.0))
+    found = analyze(small_builds.network(), options, data, images=8)
+    assert found.sensitivity.all_quantized.top1_drop is None
+    assert any("labels of the calibration images are not used. " in note and "2 class" in note for note in found.notes)
+    with pytest.raises(DataError, match="2 class folders"):
+        analyze(small_builds.network(), options, data, evaluation=data, images=8)
