@@ -50,8 +50,10 @@ def note_hidden_products(model: nn.Module, example: Tensor, remainder: str) -> t
         return ()
     some = "; ".join(list(places)[:NAMED_PLACES])
     more = f" and {len(places) - NAMED_PLACES} more places" if len(places) > NAMED_PLACES else ""
-    products = "1 product is" if len(hidden) == 1 else f"{len(hidden)} products are"
-    return (f"{products} not made a layer and stay in {remainder}: {some}{more}.",)
+    products = (
+        "1 product is no layer and stays" if len(hidden) == 1 else f"{len(hidden)} products are no layers and stay"
+    )
+    return (f"{products} in {remainder}: {some}{more}.",)
 
 
 def _in_its_place(layer: LayerFacts, flow: DataFlow) -> LayerFacts:

@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pcn_deploy.calibration.collect import calibrate
+from pcn_deploy.calibration.facts import inspect_layers, note_hidden_products
+from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.calibration.plan import make_plan
+from pcn_deploy.calibration.quantized import apply_scales, plan_scales
+from pcn_deploy.calibration.transform import Transform
+from pcn_deploy.graph.export import serialise, to_onnx
 from pcn_deploy.graph.torchscript import to_torchscript
 from pcn_deploy.models.dataflow import DataFlow, is_plain_layer
 from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.lifting import hidden_products
+from pcn_deploy.parity import least_sqnr_db
+from pcn_deploy.specs import BatchRange
 
 IMAGES = torch.rand(2, 16, 9, 7, generator=torch.Generator().manual_seed(0))
 
@@ -252,3 +263,43 @@ def test_every_product_is_a_layer_that_is_called_once(name: str) -> None:
         other = torch.cat([IMAGES.flip(0), IMAGES])
         torch.testing.assert_close(deployed(other), plain(other), atol=1e-5, rtol=1e-4)
     to_torchscript(deployed, IMAGES[:1])
+
+
+class Experts(Logits):
+    """A weight per position: no layer does that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.point, self.experts = nn.Conv2d(16, 16, 1), weight(4, 16, 16)
+
+    def features(self, x: Tensor) -> Tensor:
+        y: Tensor = self.point(x).flatten(2)[:, :, :4].permute(2, 0, 1)
+        return torch.bmm(y, self.experts).permute(1, 2, 0)
+
+
+def test_what_cannot_be_a_layer_is_named_with_its_line() -> None:
+    deployed, _ = to_deploy(Experts().eval().requires_grad_(False), IMAGES)
+    assert products_of(deployed) == (["point"], [""])
+    (note,) = note_hidden_products(deployed, IMAGES[:1], "fp16")
+    assert note.startswith(f"1 product is no layer and stays in fp16: the network itself (class Experts), {__file__}:")
+    assert "return torch.bmm(y, self.experts)" in note
+
+
+def test_a_shared_weight_is_stored_once_and_every_use_has_its_own_scale() -> None:
+    torch.manual_seed(1)
+    plain = CalledAgain().eval().requires_grad_(False)
+    net, _ = to_deploy(plain, IMAGES)
+    plan = make_plan(inspect_layers(net, IMAGES[:1]), "int8", "fp32")
+    source = ImageSource([IMAGES.numpy()], Transform(resolution=(9, 7), mean=(0.0,) * 16, std=(1.0,) * 16))
+    ranges = calibrate(net, list(plan.quantized_entries), source, "max").ranges
+    assert len({ranges["block.0"], ranges["block_2.0"], ranges["block_3.0"]}) == 3
+    scales = plan_scales(net, plan.with_ranges(ranges))
+    model = to_onnx(net, (16, 9, 7), BatchRange(min=1, opt=2, max=2), scales)
+    stored = [value for value in model.graph.initializers.values() if value.dtype == ir.DataType.INT8 and value.shape]
+    codes = [value for value in stored if len(value.shape or ()) == 4]
+    assert len(codes) == 3, "the two of the block, and that of the four other convolutions"
+    found = ort.InferenceSession(serialise(model)).run(None, {"images": IMAGES.numpy()})[0]
+    with torch.inference_mode():
+        simulated = apply_scales(net, scales)(IMAGES)
+    assert least_sqnr_db([simulated.numpy()], [found]) > 60
+    assert least_sqnr_db([plain(IMAGES).numpy()], [found]) > 25
