@@ -70,6 +70,7 @@ class PlanEntry:
         input_amax: Magnitude that the largest code of the input stands for (of the identity, for a residual
             addition); None unless `precision` is one of `CODES`.
         operations: Whether it stands for the operations that the module does itself, those of its parts left out.
+        nodes: Which of those operations, as nodes of the graph: operator and number, such as `Pow.0`; all if empty.
     """
 
     op: str
@@ -78,6 +79,7 @@ class PlanEntry:
     reason: str
     input_amax: float | None = None
     operations: bool = False
+    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +106,12 @@ class PrecisionPlan:
         return {
             entry.op: self.remainder if entry.precision in CODES else entry.precision
             for entry in self.entries
-            if entry.operations == operations
+            if entry.operations == operations and not entry.nodes
         }
+
+    def nodes(self) -> dict[str, dict[str, str]]:
+        """Floating-point type of single nodes of the graph, by the name of the module and that of the node in it."""
+        return {entry.op: dict.fromkeys(entry.nodes, entry.precision) for entry in self.entries if entry.nodes}
 
     def summary(self) -> list[tuple[str, str, str, int]]:
         """Precision, kind, reason and how many layers share them, most frequent first."""
@@ -148,7 +154,7 @@ class PrecisionPlan:
         return cls(
             precision=data["precision"],
             remainder=data["remainder"],
-            entries=tuple(PlanEntry(**entry) for entry in data["entries"]),
+            entries=tuple(PlanEntry(**{**entry, "nodes": tuple(entry.get("nodes", ()))}) for entry in data["entries"]),
         )
 
 

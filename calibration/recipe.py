@@ -34,7 +34,7 @@ ALLOWED = {
 """What a layer may be in a plan of each precision."""
 
 _TABLES = {"layers": False, "operations": True}
-_KEYS = ("kind", "precision", "reason", "input_amax")
+_KEYS = ("kind", "precision", "reason", "input_amax", "nodes")
 _HEAD = """\
 # Precision plan of pcn-deploy. Edit it and build with --recipe FILE.toml; a layer left out follows the rules.
 # input_amax: magnitude that the largest code of a layer's input stands for; left out, it is calibrated.
@@ -136,6 +136,8 @@ def write_recipe(plan: PrecisionPlan) -> str:
         lines.append(f'precision = "{entry.precision}"')
         if entry.input_amax is not None:
             lines.append(f"input_amax = {float(entry.input_amax)!r}")
+        if entry.nodes:
+            lines.append(f"nodes = [{', '.join(map(_quoted, entry.nodes))}]")
         lines.append(f"reason = {_quoted(entry.reason)}")
     return "\n".join(lines) + "\n"
 
@@ -206,6 +208,10 @@ def _entry(name: str, given: Any, precision: str, operations: bool, at: str) -> 
         msg = f"{at}: kind and reason are texts; found {kind!r} and {reason!r}."
         raise OptionError(msg)
     chosen = _choice(table, "precision", allowed, at)
+    nodes = table.get("nodes", [])
+    if not isinstance(nodes, list) or not all(isinstance(node, str) for node in nodes) or (nodes and not operations):
+        msg = f"{at}: nodes is a list of texts such as 'Pow.0', in a table of operations; found {nodes!r}."
+        raise OptionError(msg)
     amax = table.get("input_amax")
     if amax is not None:
         if chosen not in CODES:
@@ -222,6 +228,7 @@ def _entry(name: str, given: Any, precision: str, operations: bool, at: str) -> 
         reason=reason,
         input_amax=None if amax is None else float(amax),
         operations=operations,
+        nodes=tuple(nodes),
     )
 
 

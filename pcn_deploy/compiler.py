@@ -25,7 +25,7 @@ from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.engines.base import Array, Backend, GraphSource
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DependencyError
-from pcn_deploy.golden import MEMBER, NOISE
+from pcn_deploy.golden import MEMBER, NOISE, GoldenSet
 from pcn_deploy.limits import ParityBudget
 from pcn_deploy.memory import release_unused
 from pcn_deploy.options import CompileOptions
@@ -147,7 +147,7 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
         "accuracy": "" if judges else why_not,
     }
     del model  # no longer needed; the caller may keep it
-    plan, spec = network.plan, _add_graphs(bundle, network, golden.images[:2], options, progress)
+    plan, spec = _add_graphs(bundle, network, golden, options, progress)
     forms = Forms(network.deployed, network.scales, options) if options.quantizes else None
     del network  # its folded weights are in the graphs now
     release_unused()
@@ -190,7 +190,7 @@ def _new_bundle(
     provenance: dict[str, Any],
     notes: list[str],
 ) -> Bundle:
-    """A bundle that holds the decisions: manifest, plan and calibration."""
+    """A bundle that holds the decisions: manifest and calibration."""
     calibration = network.calibration
     manifest = {
         "model": provenance.get("model", network.name),
@@ -205,7 +205,6 @@ def _new_bundle(
         "provenance": {**provenance, "built_by": _versions(), "host": platform.platform()},
     }
     bundle = Bundle(manifest)
-    bundle.add_json("plan.json", network.plan.to_json())
     if calibration:
         bundle.add_json("calibration.json", calibration.to_json(network.scales))
     return bundle
@@ -223,20 +222,25 @@ def _recovery(network: Prepared) -> dict[str, Any]:
 
 
 def _add_graphs(
-    bundle: Bundle, network: Prepared, images: Array, options: CompileOptions, progress: Progress
-) -> EngineSpec:
-    """Add the TorchScript module and the typed ONNX graph; returns their interface."""
+    bundle: Bundle, network: Prepared, golden: GoldenSet, options: CompileOptions, progress: Progress
+) -> tuple[PrecisionPlan, EngineSpec]:
+    """Add the TorchScript module, the typed ONNX graph, and the plan with the nodes of that graph that stay FP32.
+
+    Returns:
+        The plan, and the interface of both graphs.
+    """
     import torch
 
     from pcn_deploy.calibration.quantized import apply_scales
     from pcn_deploy.graph.export import engine_spec, release_weights, serialise, to_onnx
+    from pcn_deploy.graph.keep import keep_nodes
     from pcn_deploy.graph.portable import make_portable
     from pcn_deploy.graph.torchscript import to_torchscript
     from pcn_deploy.graph.typed import reduce_precision
 
     progress("Scripting", 0, 1)
     quantized = apply_scales(network.deployed, network.scales)
-    bundle.add("model.ts", to_torchscript(quantized, torch.from_numpy(images), options.batch))
+    bundle.add("model.ts", to_torchscript(quantized, torch.from_numpy(golden.images[:2]), options.batch))
     progress("Scripting", 1, 1)
     graph = to_onnx(
         network.deployed,
@@ -247,15 +251,32 @@ def _add_graphs(
         outputs=options.outputs,
         exported=network.exported,
     )
-    layers, operations = network.plan.types(), network.plan.types(operations=True)
+    plan = network.plan
+    if options.graph_type == "fp16":
+        observed = _observed(golden, network, options) if network.magnitudes else None
+        plan = keep_nodes(plan, graph, network.deployed, observed)
+    layers, operations = plan.types(), plan.types(operations=True)
     if {options.graph_type, *layers.values(), *operations.values()} != {"fp32"}:
-        reduce_precision(graph, options.graph_type, layers, operations)
+        reduce_precision(graph, options.graph_type, layers, operations, plan.nodes())
     make_portable(graph.graph)
+    bundle.add_json("plan.json", plan.to_json())
     spec = engine_spec(graph, options.batch)
     bundle.manifest["interface"] = spec.to_json()
     bundle.add("model.onnx", serialise(graph))
     release_weights(graph)
-    return spec
+    return plan, spec
+
+
+def _observed(golden: GoldenSet, network: Prepared, options: CompileOptions) -> Array:
+    """Images on which the graph is observed: as many real ones of the golden set as are affordable, and edge images."""
+    from pcn_deploy.calibration.magnitudes import affordable_images
+
+    real, edge = golden.images[~golden.edge], golden.images[golden.edge]
+    count = min(len(real), affordable_images(network.layers))
+    chosen = real[np.linspace(0, len(real) - 1, count).astype(int)]
+    images = np.concatenate([chosen, edge[: max(count, 2)]])
+    whole = -(-len(images) // options.batch.min) * options.batch.min
+    return images[np.arange(whole) % len(images)]
 
 
 def _build_engines(

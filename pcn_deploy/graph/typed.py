@@ -6,7 +6,8 @@ TensorRT networks are strongly typed since version 11: the precision of an engin
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,6 +39,7 @@ def reduce_precision(
     precision: str,
     layers: Mapping[str, str] | None = None,
     operations: Mapping[str, str] | None = None,
+    single: Mapping[str, Mapping[str, str]] | None = None,
 ) -> int:
     """Give every float32 tensor inside the graph its type, in place; inputs and outputs stay float32.
 
@@ -51,6 +53,7 @@ def reduce_precision(
         precision: Type of what is named in neither mapping: `fp32`, `fp16` or `bf16`.
         layers: Type of all nodes of a module, by the name of the module.
         operations: Type of the nodes that a module holds itself, those of its parts left out, by its name.
+        single: Type of single nodes, by the name of their module and their name in it, as `node_places` gives them.
 
     Returns:
         Number of initialisers converted.
@@ -60,7 +63,7 @@ def reduce_precision(
     """
     nodes = list(model.graph.all_nodes())
     opsets = dict(model.opset_imports)
-    types = _assign(nodes, TYPES[precision], layers or {}, operations or {}, opsets)
+    types = _assign(nodes, TYPES[precision], layers or {}, operations or {}, single or {}, opsets)
     graph = _TypedGraph(model.graph, TYPES[precision], types, opsets)
     converted = graph.convert_initializers(nodes)
     for node in nodes:
@@ -77,12 +80,18 @@ def _assign(
     default: ir.DataType,
     layers: Mapping[str, str],
     operations: Mapping[str, str],
+    single: Mapping[str, Mapping[str, str]],
     opsets: Mapping[str, int],
 ) -> dict[ir.Node, ir.DataType]:
     """The type in which each node computes."""
     types: dict[ir.Node, ir.DataType] = {}
+    places = node_places(nodes) if single else {}
     for node in nodes:
         if node.op_type in _FOLLOWS_READERS:
+            continue
+        path, name = places.get(node, ("", ""))
+        if name in single.get(path, {}):
+            types[node] = TYPES[single[path][name]]
             continue
         noted = _noted_type(node, default, layers, operations)
         read = {
@@ -99,6 +108,18 @@ def _assign(
             readers = {types[use.node] for value in node.outputs for use in value.uses()}
             types[node] = readers.pop() if len(readers) == 1 else default
     return types
+
+
+def node_places(nodes: Iterable[ir.Node]) -> dict[ir.Node, tuple[str, str]]:
+    """The module that holds each node itself, and a name of the node in it: its operator, and which of those it is."""
+    counts: Counter[tuple[str, str]] = Counter()
+    places: dict[ir.Node, tuple[str, str]] = {}
+    for node in nodes:
+        modules: list[str] = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))[:-1]
+        path = modules[-1] if modules else ""
+        places[node] = path, f"{node.op_type}.{counts[path, node.op_type]}"
+        counts[path, node.op_type] += 1
+    return places
 
 
 def _noted_type(

@@ -1,0 +1,258 @@
+"""Which nodes of a graph FP16 cannot compute, whatever the image: statistics written by hand, and lost constants.
+
+A LayerNormalization has its statistics in FP32 in every graph. A network that writes its own normalisation (the root of
+a mean of squares, a norm, a sum of exponentials) means the same: from the squares to the division it stays FP32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from pcn_deploy.calibration.half import LARGEST, SMALLEST_STEP, WORST_ERROR
+
+MOVES = frozenset(
+    {"Concat", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Tile"}
+    | {"Transpose", "Unsqueeze"}
+)
+"""They hand on values as they are."""
+
+SQUARING = frozenset(
+    {"GlobalLpPool", "LRN", "LpNormalization", "LpPool", "MeanVarianceNormalization", "ReduceL2", "ReduceLogSumExp"}
+    | {"ReduceSumSquare"}
+)
+"""They square or exponentiate inside, in a type that no standard names."""
+
+_REDUCTIONS = frozenset(
+    {"AveragePool", "GlobalAveragePool", "ReduceL1", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"}
+)
+_BINARY = frozenset({"Add", "Div", "Max", "Min", "Mul", "Sub"})
+_UNARY = frozenset({"Abs", "Clip", "Exp", "Neg", "Pow", "Where"})
+_CHAIN = MOVES | SQUARING | _REDUCTIONS | _BINARY | _UNARY | {"ReduceLogSum"}
+_PASSING = frozenset({"Abs", "Neg", "Clip", "Sqrt", "Pow"})
+_CLOSING = MOVES | _REDUCTIONS | {"Abs", "Neg", "Sub"}
+"""What may join a chain from below if nothing else reads it: a mean, and the difference from it."""
+
+_ADDENDS = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2, "LayerNormalization": 2, "InstanceNormalization": 2}
+_ADDENDS |= {"GroupNormalization": 2, "BatchNormalization": 2}
+"""Inputs that are terms of a sum, by operator: what FP16 loses of a bias is lost in the sum anyway."""
+
+_FAR = 200
+"""Nodes after which a chain is given up."""
+
+STATISTICS = "statistics of a normalisation, FP32 as in LayerNorm: squares, exponentials and tiny sums"
+
+
+def find_delicate(graph: ir.Graph) -> dict[ir.Node, str]:
+    """Find the nodes that must stay FP32 in an FP16 graph, by their form alone.
+
+    Args:
+        graph: A float32 graph, simplified; Q/DQ allowed.
+
+    Returns:
+        The nodes with the reason, in the order of the graph.
+    """
+    search = _Search(list(graph.all_nodes()))
+    search.statistics()
+    search.constants()
+    search.close()
+    return {node: search.found[node] for node in search.nodes if node in search.found}
+
+
+def follow(node: ir.Node) -> list[ir.Node]:
+    """What reads a value that FP16 cannot hold, up to the first that makes another value of it.
+
+    A sum with a computed tensor is not followed: what FP16 loses of a term is lost in the sum.
+    """
+    found: dict[ir.Node, None] = {}
+    waiting = [node]
+    while waiting:
+        value_maker = waiting.pop()
+        for value in value_maker.outputs:
+            for use in value.uses():
+                reader = use.node
+                constant = any(_array(other) is not None for other in reader.inputs if other is not value)
+                term = reader.op_type in {"Add", "Sub"} and not constant
+                if term or reader in found or reader.op_type in {"Shape", "Size", "QuantizeLinear"}:
+                    continue
+                found[reader] = None
+                if reader.op_type in MOVES | _PASSING or (reader.op_type in _BINARY and constant):
+                    waiting.append(reader)
+    return list(found)
+
+
+@dataclass
+class _Search:
+    """Collects the nodes found.
+
+    Attributes:
+        nodes: All nodes, in order.
+        found: Those that must stay FP32, with the reason.
+        feeding: Nodes whose result decides a root, a logarithm or a division.
+    """
+
+    nodes: list[ir.Node]
+    found: dict[ir.Node, str] = field(default_factory=dict)
+    feeding: set[ir.Node] = field(default_factory=set)
+
+    def statistics(self) -> None:
+        """Find the chains from a square, an exponential or a lost constant to a root, a logarithm or a division."""
+        for node in self.nodes:
+            if node.op_type in SQUARING:
+                self._keep(node, STATISTICS)
+        for node in self.nodes:
+            sensitive = _sensitive(node)
+            if sensitive is None:
+                continue
+            chain = _Chain(self.found)
+            if chain.holds(sensitive):
+                for member in (*chain.members, node):
+                    self._keep(member, STATISTICS)
+                for reader in follow(node) if _is_reciprocal(node) else ():  # it may be huge, until it multiplies
+                    self._keep(reader, STATISTICS)
+            self.feeding |= chain.seen.keys()
+
+    def constants(self) -> None:
+        """Find what reads a constant that FP16 cannot hold, and what needs the value that it makes."""
+        for node in self.nodes:
+            if node.op_type in {"QuantizeLinear", "DequantizeLinear", "Cast"}:
+                continue
+            for index in range(len(node.inputs)):
+                reason = _lost(node, index)
+                if not reason or (node.op_type in {"Add", "Sub"} and not self._counts(node, index)):
+                    continue
+                self._keep(node, reason)
+                large = "beyond" in reason
+                if (large and node.op_type in {"Add", "Sub", "Where", "Max", "Div"}) or (
+                    not large and node.op_type in {"Mul", "Pow"}
+                ):
+                    for reader in follow(node):
+                        self._keep(reader, f"reads what {reason}")
+
+    def _counts(self, node: ir.Node, index: int) -> bool:
+        """Whether a term of a sum counts although it is tiny: a scalar, or one that decides a division."""
+        array = _array(node.inputs[index])
+        return array is not None and (array.size == 1 or node in self.feeding or float(np.abs(array).max()) > LARGEST)
+
+    def close(self) -> None:
+        """Take in what only the nodes found read: the mean that is squared, and the difference from it."""
+        waiting = list(self.found)
+        while waiting:
+            node = waiting.pop()
+            if self.found[node] != STATISTICS:
+                continue
+            for value in node.inputs:
+                below = None if value is None else value.producer()
+                if below is None or below in self.found or below.op_type not in _CLOSING:
+                    continue
+                uses = [use.node for output in below.outputs for use in output.uses()]
+                if all(reader in self.found for reader in uses) and not any(x.is_graph_output() for x in below.outputs):
+                    self._keep(below, STATISTICS)
+                    waiting.append(below)
+
+    def _keep(self, node: ir.Node, reason: str) -> None:
+        if any(value.dtype == ir.DataType.FLOAT for value in (*node.inputs, *node.outputs) if value is not None):
+            self.found.setdefault(node, reason)
+
+
+@dataclass
+class _Chain:
+    """What lies between a root, a logarithm or a division and the squares below it.
+
+    Attributes:
+        found: Nodes that stay FP32 already.
+        members: Nodes from a square, an exponential or a lost constant on.
+        seen: All nodes looked at, and whether they are members.
+    """
+
+    found: Mapping[ir.Node, str]
+    members: dict[ir.Node, None] = field(default_factory=dict)
+    seen: dict[ir.Node, bool] = field(default_factory=dict)
+
+    def holds(self, value: ir.Value | None, *, below: bool = False) -> bool:
+        """Whether a value is made from a square, an exponential or a lost constant; `below` a reduction."""
+        node = None if value is None else value.producer()
+        if node is None or len(self.seen) > _FAR or (node.op_type not in _CHAIN and _sensitive(node) is None):
+            return False
+        if node not in self.seen:
+            self.seen[node] = False
+            self.seen[node] = self._decide(node, below)
+            if self.seen[node]:
+                self.members[node] = None
+        return self.seen[node]
+
+    def _decide(self, node: ir.Node, below: bool) -> bool:
+        if _expands(node):
+            return True
+        if _sensitive(node) is not None:  # it ends a chain of its own
+            return node in self.found
+        computed = [value for value in node.inputs if value is not None and _array(value) is None]
+        if below and node.op_type == "Add" and len(computed) > 1:  # a residual sum
+            return False
+        inside = below or node.op_type in _REDUCTIONS
+        reached = [self.holds(value, below=inside) for value in computed]
+        return any(reached) or any(_lost(node, index) for index in range(len(node.inputs)))
+
+
+def _array(value: ir.Value | None) -> npt.NDArray[np.float32] | None:
+    """The values of a floating-point constant."""
+    if value is None or value.is_graph_input() or value.dtype != ir.DataType.FLOAT:
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def _exponent(node: ir.Node) -> float | None:
+    """The exponent of a Pow; NaN if it is not one constant number, None if the node is no Pow."""
+    if node.op_type != "Pow":
+        return None
+    exponent = node.inputs[1]
+    tensor = None if exponent is None else ir.convenience.get_const_tensor(exponent)
+    return float("nan") if tensor is None or tensor.size != 1 else float(tensor.numpy().reshape(-1)[0])
+
+
+def _is_root(node: ir.Node) -> bool:
+    return node.op_type in {"Sqrt", "Reciprocal", "Log"}
+
+
+def _is_reciprocal(node: ir.Node) -> bool:
+    exponent = _exponent(node)
+    inverse = node.op_type == "Div" and _array(node.inputs[0]) is not None
+    return node.op_type == "Reciprocal" or inverse or (exponent is not None and not exponent >= 0)
+
+
+def _sensitive(node: ir.Node) -> ir.Value | None:
+    """The input whose small values decide the result: under a root, in a logarithm, below a division."""
+    exponent = _exponent(node)
+    if _is_root(node) or (exponent is not None and (not exponent >= 0 or exponent % 1 != 0)):
+        return node.inputs[0]
+    below = node.inputs[1] if node.op_type == "Div" else None
+    return below if below is not None and _array(below) is None else None
+
+
+def _expands(node: ir.Node) -> bool:
+    """Whether the range of numbers that a node makes is a power, or the exponential, of what it reads."""
+    exponent = _exponent(node)
+    squares = node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
+    return squares or node.op_type in SQUARING | {"Exp", "ReduceProd"} or (exponent is not None and not exponent <= 1)
+
+
+def _lost(node: ir.Node, index: int) -> str:
+    """Why FP16 cannot hold a constant that a node reads; empty if it can. Infinity is as good in any type."""
+    array = None if _ADDENDS.get(node.op_type) == index else _array(node.inputs[index])
+    if array is None or not array.size:
+        return ""
+    finite = array[np.isfinite(array)]
+    largest = float(np.abs(finite).max()) if finite.size else 0.0
+    name = str(node.inputs[index].name) if array.size > 1 and node.inputs[index] is not None else "a constant"
+    if largest > LARGEST:
+        return f"{name} of {largest:.3g} is beyond FP16, which ends at {LARGEST:.0f}"
+    if SMALLEST_STEP / 2 * finite.size**0.5 < largest * WORST_ERROR / 2:
+        return ""  # no number errs by more than half a step next to 0, or by half a unit of its own magnitude
+    norm = float(np.linalg.norm(finite.astype(np.float64)))
+    error = float(np.linalg.norm((finite - finite.astype(np.float16)).astype(np.float64)))
+    return f"{name} of {largest:.3g} loses {error / norm:.1%} in FP16" if norm and error > WORST_ERROR * norm else ""
