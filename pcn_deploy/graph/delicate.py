@@ -6,7 +6,7 @@ a mean of squares, a norm, a sum of exponentials) means the same: from the squar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,12 +27,13 @@ SQUARING = frozenset(
 )
 """They square or exponentiate inside, in a type that no standard names."""
 
+_EXPONENTIAL = frozenset({"Exp", "ReduceProd", "Sigmoid", "Softmax"})
 _REDUCTIONS = frozenset(
     {"AveragePool", "GlobalAveragePool", "ReduceL1", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"}
 )
 _BINARY = frozenset({"Add", "Div", "Max", "Min", "Mul", "Sub"})
-_UNARY = frozenset({"Abs", "Clip", "Exp", "Neg", "Pow", "Where"})
-_CHAIN = MOVES | SQUARING | _REDUCTIONS | _BINARY | _UNARY | {"ReduceLogSum"}
+_UNARY = frozenset({"Abs", "Clip", "Neg", "Pow", "Where"})
+_CHAIN = MOVES | SQUARING | _EXPONENTIAL | _REDUCTIONS | _BINARY | _UNARY | {"ReduceLogSum"}
 _PASSING = frozenset({"Abs", "Neg", "Clip", "Sqrt", "Pow"})
 _CLOSING = MOVES | _REDUCTIONS | {"Abs", "Neg", "Sub"}
 """What may join a chain from below if nothing else reads it: a mean, and the difference from it."""
@@ -40,6 +41,8 @@ _CLOSING = MOVES | _REDUCTIONS | {"Abs", "Neg", "Sub"}
 _ADDENDS = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2, "LayerNormalization": 2, "InstanceNormalization": 2}
 _ADDENDS |= {"GroupNormalization": 2, "BatchNormalization": 2}
 """Inputs that are terms of a sum, by operator: what FP16 loses of a bias is lost in the sum anyway."""
+
+_QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 _FAR = 200
 """Nodes after which a chain is given up."""
@@ -56,17 +59,18 @@ def find_delicate(graph: ir.Graph) -> dict[ir.Node, str]:
     Returns:
         The nodes with the reason, in the order of the graph.
     """
-    search = _Search(list(graph.all_nodes()))
+    nodes = list(graph.all_nodes())
+    search = _Search(nodes, _Constants(nodes).lost)
     search.statistics()
     search.constants()
     search.close()
     return {node: search.found[node] for node in search.nodes if node in search.found}
 
 
-def follow(node: ir.Node) -> list[ir.Node]:
+def follow(node: ir.Node, *, large: bool = False) -> list[ir.Node]:
     """What reads a value that FP16 cannot hold, up to the first that makes another value of it.
 
-    A sum with a computed tensor is not followed: what FP16 loses of a term is lost in the sum.
+    A sum with a computed tensor is followed only if the value is large: what FP16 loses of a term is lost in the sum.
     """
     found: dict[ir.Node, None] = {}
     waiting = [node]
@@ -76,11 +80,12 @@ def follow(node: ir.Node) -> list[ir.Node]:
             for use in value.uses():
                 reader = use.node
                 constant = any(_array(other) is not None for other in reader.inputs if other is not value)
-                term = reader.op_type in {"Add", "Sub"} and not constant
+                term = not large and reader.op_type in {"Add", "Sub"} and not constant
                 if term or reader in found or reader.op_type in {"Shape", "Size", "QuantizeLinear"}:
                     continue
                 found[reader] = None
-                if reader.op_type in MOVES | _PASSING or (reader.op_type in _BINARY and constant):
+                passing = reader.op_type in MOVES | _PASSING or (large and reader.op_type in {"Add", "Sub", "Where"})
+                if passing or (reader.op_type in _BINARY and constant):
                     waiting.append(reader)
     return list(found)
 
@@ -91,11 +96,13 @@ class _Search:
 
     Attributes:
         nodes: All nodes, in order.
+        lost: Why FP16 cannot hold a constant that a node reads, by the index of the input; empty if it can.
         found: Those that must stay FP32, with the reason.
         feeding: Nodes whose result decides a root, a logarithm or a division.
     """
 
     nodes: list[ir.Node]
+    lost: Callable[[ir.Node, int], str]
     found: dict[ir.Node, str] = field(default_factory=dict)
     feeding: set[ir.Node] = field(default_factory=set)
 
@@ -108,7 +115,7 @@ class _Search:
             sensitive = _sensitive(node)
             if sensitive is None:
                 continue
-            chain = _Chain(self.found)
+            chain = _Chain(self.found, self.lost)
             if chain.holds(sensitive):
                 for member in (*chain.members, node):
                     self._keep(member, STATISTICS)
@@ -119,10 +126,10 @@ class _Search:
     def constants(self) -> None:
         """Find what reads a constant that FP16 cannot hold, and what needs the value that it makes."""
         for node in self.nodes:
-            if node.op_type in {"QuantizeLinear", "DequantizeLinear", "Cast"}:
+            if node.op_type in _QDQ | {"Cast"}:
                 continue
             for index in range(len(node.inputs)):
-                reason = _lost(node, index)
+                reason = self.lost(node, index)
                 if not reason or (node.op_type in {"Add", "Sub"} and not self._counts(node, index)):
                     continue
                 self._keep(node, reason)
@@ -130,8 +137,8 @@ class _Search:
                 if (large and node.op_type in {"Add", "Sub", "Where", "Max", "Div"}) or (
                     not large and node.op_type in {"Mul", "Pow"}
                 ):
-                    for reader in follow(node):
-                        self._keep(reader, f"reads what {reason}")
+                    for reader in follow(node, large=large):
+                        self._keep(reader, f"reads what it made: {reason}")
 
     def _counts(self, node: ir.Node, index: int) -> bool:
         """Whether a term of a sum counts although it is tiny: a scalar, or one that decides a division."""
@@ -146,7 +153,7 @@ class _Search:
             if self.found[node] != STATISTICS:
                 continue
             for value in node.inputs:
-                below = None if value is None else value.producer()
+                below = value.producer() if value is not None and value.dtype == ir.DataType.FLOAT else None
                 if below is None or below in self.found or below.op_type not in _CLOSING:
                     continue
                 uses = [use.node for output in below.outputs for use in output.uses()]
@@ -165,17 +172,19 @@ class _Chain:
 
     Attributes:
         found: Nodes that stay FP32 already.
+        lost: Why FP16 cannot hold a constant that a node reads.
         members: Nodes from a square, an exponential or a lost constant on.
         seen: All nodes looked at, and whether they are members.
     """
 
     found: Mapping[ir.Node, str]
+    lost: Callable[[ir.Node, int], str]
     members: dict[ir.Node, None] = field(default_factory=dict)
     seen: dict[ir.Node, bool] = field(default_factory=dict)
 
     def holds(self, value: ir.Value | None, *, below: bool = False) -> bool:
         """Whether a value is made from a square, an exponential or a lost constant; `below` a reduction."""
-        node = None if value is None else value.producer()
+        node = value.producer() if value is not None and value.dtype == ir.DataType.FLOAT else None
         if node is None or len(self.seen) > _FAR or (node.op_type not in _CHAIN and _sensitive(node) is None):
             return False
         if node not in self.seen:
@@ -195,7 +204,7 @@ class _Chain:
             return False
         inside = below or node.op_type in _REDUCTIONS
         reached = [self.holds(value, below=inside) for value in computed]
-        return any(reached) or any(_lost(node, index) for index in range(len(node.inputs)))
+        return any(reached) or any(self.lost(node, index) for index in range(len(node.inputs)))
 
 
 def _array(value: ir.Value | None) -> npt.NDArray[np.float32] | None:
@@ -238,17 +247,32 @@ def _expands(node: ir.Node) -> bool:
     """Whether the range of numbers that a node makes is a power, or the exponential, of what it reads."""
     exponent = _exponent(node)
     squares = node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
-    return squares or node.op_type in SQUARING | {"Exp", "ReduceProd"} or (exponent is not None and not exponent <= 1)
+    return squares or node.op_type in SQUARING | _EXPONENTIAL or (exponent is not None and not exponent <= 1)
 
 
-def _lost(node: ir.Node, index: int) -> str:
-    """Why FP16 cannot hold a constant that a node reads; empty if it can. Infinity is as good in any type."""
-    array = None if _ADDENDS.get(node.op_type) == index else _array(node.inputs[index])
-    if array is None or not array.size:
-        return ""
-    finite = array[np.isfinite(array)]
-    largest = float(np.abs(finite).max()) if finite.size else 0.0
-    name = str(node.inputs[index].name) if array.size > 1 and node.inputs[index] is not None else "a constant"
+class _Constants:
+    """Judges the constants of a graph, each once."""
+
+    def __init__(self, nodes: list[ir.Node]) -> None:
+        self._judged: dict[ir.Value, str] = {}
+        self._scales = {value for node in nodes if node.op_type in _QDQ for value in node.inputs[1:]}
+
+    def lost(self, node: ir.Node, index: int) -> str:
+        """Why FP16 cannot hold a constant that a node reads; empty if it can, or if it is a term of a sum."""
+        value = node.inputs[index]
+        if value is None or _ADDENDS.get(node.op_type) == index or value in self._scales:
+            return ""
+        if value not in self._judged:
+            array = _array(value)
+            self._judged[value] = "" if array is None or not array.size else _loss(str(value.name), array)
+        return self._judged[value]
+
+
+def _loss(name: str, array: npt.NDArray[np.float32]) -> str:
+    """Why FP16 cannot hold some numbers; infinity is as good in any type."""
+    finite = array if np.isfinite(array.sum(dtype=np.float64)) else array[np.isfinite(array)]
+    largest = max(-float(finite.min()), float(finite.max())) if finite.size else 0.0
+    name = "a constant" if array.size == 1 else name
     if largest > LARGEST:
         return f"{name} of {largest:.3g} is beyond FP16, which ends at {LARGEST:.0f}"
     if SMALLEST_STEP / 2 * finite.size**0.5 < largest * WORST_ERROR / 2:

@@ -12,7 +12,7 @@ from torch import nn
 from pcn_deploy.calibration.plan import PlanEntry, PrecisionPlan
 from pcn_deploy.graph.delicate import find_delicate
 from pcn_deploy.graph.observed import beyond_range, observe_graph
-from pcn_deploy.graph.typed import node_places
+from pcn_deploy.graph.typed import node_places, takes_its_type
 
 _LISTED = 4
 """Reasons that an entry names."""
@@ -39,7 +39,7 @@ def keep_nodes(
     decided |= {path for path, precision in plan.types().items() if precision == "fp32"}
     moved: dict[str, dict[str, str]] = {}
     for node, (path, name) in node_places(model.graph.all_nodes()).items():
-        if node in found and path not in decided:
+        if node in found and path not in decided and not takes_its_type(node):
             moved.setdefault(path, {})[name] = found[node]
     entries = [
         PlanEntry(

@@ -61,12 +61,17 @@ def _observe(
     with _without_weights(model) as weights:
         proto = ir.to_proto(model)
     size = images.shape[0] if isinstance(model.graph.inputs[0].shape[0], int) else 1  # type: ignore[index]
-    del proto.graph.output[:]
-    outputs = []
-    for index, value in enumerate(watched):
-        nodes, names = _reduced(str(value.name), f"observed.{index}", plainly)
-        proto.graph.node.extend(nodes)
-        outputs += names
+    prefixes = {value.name: f"observed.{index}" for index, value in enumerate(watched)}
+    nodes, outputs = [], []
+    for node in proto.graph.node:
+        nodes.append(node)
+        for name in node.output:
+            if name in prefixes:  # next to what makes it, so that it is not kept for long
+                reducing, names = _reduced(name, prefixes[name], plainly)
+                nodes += reducing
+                outputs += names
+    del proto.graph.output[:], proto.graph.node[:]
+    proto.graph.node.extend(nodes)
     proto.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs)
     session = _session(proto.SerializeToString(), weights)
     name = proto.graph.input[0].name
@@ -74,7 +79,8 @@ def _observe(
     for start in range(0, len(images), size):
         extremes = np.abs(np.array(session.run(outputs, {name: images[start : start + size]}), np.float64))
         largest = np.maximum(largest, np.nan_to_num(extremes, nan=0, posinf=np.inf).reshape(len(watched), -1).max(1))
-    return dict(zip(watched, largest.tolist(), strict=True))
+    order = [name.split(".")[1] for name in outputs[:: len(outputs) // max(len(watched), 1)]]
+    return {watched[int(index)]: amax for index, amax in zip(order, largest.tolist(), strict=True)}
 
 
 def _reduced(name: str, prefix: str, plainly: bool) -> tuple[list[onnx.NodeProto], list[str]]:
@@ -126,6 +132,8 @@ def _session(data: bytes, weights: dict[str, npt.NDArray[Any]]) -> Any:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED  # in the order of the nodes: reduced at once
+    options.enable_mem_pattern = options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.disable_prepacking", "1")
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
     options.add_external_initializers(list(weights), values)
@@ -150,7 +158,7 @@ def beyond_range(model: ir.Model, seen: dict[ir.Value, float]) -> dict[ir.Node, 
         read = max((seen.get(value, 0.0) for value in node.inputs if value is not None), default=0.0)
         if node.op_type in _SHRINKING:
             seen |= dict.fromkeys(node.outputs, read)
-        if node.op_type in _QDQ:
+        if node.op_type in _QDQ | {"Shape", "Size"}:
             continue
         made = max((seen.get(value, 0.0) for value in node.outputs), default=0.0)
         largest = max(read, made)

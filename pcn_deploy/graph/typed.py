@@ -110,6 +110,11 @@ def _assign(
     return types
 
 
+def takes_its_type(node: ir.Node) -> bool:
+    """Whether a node moves the values of one tensor, and so is of the type of that."""
+    return node.op_type in _FOLLOWS_INPUT and sum(map(_is_float, node.inputs)) == 1
+
+
 def node_places(nodes: Iterable[ir.Node]) -> dict[ir.Node, tuple[str, str]]:
     """The module that holds each node itself, and a name of the node in it: its operator, and which of those it is."""
     counts: Counter[tuple[str, str]] = Counter()
@@ -271,7 +276,7 @@ def _convert(value: ir.Value, kind: ir.DataType) -> bool:
     if value.const_value is None or kind == ir.DataType.FLOAT:
         return False
     array = value.const_value.numpy()
-    largest = float(np.abs(array).max()) if array.size else 0.0
+    largest = float(np.abs(array).max(where=np.isfinite(array), initial=0))  # infinity is as good in any type
     if largest > _LARGEST[kind]:
         name = _NAMES[kind]
         msg = f"Weight {value.name} reaches {largest:.3g}, beyond {name}; build with --precision fp32."
