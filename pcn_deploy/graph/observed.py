@@ -116,7 +116,7 @@ def _without_weights(model: ir.Model) -> Iterator[dict[str, npt.NDArray[Any]]]:
         taken[name] = np.ascontiguousarray(tensor.numpy())
         kept[value] = tensor
         value.const_value = ir.ExternalTensor(
-            "weights", None, None, tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=""
+            "weights", None, None, tensor.dtype, shape=ir.Shape(taken[name].shape), name=name, base_dir=""
         )
     try:
         yield taken

@@ -59,7 +59,8 @@ def softmax(x: Tensor) -> Tensor:
 
 
 def distances(x: Tensor) -> Tensor:
-    return ((x.unsqueeze(1) - x.unsqueeze(2)) ** 2).sum(2).sqrt()
+    squares: Tensor = (x.unsqueeze(1) - x.unsqueeze(2)) ** 2
+    return squares.sum(2).sqrt()
 
 
 def attention(x: Tensor) -> Tensor:
@@ -174,7 +175,7 @@ def test_ordinary_operations_stay_fp16() -> None:
 
 def test_tiny_biases_and_dead_channels_stay_fp16() -> None:
     conv = nn.Conv2d(8, 8, 1)
-    conv.bias.data.fill_(1e-9)
+    conv.load_state_dict({"weight": conv.weight.data, "bias": torch.full((8,), 1e-9)})
     conv.weight.data[3] = 1e-12
 
     class Biased(nn.Module):
