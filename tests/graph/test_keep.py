@@ -59,8 +59,8 @@ def softmax(x: Tensor) -> Tensor:
 
 
 def distances(x: Tensor) -> Tensor:
-    squares: Tensor = (x.unsqueeze(1) - x.unsqueeze(2)) ** 2
-    return squares.sum(2).sqrt()
+    squared: Tensor = ((x.unsqueeze(1) - x.unsqueeze(2)) ** 2).sum(2)
+    return squared.sqrt()
 
 
 def attention(x: Tensor) -> Tensor:
