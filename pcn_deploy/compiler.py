@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pcn_deploy.agreement import Forms, check_agreement
 from pcn_deploy.budget import (
     NOT_LABELLED,
@@ -276,7 +278,8 @@ def _observed(golden: GoldenSet, network: Prepared, options: CompileOptions) -> 
     chosen = real[np.linspace(0, len(real) - 1, count).astype(int)]
     images = np.concatenate([chosen, edge[: max(count, 2)]])
     whole = -(-len(images) // options.batch.min) * options.batch.min
-    return images[np.arange(whole) % len(images)]
+    repeated: Array = images[np.arange(whole) % len(images)]
+    return repeated
 
 
 def _build_engines(

@@ -59,8 +59,8 @@ def softmax(x: Tensor) -> Tensor:
 
 
 def distances(x: Tensor) -> Tensor:
-    squared: Tensor = ((x.unsqueeze(1) - x.unsqueeze(2)) ** 2).sum(2)
-    return squared.sqrt()
+    difference = x.unsqueeze(1) - x.unsqueeze(2)
+    return (difference**2).sum(2).sqrt()
 
 
 def attention(x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def attention(x: Tensor) -> Tensor:
 
 
 def response(x: Tensor) -> Tensor:  # GRN of ConvNeXt V2
-    norm = x.norm(p=2, dim=(2, 3), keepdim=True)
+    norm: Tensor = x.norm(p=2, dim=(2, 3), keepdim=True)
     return x.sign() + norm / (norm.mean(1, keepdim=True) + 1e-6)
 
 
