@@ -100,7 +100,10 @@ class ImageSource:
         """What the user should know of the images before they are read, by the headers of some of their files."""
         files = [item for item in self._items if isinstance(item, ImageFile)]
         arrays = [item for item in self._items if isinstance(item, ArrayImage)]
-        return (*self._class_notes, *survey(files, self.transform), *survey_arrays(arrays, self.transform))
+        unused: tuple[str, ...] = ()
+        if self._classes and not any(isinstance(item, ImageFile) and item.label is not None for item in self._items):
+            unused = (f"{self.name} has no class folders, so {self._classes.origin} is not used for it.",)
+        return (*unused, *self._class_notes, *survey(files, self.transform), *survey_arrays(arrays, self.transform))
 
     @property
     def classes_present(self) -> npt.NDArray[np.int64]:

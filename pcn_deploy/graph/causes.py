@@ -100,7 +100,7 @@ CAUSES: tuple[Cause, ...] = (
         r"shapes cannot be multiplied|must match the size|expected input.* to have|Output size is too small|"
         r"Kernel size can't be greater|invalid for input of size|size mismatch",
         "the shapes do not fit together at this input.",
-        "check --resolution, and --mean and --std for the number of channels; if one image works and several do not, "
+        "check --resolution, and --channels for the number of channels; if one image works and several do not, "
         "build with --batch 1.",
     ),
 )

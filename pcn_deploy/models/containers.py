@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from pcn_deploy.errors import CheckpointError
+from pcn_deploy.errors import CheckpointError, OptionError
 
 StateDict: TypeAlias = dict[str, Tensor]
 
@@ -86,7 +86,11 @@ def choose_weights(content: Mapping[Any, Any], origin: str, which: str = AUTO) -
 
     Raises:
         CheckpointError: If it does not hold the kind that is asked for.
+        OptionError: If there is no such kind.
     """
+    if which not in (*CHOICES, RAW_FIRST):
+        msg = f"Weights {which!r} of a checkpoint: known are {', '.join(CHOICES)}."
+        raise OptionError(msg)
     found = _find(content)
     if not found:
         return None

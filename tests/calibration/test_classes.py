@@ -175,6 +175,14 @@ def test_folders_that_are_not_among_the_classes_are_refused_where_labels_count(t
         source.check_classes(2)
 
 
+def test_classes_without_folders_are_noted(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    assert (
+        "has no class folders, so the list of classes is not used"
+        in ImageSource(tmp_path, TRANSFORM, classes=["a", "b"]).notes[0]
+    )
+
+
 def test_an_incomplete_list_of_names_is_refused() -> None:
     assert "names 2 classes; the network has 3" in Classes.of(["a", "b"]).fault(3)
     assert Classes.of({"a": 0, "b": 1}).fault(3) == ""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from pcn_deploy.errors import CheckpointError
+from pcn_deploy.errors import CheckpointError, OptionError
 from pcn_deploy.models.checkpoint import load_strict, read_checkpoint, without_prefix
 from pcn_deploy.models.containers import StateDict
 from pcn_deploy.models.registry import create_model
@@ -175,6 +175,11 @@ def test_an_average_of_something_else_is_left(tmp_path: Path) -> None:
         read_checkpoint(saved(tmp_path, {"model": RAW, "model_ema": {"a": torch.ones(1), "b": torch.ones(1)}})).state,
         RAW,
     )
+
+
+def test_a_kind_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="'best' of a checkpoint: known are auto, ema, raw"):
+        create_model("patchconvnet", weights=saved(tmp_path, RAW), checkpoint_weights="best")
 
 
 def test_a_python_user_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
