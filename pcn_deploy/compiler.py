@@ -220,7 +220,9 @@ def _origin(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recovery(network: Prepared) -> dict[str, Any]:
-    return {"recovery": network.recovered} if network.recovered else {}
+    if not network.recovered:
+        return {}
+    return {"recovery": network.recovered, "recovery_trials": {one.name: one.to_json() for one in network.trials}}
 
 
 def _add_graphs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pcn_deploy.calibration.plan import LayerFacts, PrecisionPlan
     from pcn_deploy.calibration.quantized import Quantization
     from pcn_deploy.calibration.record import Calibration
+    from pcn_deploy.calibration.recovery.trial import Trial, Trials
     from pcn_deploy.graph.export import Exported
 
 CalibrationImages = str | Path | ArraysGiven | ImageSource
@@ -50,9 +52,9 @@ class Prepared:
 
     `unrounded` is the same network before any recovery changed weights and biases for INT8: what a layer is that is
     not quantised after all. It is `deployed` itself where none did. `exported` is the float graph before any recovery,
-    where one was asked for. `recovered` tells how many INT8 layers each recovery changed. `magnitudes` is what
-    `observe_magnitudes` saw, where the graph is FP16. `notes` is what the user should know of the network at this
-    resolution.
+    where one was asked for. `recovered` tells how many INT8 layers each recovery changed, 0 for one that was not
+    kept, and `trials` why. `magnitudes` is what `observe_magnitudes` saw, where the graph is FP16. `notes` is what the
+    user should know of the network at this resolution.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Prepared:
     calibration: Calibration | None
     rewrites: dict[str, int]
     recovered: dict[str, int] = field(default_factory=dict)
+    trials: tuple[Trial, ...] = ()
     magnitudes: dict[str, Magnitudes] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -243,8 +246,9 @@ def prepare(
     from pcn_deploy.calibration.choose import choose_calibrator
     from pcn_deploy.calibration.collect import calibrate
     from pcn_deploy.calibration.facts import inspect_layers, note_hidden_products
-    from pcn_deploy.calibration.quantized import plan_scales
-    from pcn_deploy.calibration.recovery import apply_after, apply_before
+    from pcn_deploy.calibration.quantized import apply_scales, plan_scales
+    from pcn_deploy.calibration.recovery import BEFORE, apply_after, apply_before
+    from pcn_deploy.calibration.recovery.trial import Trials
     from pcn_deploy.graph.export import export_network
     from pcn_deploy.graph.preconditions import check_behaviour
     from pcn_deploy.models.attention_conv import note_stretched
@@ -279,8 +283,19 @@ def prepare(
     plan, magnitudes = _plan(deployed, layers, options, source)
     progress("Rewriting and planning", 4, 4)
     recovered: dict[str, int] = {}
-    if source is not None:
-        deployed, recovered = apply_before(deployed, list(plan.quantized_entries), source, options.recovery, progress)
+    trials = None
+    if source is not None and options.recovery:
+        trials = Trials(deployed, source, progress)
+        if set(options.recovery) & set(BEFORE):
+            trials.start(_quantized_roughly(deployed, plan, options, trials.choosing))
+        deployed, recovered = apply_before(
+            deployed,
+            list(plan.quantized_entries),
+            trials.choosing,
+            options.recovery,
+            progress,
+            partial(_gains_before, trials, plan, options),
+        )
     elif options.recovery:
         msg = f"Recovery {', '.join(options.recovery)} needs calibration images, also where a recipe has the ranges."
         raise DataError(msg)
@@ -321,9 +336,18 @@ def prepare(
         plan = plan.with_ranges(seen.ranges)
     scales = plan_scales(deployed, plan, options.weight_calibrator)
     rounded = deployed
-    if source is not None:
-        rounded, after = apply_after(deployed, scales, source, options.recovery, progress)
+    if trials is not None:
+        trials.start(apply_scales(deployed, scales))
+        rounded, after = apply_after(
+            deployed,
+            scales,
+            trials.choosing,
+            options.recovery,
+            progress,
+            partial(_gains_after, trials, scales),
+        )
         recovered |= after
+        notes += tuple(trial.note for trial in trials.found if not trial.kept)
     return Prepared(
         name=name,
         deployed=rounded,
@@ -334,10 +358,40 @@ def prepare(
         scales=scales,
         calibration=seen,
         recovered=recovered,
+        trials=tuple(trials.found) if trials else (),
         rewrites=rewrites,
         magnitudes=magnitudes,
         notes=notes,
     )
+
+
+def _quantized_roughly(
+    network: nn.Module, plan: PrecisionPlan, options: CompileOptions, source: ImageSource
+) -> nn.Module:
+    """The network in INT8 with ranges from some of the images: enough to compare two forms of it."""
+    from pcn_deploy.calibration.calibrators import AUTO
+    from pcn_deploy.calibration.collect import calibrate
+    from pcn_deploy.calibration.quantized import apply_scales, plan_scales
+    from pcn_deploy.calibration.recovery.trial import JUDGES
+
+    missing = [path for path, entry in plan.quantized_entries.items() if entry.input_amax is None]
+    calibrator = "mse" if options.calibrator == AUTO else options.calibrator
+    if missing:
+        seen = calibrate(network, missing, source.subset(JUDGES), calibrator, percentile=options.percentile)
+        plan = plan.with_ranges(seen.ranges)
+    return apply_scales(network, plan_scales(network, plan, options.weight_calibrator))
+
+
+def _gains_before(
+    trials: Trials, plan: PrecisionPlan, options: CompileOptions, name: str, layers: int, network: nn.Module
+) -> bool:
+    return trials.gains(name, layers, lambda: _quantized_roughly(network, plan, options, trials.choosing))
+
+
+def _gains_after(trials: Trials, scales: dict[str, Quantization], name: str, layers: int, network: nn.Module) -> bool:
+    from pcn_deploy.calibration.quantized import apply_scales
+
+    return trials.gains(name, layers, lambda: apply_scales(network, scales))
 
 
 def _plan(

@@ -1,12 +1,13 @@
 """Accuracy recovery without training: what is done to a network around calibration so that INT8 costs less.
 
-The order is that of `RECOVERIES`, whatever the order they are asked for in. Those before calibration leave the float
-network's function as it is; those after it know the scales and change weights and biases of INT8 layers only.
+The order is that of `RECOVERIES`, whatever the order they are asked for in; a build keeps each only if it gains on
+images that did not choose it (`trial.py`). Those before calibration leave the float network's function as it is; those
+after it know the scales and change weights and biases of INT8 layers only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from pcn_deploy.errors import OptionError
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 BEFORE = ("equalisation", "smoothquant")
 AFTER = ("weight-rounding", "bias-correction")
 RECOVERIES = BEFORE + AFTER
+
+Gains = Callable[[str, int, "nn.Module"], bool]
+"""Whether a recovery is kept, by its name, the layers it changed and the network with it."""
+
+
+def always(_name: str, _layers: int, _changed: nn.Module) -> bool:
+    """Keep every recovery."""
+    return True
 
 
 def check_recovery(names: Collection[str]) -> None:
@@ -41,6 +50,7 @@ def apply_before(
     source: ImageSource,
     names: Collection[str],
     progress: Progress = silent,
+    gains: Gains = always,
 ) -> tuple[nn.Module, dict[str, int]]:
     """Apply what comes before calibration.
 
@@ -50,19 +60,26 @@ def apply_before(
         source: Calibration images.
         names: Which of `RECOVERIES`; those of `AFTER` are passed over.
         progress: Told how far each step is.
+        gains: Asked about each recovery that changed something whether it is kept.
 
     Returns:
         A network of the same function, which shares the weights that did not change, and by name how many INT8
-        layers each recovery changed.
+        layers each recovery changed; 0 for one that was not kept.
     """
     from pcn_deploy.calibration.recovery.equalisation import equalise
     from pcn_deploy.calibration.recovery.smoothquant import smooth
     from pcn_deploy.models.sharing import share_weights
 
     steps = {"equalisation": equalise, "smoothquant": smooth}
-    chosen = [name for name in BEFORE if name in names]
-    changed = share_weights(deployed) if chosen else deployed
-    return changed, {name: steps[name](changed, layers, source, progress) for name in chosen}
+    counts: dict[str, int] = {}
+    for name in (name for name in BEFORE if name in names):
+        candidate = share_weights(deployed)
+        counts[name] = steps[name](candidate, layers, source, progress)
+        if counts[name] and gains(name, counts[name], candidate):
+            deployed = candidate
+        else:
+            counts[name] = 0
+    return deployed, counts
 
 
 def apply_after(
@@ -71,6 +88,7 @@ def apply_after(
     source: ImageSource,
     names: Collection[str],
     progress: Progress = silent,
+    gains: Gains = always,
 ) -> tuple[nn.Module, dict[str, int]]:
     """Apply what comes after calibration.
 
@@ -81,20 +99,26 @@ def apply_after(
         source: Calibration images.
         names: Which of `RECOVERIES`; those of `BEFORE` are passed over.
         progress: Told how far each step is.
+        gains: Asked about each recovery that changed something whether it is kept.
 
     Returns:
         The network to be quantised, which shares the weights that did not change, and by name how many INT8 layers
-        each recovery changed.
+        each recovery changed; 0 for one that was not kept.
     """
     from pcn_deploy.calibration.recovery.bias_correction import correct_bias
     from pcn_deploy.calibration.recovery.weight_rounding import round_weights
     from pcn_deploy.models.sharing import share_weights
 
-    chosen = [name for name in AFTER if name in names]
-    changed = share_weights(deployed) if chosen else deployed
-    counts: dict[str, int] = {}
-    if "weight-rounding" in chosen:
-        counts["weight-rounding"] = round_weights(changed, scales, source, progress)
-    if "bias-correction" in chosen:
-        counts["bias-correction"] = correct_bias(changed, scales, source, deployed, progress)
+    steps = {
+        "weight-rounding": lambda network: round_weights(network, scales, source, progress),
+        "bias-correction": lambda network: correct_bias(network, scales, source, deployed, progress),
+    }
+    changed, counts = deployed, dict[str, int]()
+    for name in (name for name in AFTER if name in names):
+        candidate = share_weights(changed)
+        counts[name] = steps[name](candidate)
+        if counts[name] and gains(name, counts[name], candidate):
+            changed = candidate
+        else:
+            counts[name] = 0
     return changed, counts

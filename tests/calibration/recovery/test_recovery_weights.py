@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pcn_deploy.calibration.quantized import Quantization, apply_scales, quantize_weight
 from pcn_deploy.calibration.recovery import RECOVERIES, apply_after
+from pcn_deploy.calibration.recovery.trial import EVERY
 from pcn_deploy.graph.export import to_onnx
 from pcn_deploy.preparation import Prepared
 from pcn_deploy.specs import BatchRange
@@ -46,6 +47,7 @@ def layer_errors(net: nn.Module, network: Prepared) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("remainder", ["fp16", "fp32"])
+@pytest.mark.usefixtures("every_recovery_kept")
 def test_rounding_lowers_the_output_error_and_stays_on_the_grid(remainder: str) -> None:
     net = correlated()
     nearest, rounded = (prepared(net, names, remainder=remainder) for names in ((), AFTER[:1]))
@@ -64,6 +66,7 @@ def test_rounding_lowers_the_output_error_and_stays_on_the_grid(remainder: str) 
         np.testing.assert_array_equal(scale.weight, nearest.scales[path].weight)
 
 
+@pytest.mark.usefixtures("every_recovery_kept")
 def test_the_graph_holds_the_codes_of_the_module() -> None:
     network = prepared(correlated(), RECOVERIES)
     quantized = apply_scales(network.deployed, network.scales)
@@ -90,18 +93,20 @@ def skewed() -> Any:
     return nn.Sequential(*net, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
 
 
+@pytest.mark.usefixtures("every_recovery_kept")
 def test_bias_correction_takes_back_a_shift() -> None:
     net = skewed()
     assert logits_sqnr(net, ("bias-correction",)) > logits_sqnr(net, ()) + 6
     network = prepared(net, ("bias-correction",))
     assert network.recovered == {"bias-correction": 2}
     assert isinstance(network.deployed.get_submodule("2").bias, nn.Parameter), "a layer without bias is given one"
-    x = torch.from_numpy(images())
+    x = torch.from_numpy(np.delete(images(), slice(EVERY - 1, None, EVERY), 0))  # those that choose
     with torch.inference_mode():
         shift = apply_scales(network.deployed, network.scales)(x).mean(0) - net(x).mean(0)
     assert float(shift.abs().max()) < 1e-5, "downstream of every correction"
 
 
+@pytest.mark.usefixtures("every_recovery_kept")
 def test_only_what_is_int8_changes_and_a_layer_left_out_is_itself_again() -> None:
     net = correlated()
     network = prepared(net, AFTER)
@@ -115,6 +120,7 @@ def test_only_what_is_int8_changes_and_a_layer_left_out_is_itself_again() -> Non
     assert "2" not in left.scales
 
 
+@pytest.mark.usefixtures("every_recovery_kept")
 def test_the_caller_s_network_is_left_alone_and_runs_repeat_to_the_bit() -> None:
     net = correlated(bias=False)
     state = {key: tensor.clone() for key, tensor in net.state_dict().items()}
