@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from pcn_deploy.calibration.image_files import about_sizes
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.errors import DataError
 
@@ -89,11 +91,19 @@ def open_arrays(given: ArraysGiven, transform: Transform, limit: int | None) -> 
 
 
 def survey_arrays(items: Sequence[ArrayImage], transform: Transform) -> list[str]:
-    """What a user should know of floats before they are run: whether they look as if nobody had normalised them."""
-    step = max(1, len(items) // _SURVEYED)
-    floats = [item.pixels for item in items[::step] if getattr(item.pixels, "dtype", None) == np.float32]
-    if not floats or not all(image.size for image in floats):
-        return []
+    """What a user should know of images in memory: of pixels that they have another size, of floats their range."""
+    some = [item.pixels for item in items[:: max(1, len(items) // _SURVEYED)]]
+    floats = [image for image in some if getattr(image, "dtype", None) == np.float32 and image.size]
+    sizes = Counter(
+        (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
+        for image in some
+        if getattr(image, "dtype", None) != np.float32
+    )
+    return about_sizes(sizes, transform) + (_about_range(floats, transform) if floats else [])
+
+
+def _about_range(floats: list[npt.NDArray[np.float32]], transform: Transform) -> list[str]:
+    """Whether floats look as if nobody had normalised them."""
     low, high = min(float(image.min()) for image in floats), max(float(image.max()) for image in floats)
     mean, std = np.array(transform.mean), np.array(transform.std)
     black, white = float((-mean / std).min()), float(((1 - mean) / std).max())

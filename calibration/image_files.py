@@ -154,11 +154,16 @@ def survey(files: Sequence[ImageFile], transform: Transform, *, sizes_too: bool 
             continue
     count = sum(sizes.values())
     notes = [f"{kinds[name]} of {count} images looked at {kind.words}" for name, kind in KINDS.items() if kinds[name]]
-    return notes + (_about_sizes(sizes, transform) if sizes_too else [])
+    return notes + (about_sizes(sizes, transform) if sizes_too else [])
 
 
-def _about_sizes(sizes: Counter[tuple[int, int]], transform: Transform) -> list[str]:
-    """Whether most images are made larger, or all of one other size are cut."""
+def about_sizes(sizes: Counter[tuple[int, int]], transform: Transform) -> list[str]:
+    """Whether most images are made larger, or most are of one other size and cut.
+
+    Args:
+        sizes: Number of images of each width and height.
+        transform: What they go through.
+    """
     count = sum(sizes.values())
     if not count:
         return []

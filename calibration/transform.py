@@ -20,6 +20,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 CROP_MODES = ("center", "squash")
 
+_BEYOND_WHITE = 2.0
+"""A mean above this is of images whose white is 255, not 1."""
+
 _ALWAYS = ("resolution", "crop_pct", "mean", "std", "interpolation")
 """What every bundle says of its transform."""
 
@@ -69,6 +72,10 @@ class Transform:
             ),
             (not self.mean, "no channels"),
             (not all(math.isfinite(value) for value in self.mean), f"mean {self.mean} is not finite"),
+            (
+                max(self.mean, default=0) > _BEYOND_WHITE,
+                f"mean {self.mean} is of values from 0 to 255; here they are from 0 to 1: divide mean and std by 255",
+            ),
             (not all(0 < value < math.inf for value in self.std), f"standard deviation {self.std} is not above 0"),
             (self.interpolation not in INTERPOLATIONS, f"interpolation {self.interpolation!r} is unknown"),
             (self.crop_mode not in CROP_MODES, f"crop mode {self.crop_mode!r} is unknown"),

@@ -99,7 +99,7 @@ def verify(
         tolerant=True,
         to_prove=to_prove,
     )
-    return replace(report, unreadable=len(source.unreadable))
+    return replace(report, unreadable=len(source.unreadable), notes=(*report.notes, *source.notes))
 
 
 def _name(source: ImageSource, images: Images, index: int) -> str:

@@ -234,3 +234,10 @@ def test_a_long_stream_does_not_stay_in_memory_where_images_are_held_out() -> No
     assert 0 < len(held_out) <= HELD_OUT
     names = [{part.item_name(index) for index in range(len(part))} for part in (source, held_out)]
     assert not names[0] & names[1]
+
+
+@pytest.mark.parametrize("name", ["arrays (N, H, W, C)", "pictures"])
+def test_a_note_tells_that_pixels_have_another_size(name: str) -> None:
+    notes = ImageSource(PICTURES[name](), Transform()).notes
+    assert len(notes) == 1 and "6 of 6 images looked at are 8x8 (width x height): they become 256x256" in notes[0]
+    assert ImageSource(PICTURES[name](), transform()).notes == ()

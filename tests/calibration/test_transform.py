@@ -113,6 +113,8 @@ def test_what_an_older_bundle_does_not_say_was_as_by_default() -> None:
         ({"crop_pct": 1.1}, "crop_pct 1.1"),
         ({"mean": (0.5,)}, "1 means but 3"),
         ({"mean": (), "std": ()}, "no channels"),
+        ({"mean": (123.675, 116.28, 103.53), "std": (58.4, 57.1, 57.4)}, "divide mean and std by 255"),
+        ({"mean": (103.53, 116.28, 123.675), "std": (1.0,) * 3, "channel_order": "bgr"}, "divide mean and std by 255"),
         ({"mean": (0.5,) * 2, "std": (0.5,) * 2, "channel_order": "bgr"}, "2 channels have no order bgr"),
         ({"channel_order": "gbr"}, "'gbr' is unknown"),
         ({"crop_mode": "border"}, "'border' is unknown"),

@@ -85,6 +85,9 @@ def test_folders_of_another_network_stop(bundle: Path, tmp_path: Path) -> None:
     result = invoke("verify", bundle, "--data", data)
     assert result.exit_code == 0, result.output
     assert "1 of the 3 class folders" in result.stderr
+    result = invoke("verify", bundle, "--data", data, "--json")
+    assert result.stderr == ""
+    assert "1 of the 3 class folders" in json.loads(result.stdout)["notes"][0]
 
 
 def test_classes_go_with_data(bundle: Path, tmp_path: Path) -> None:
