@@ -172,6 +172,17 @@ def _is_dense(layer: LayerFacts) -> str:
     return "" if layer.groups == 1 else "depthwise or grouped: little gain, and conversions on both sides"
 
 
+def _is_no_depthwise(layer: LayerFacts) -> str:
+    return "depthwise: little gain, and conversions on both sides" if 1 < layer.groups == layer.in_channels else ""
+
+
+def _has_kernel_for_groups(layer: LayerFacts) -> str:
+    """Source: NVIDIA ModelOpt, which quantises these grouped convolutions and no others."""
+    grouped = layer.groups > 1
+    fits = layer.out_channels % 8 == 0 and min(layer.kernel) >= 3
+    return "grouped: INT8 kernels take a multiple of 8 outputs and 3x3 or larger" if grouped and not fits else ""
+
+
 def _is_matrix_product(layer: LayerFacts) -> str:
     return "" if min(layer.rows, layer.out_channels) > 1 else "matrix times vector: bound by memory, not arithmetic"
 
@@ -200,7 +211,10 @@ POSSIBLE_RULES: tuple[Rule, ...] = (_has_weights, _is_used_once)
 """What speaks against 8 bits not because they gain little, but because it cannot be done."""
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    "int8": (_has_weights, _is_used_once, _is_dense, _is_matrix_product, _is_wide),
+    "int8": (
+        *(_has_weights, _is_used_once, _is_no_depthwise, _has_kernel_for_groups),
+        *(_is_matrix_product, _is_wide),
+    ),
     "fp8": (_has_weights, _is_used_once, _is_dense, _is_matrix_product, _has_whole_tiles, _has_small_kernel),
 }
 """Against each of `CODES`, the first that speaks counts."""

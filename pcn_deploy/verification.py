@@ -192,7 +192,7 @@ def eager_copy(model: Any) -> Reference:
     Raises:
         ModelError: If it holds what cannot be copied.
     """
-    from pcn_deploy.models.deploy import share_weights
+    from pcn_deploy.models.sharing import share_weights
 
     copied = share_weights(model)
     copied.eval()  # returns nothing where a network has a `train` of its own without a return

@@ -113,9 +113,14 @@ def _keep_peak(factor: Tensor, amax: Tensor) -> Tensor:
 
 
 def reader_range(readers: Layers) -> Tensor:
-    """Largest weight per input channel of layers that read one tensor, `(C,)`. INT8 layers have no groups."""
-    found: Tensor = torch.stack([layer.weight.abs().transpose(0, 1).flatten(1).amax(1) for layer in readers]).amax(0)  # type: ignore[operator]
-    return found
+    """Largest weight per input channel of layers that read one tensor, `(C,)`."""
+    ranges = []
+    for layer in readers:
+        weight: Tensor = layer.weight.detach()  # type: ignore[operator]
+        groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        by_group = weight.abs().reshape(groups, len(weight) // groups, weight.shape[1], -1)
+        ranges.append(by_group.amax((1, 3)).flatten())
+    return torch.stack(ranges).amax(0)
 
 
 def _modules(model: nn.Module, paths: Collection[str]) -> Layers:

@@ -30,8 +30,10 @@ def facts(path: str = "layer", **changes: Any) -> LayerFacts:
         ({"rows": 2, "out_channels": 16, "in_channels": 16}, ""),
         ({"in_channels": 3, "out_channels": 24, "kernel": (3, 3), "reads_image": True}, ""),
         ({"kind": "GELU", "in_channels": 0, "out_channels": 0}, "not a Conv2d or Linear"),
-        ({"groups": 64}, "depthwise or grouped"),
-        ({"groups": 2}, "depthwise or grouped"),
+        ({"groups": 64}, "depthwise"),
+        ({"groups": 2}, "grouped"),
+        ({"groups": 2, "kernel": (3, 1)}, "grouped"),
+        ({"groups": 4, "kernel": (3, 3), "out_channels": 68}, "grouped"),
         ({"rows": 1}, "matrix times vector"),
         ({"out_channels": 1}, "matrix times vector"),
         ({"in_channels": 15}, "fewer than 16 channels"),
@@ -59,7 +61,7 @@ def test_placement_for_a_patchconvnet(make_net: MakeNet, form: dict[str, Any], r
     assert set(plan.quantized_entries) == {f"patch_embed.proj.{i}.0" for i in (0, 4, 6)} | pointwise | tokens
     reasons = {entry.op: entry.reason.split(":")[0] for entry in plan.entries if entry.precision == "fp16"}
     assert reasons["patch_embed.proj.2.0"] == "fewer than 16 channels"
-    assert reasons["blocks.1.attn.qkv_pos.2"] == "depthwise or grouped"
+    assert reasons["blocks.1.attn.qkv_pos.2"] == "depthwise"
     assert reasons["blocks.1.attn.qkv_pos.4.conv_expand"] == "matrix times vector"
     assert reasons["blocks.1.norm1"] == reasons["blocks.1.attn.qkv_pos.1"] == "not a Conv2d or Linear"
     if not rows:
@@ -100,7 +102,7 @@ def test_summary_counts_layers_that_share_a_reason() -> None:
     plan = make_plan([facts("a", groups=64), facts("b"), facts("c"), facts("d")], "int8")
     assert plan.summary() == [
         ("int8", "Conv2d", "dense product of enough rows and channels", 3),
-        ("fp16", "Conv2d", "depthwise or grouped: little gain, and conversions on both sides", 1),
+        ("fp16", "Conv2d", "depthwise: little gain, and conversions on both sides", 1),
     ]
 
 

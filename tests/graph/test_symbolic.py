@@ -91,3 +91,23 @@ class Decides(nn.Module):
 def test_what_depends_on_the_batch_or_the_image_is_not_decided(on: Callable[[Tensor], object]) -> None:
     with pytest.raises(fx.proxy.TraceError):
         trace(Decides(on), SHAPE)
+
+
+class IntsForFloats(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 0, 0, 0, 1, 1), "constant", 0)
+        return F.leaky_relu(F.layer_norm(x, [x.shape[-1]], None, None, 1), 2).clamp(min=0)
+
+
+@pytest.mark.filterwarnings("ignore:The TorchScript type system")
+def test_ints_where_floats_belong_are_written_as_floats() -> None:
+    """TorchScript refuses them; what takes any number, or an int, stays as it is."""
+    graph = trace(IntsForFloats(), (3, 4, 4))
+    found = {str(node.target): (node.args, node.kwargs) for node in graph.graph.nodes if node.op.startswith("call_")}
+    numbers = [value for args, kwargs in found.values() for value in (*args, *kwargs.values())]
+    assert [value for value in numbers if type(value) is float] == [0.0, 1.0, 2.0]
+    assert found["clamp"][1] == {"min": 0}
+    assert type(found["clamp"][1]["min"]) is int
+    torch.jit.script(graph)
+    x = torch.rand(2, 3, 4, 4)
+    assert torch.equal(graph(x), IntsForFloats()(x))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pcn_deploy.calibration.recovery import apply_before
 from pcn_deploy.calibration.recovery.links import Link, find_links
+from pcn_deploy.calibration.recovery.shift import reader_range
 from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.layers import LayerNorm2d, ResidualAdd
 from pcn_deploy.models.patchconvnet import PatchConvNet
@@ -80,6 +81,18 @@ def test_the_function_stays(name: str, make: Callable[[], nn.Module]) -> None:
     assert all(torch.equal(tensor, state[key]) for key, tensor in net.state_dict().items()), "the network given"
     differs = any(not torch.equal(tensor, state[key]) for key, tensor in changed.state_dict().items())
     assert differs == (counts[name] > 0)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_every_input_channel_of_a_reader_has_its_range(groups: int) -> None:
+    layer, plain = nn.Conv2d(8, 12, 3, groups=groups), nn.Conv2d(8, 4, 1)
+    expected = [0.0] * 8
+    for each, count in ((layer, groups), (plain, 1)):
+        for output, rows in enumerate(each.weight.detach()):
+            first = output // (len(each.weight) // count) * len(rows)
+            for index, row in enumerate(rows):
+                expected[first + index] = max(expected[first + index], float(row.abs().max()))
+    assert reader_range([layer, plain]).tolist() == pytest.approx(expected)
 
 
 def test_both_sides_of_an_augmented_convolution_are_linked() -> None:
