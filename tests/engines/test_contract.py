@@ -233,7 +233,8 @@ class TestTorchScript(ContractTemplate):
     def _scripted(self, module: torch.nn.Module) -> GraphSource:  # type: ignore[name-defined]
         buffer = io.BytesIO()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
+            for kind in (DeprecationWarning, FutureWarning):
+                warnings.simplefilter("ignore", kind)
             torch.jit.save(torch.jit.script(module), buffer)
         return GraphSource(onnx=b"", torchscript=buffer.getvalue(), spec=SPEC)
 

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytest.importorskip("torch", reason="torch is not installed: pip install 'pcn-deploy[compile]'")
+
 PRE_NORM_ATTENTION = """
 import torch
 from torch import nn
