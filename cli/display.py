@@ -171,6 +171,29 @@ def parity_rows(reports: list[dict[str, Any]]) -> list[list[str]]:
             f"{metrics['top1_drop']:+.2f}" if "top1_drop" in metrics else "-",
         ]
         rows.append(_parity_row(target + executed, report, "", passed=report["passed"]) + top1)
+        for name, seen in report["executions"].items():
+            passed = not any(failure.startswith(f"{name}: ") for failure in report["failures"])
+            rows.append(
+                [
+                    *_parity_row(f"  {name}", {**report, "metrics": seen}, "", passed=passed),
+                    f"{seen['top1_agreement']:.2f}",
+                    "-",
+                ]
+            )
+        if "edge_sqnr_db" in metrics:
+            passed = not any(failure.startswith("edge images: ") for failure in report["failures"])
+            rows.append(
+                [
+                    "  edge images",
+                    "passed" if passed else "FAILED",
+                    "-",
+                    f"{metrics['edge_cosine_min']:.6f}",
+                    f"{metrics['edge_sqnr_db']:.1f}",
+                    "-",
+                    "-",
+                    "-",
+                ]
+            )
         if f"{ATTENTION_MAP}_sqnr_db" in metrics:
             passed = not any(failure.startswith("attention map") for failure in report["failures"])
             rows.append([*_parity_row("  attention map", report, f"{ATTENTION_MAP}_", passed=passed), "-", "-"])
@@ -202,6 +225,9 @@ PARITY_COLUMNS = [
 ]
 
 
+TASK = {"proven": "proven", "broken": "BROKEN, not", "open": "neither proven nor broken"}
+"""Words for what labels tell of a drop."""
+
 PROOF_COLUMNS = ["target", "executed by", "images", "lost", "gained", "drop", "95 % bound", "budget", "verdict"]
 
 
@@ -217,7 +243,7 @@ def proof_row(proof: BudgetProof) -> list[str]:
         f"{counts.drop:.2f}",
         f"{counts.drop_bound:.2f}",
         f"{proof.budget:.2f}",
-        {"proven": "within", "broken": "BROKEN", "open": "NOT PROVEN" if proof.asked else "open"}[proof.verdict],
+        "within" if proof.verdict == "proven" and proof else "BROKEN" if not proof else "open",
     ]
 
 

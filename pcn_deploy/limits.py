@@ -10,6 +10,10 @@ from pcn_deploy.errors import OptionError
 CHANGES_DB = 6.0
 """Least SQNR of the changes in every precision: half the amplitude of what the images change."""
 
+GUARD_DB = {"fp32": 20.0}
+"""How much more SQNR than its budget a golden set must have where a CPU executes the graph: right graphs have 110 dB
+there, and few images must tell of a wrong one. A GPU may round FP32 to fewer bits."""
+
 TOLERATED = 1.0
 """Percent of the images of a large set, at most, whose cosine may be below the limit."""
 

@@ -17,7 +17,7 @@ from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.labels import LabelCheck
 from pcn_deploy.errors import DataError
 from pcn_deploy.golden import NOISE, GoldenSet
-from pcn_deploy.limits import BUDGETS, ParityBudget
+from pcn_deploy.limits import BUDGETS, GUARD_DB, ParityBudget
 from pcn_deploy.parity import ParityMeter, ParityReport
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 Images = npt.NDArray[np.float32]
+ON_CPU = ("cpu", "stock", "torchscript")
+"""What executes a graph of FP32 in FP32."""
+
 TWICE_DB = 3.0
 """Twice the power of a noise."""
 
@@ -135,6 +138,12 @@ def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = sil
         attention=meters.get(ATTENTION_MAP),
         changes=engine.bundle.manifest.get("golden") != NOISE,
     )
+    guard = GUARD_DB.get(engine.bundle.manifest["precision"], 0.0) if engine.executed_by in ON_CPU else 0.0
+    if budget.sqnr_db <= report.metrics["sqnr_db"] < budget.sqnr_db + guard:
+        failure = (
+            f"SQNR {report.metrics['sqnr_db']:.1f} dB is below {budget.sqnr_db + guard:.1f} dB, the least on a CPU"
+        )
+        report = replace(report, failures=(*report.failures, failure))
     limit = budget
     if golden.simulated:
         limit = simulation_limit(golden, budget, engine.bundle.manifest["remainder"])

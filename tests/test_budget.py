@@ -21,8 +21,8 @@ from pcn_deploy.calibration.evaluation import Answers
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.record import Calibration
 from pcn_deploy.calibration.statistics import Statistics
-from pcn_deploy.errors import OptionError, ParityError
-from pcn_deploy.preparation import in_evaluation_mode, prepare
+from pcn_deploy.errors import DataError, OptionError, ParityError
+from pcn_deploy.preparation import in_evaluation_mode, open_sources, prepare
 from pcn_deploy.progress import silent
 
 torch = pytest.importorskip("torch")
@@ -185,9 +185,90 @@ def test_the_calibration_images_judge_where_there_are_no_others() -> None:
     assert (result.proofs[0].held_out, result.proofs[0].counts.images) == (False, 48)
 
 
-def test_without_a_budget_nothing_is_judged() -> None:
+def test_without_labels_nothing_is_judged_and_it_says_so() -> None:
     result = pcn_deploy.compile(network(), options(precision="int8"), calibration=images(8))
     assert (result.search, result.proofs) == (None, ())
+    judged = result.bundle.manifest["judged"]
+    assert (judged["golden_images"], judged["edge_images"], judged["golden_calibrated"]) == (8, 7, True)
+    assert "--data" in judged["accuracy"]
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_a_budget_that_was_not_asked_for_refuses_nothing(precision: str) -> None:
+    """20 images cannot prove 1.0 points, nor break it."""
+    result = pcn_deploy.compile(
+        network(), options(precision=precision), calibration=images(8), evaluation=[images(28)[8:]]
+    )
+    assert result
+    assert result.search is None
+    (proof,) = result.proofs
+    assert (proof.verdict, proof.asked, proof.counts.images) == ("open", False, 20)
+    saved = result.bundle.read_json("budget.json")["proofs"][0]
+    assert (saved["verdict"], saved["passed"]) == ("open", True)
+    assert saved["drop"] <= saved["drop_bound"]
+    assert result.bundle.manifest["judged"]["golden_calibrated"] is False
+
+
+def test_a_budget_asked_for_is_proven_in_every_precision() -> None:
+    with pytest.raises(DataError, match=r"must be proven on images: give --data"):
+        pcn_deploy.compile(network(), options(precision="fp16", max_drop=1.0))
+    with pytest.raises(ParityError, match="cannot prove"):
+        pcn_deploy.compile(network(), options(precision="fp16", max_drop=1.0), calibration=images(8))
+
+
+def labelled(path: Path, count: int, *, shift: int = 0) -> Path:
+    """Images with the answers of the network as their labels."""
+    pixels = images(count)
+    with torch.inference_mode():
+        labels = network()(torch.from_numpy(pixels)).argmax(1).numpy()
+    np.savez(path, images=pixels, labels=(labels + shift) % 5)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("count", "limit", "calibrated", "judged"), [(90, 512, 72, 18), (90, 30, 30, 60), (70, 512, 70, 0)]
+)
+def test_labelled_calibration_images_are_held_out(
+    tmp_path: Path, count: int, limit: int, calibrated: int, judged: int
+) -> None:
+    chosen = options(precision="int8", calibrator="max", calibration_images=limit)
+    result = pcn_deploy.compile(network(), chosen, calibration=labelled(tmp_path / "set.npz", count))
+    assert result.bundle.manifest["calibration"]["images"] == calibrated
+    assert [proof.counts.images for proof in result.proofs] == ([judged] if judged else [])
+    assert result.bundle.manifest["judged"]["golden_calibrated"] == (judged == 0)
+    source, held_out = open_sources(tmp_path / "set.npz", None, chosen)
+    assert source is not None
+    names = [sample.name for sample in source]
+    assert len(set(names)) == calibrated
+    assert held_out is None or not set(names) & {sample.name for sample in held_out}
+
+
+def test_folders_that_are_no_classes_stop_no_build(tmp_path: Path) -> None:
+    result = pcn_deploy.compile(
+        network(), options(precision="fp16"), calibration=labelled(tmp_path / "set.npz", 400, shift=1)
+    )
+    assert result
+    assert result.proofs == ()
+    assert result.bundle.manifest["judged"]["accuracy"]
+
+
+def test_an_image_without_an_answer_is_lost() -> None:
+    source = ImageSource(
+        [np.arange(4, dtype=np.float32).reshape(4, 1, 1, 1) * np.ones((4, 3, 32, 32), np.float32)], options().transform
+    )
+    answers = Answers(source, np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1]), labelled=True)
+
+    def forward(batch: Any) -> Any:
+        logits = np.tile([1.0, 0.0], (len(batch), 1))
+        logits[batch[:, 0, 0, 0] < 2] = np.nan  # argmax of NaN is class 0
+        return logits
+
+    found = answers.predict(forward)
+    assert found.tolist() == [-1, -1, 0, 0]
+    counts = answers.count(found)
+    assert (counts.images, counts.lost, counts.gained) == (4, 4, 0)
+    assert answers.unanswered(found) == ("array[0]", "array[1]")
+    assert answers.compare(forward, lambda *_: False) == counts
 
 
 def test_too_few_images_are_refused_before_any_work() -> None:
@@ -241,3 +322,13 @@ def test_the_command_prints_the_proof(words: list[Any], tmp_path: Path, monkeypa
 def test_the_command_exits_3_where_nothing_is_proven(words: list[Any], tmp_path: Path) -> None:
     refused(invoke(*words, "--max-drop", 0.5), 3, "160 images cannot prove", "Give 539 images or more")
     assert not (tmp_path / "out.pcn").exists()
+
+
+def test_a_record_is_removed_only_by_the_build_that_it_belongs_to(words: list[Any], tmp_path: Path) -> None:
+    """An FP16 build to the same file, and one that cannot be written, leave the record of a killed search."""
+    record = tmp_path / "out.pcn.search"
+    record.write_text("of a killed search")
+    given = ["build", "patchconvnet", *words[2:]]
+    given[given.index("int8")] = "fp16"
+    assert invoke(*given).exit_code == 0
+    assert record.read_text() == "of a killed search"

@@ -18,7 +18,7 @@ from hypothesis.extra.numpy import arrays
 
 from pcn_deploy.calibration.plan import PRECISIONS
 from pcn_deploy.errors import DataError, OptionError
-from pcn_deploy.exact import ExactSum
+from pcn_deploy.exact import ExactSum, ExactVector
 from pcn_deploy.limits import BUDGETS, ParityBudget, budget_for
 from pcn_deploy.metrics import SQNR_CEILING_DB
 from pcn_deploy.parity import ParityMeter, ParityReport, report_from_json
@@ -271,3 +271,112 @@ def test_an_infinite_error_is_still_json() -> None:
     assert not report
     assert "Infinity" not in json.dumps(report.to_json())
     assert report_from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+def test_what_every_image_gets_alike_hides_no_error() -> None:
+    """Priors of the classes of 100 standard deviations; the engine answers them and nothing of the image."""
+    rng = np.random.default_rng(0)
+    priors, changes = 100 * rng.standard_normal(10), rng.standard_normal((40, 10))
+    reference, engine = priors + changes, priors + rng.standard_normal((40, 10))
+    report = judge(reference, engine)
+    assert report.metrics["sqnr_db"] > 34
+    assert report.metrics["sqnr_differences_db"] > 34
+    (failure,) = report.failures
+    assert "what all images have in common; that of what the image changes, -2.7 dB" in failure
+    rows = reference - reference.mean(1, keepdims=True)
+    error = rows - (engine - engine.mean(1, keepdims=True))
+    unbiased = rows.var(0, ddof=1).sum() * len(rows)
+    expected = 10 * np.log10(unbiased / (error**2).sum())
+    assert report.metrics["sqnr_changes_db"] == pytest.approx(expected, abs=1e-6)
+    assert judge(reference, priors + 0.99 * changes)
+
+
+def test_images_that_change_nothing_say_nothing() -> None:
+    assert "sqnr_changes_db" not in measure(np.ones((1, 4)), np.ones((1, 4)))
+    same = np.tile(np.arange(4.0), (5, 1))
+    assert "sqnr_changes_db" not in measure(same, same + 1e-3)
+
+
+def test_images_without_a_finite_answer_are_named_and_wrong() -> None:
+    reference = np.eye(4)
+    engine = reference.copy()
+    engine[0] = np.nan  # argmax of NaN is 0, the right class
+    engine[2, 1] = np.inf
+    meter = ParityMeter()
+    meter.update(reference, engine, np.arange(4), ["a.png", "b.png", "c.png", "d.png"].__getitem__)
+    merged = ParityMeter()
+    merged.merge(meter.state())
+    for each in (meter, merged):
+        report = each.report(target="cpu", executed_by="cpu", data="set", budget=STRICT)
+        assert "NaN or infinite logits for a.png, c.png" in report.failures
+        assert (report.metrics["non_finite"], report.metrics["top1_agreement"]) == (2, 50)
+        assert (report.metrics["top1_engine"], report.metrics["top1_lost"]) == (50, 2)
+        json.dumps(report.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_budget_that_lets_everything_pass(bad: float) -> None:
+    with pytest.raises(OptionError, match="not finite"):
+        ParityBudget(cosine_min=bad, sqnr_db=1.0, top1_drop=1.0)
+
+
+@pytest.mark.parametrize(
+    ("images", "bad", "tolerant", "passed"),
+    [(1000, 10, True, True), (1000, 11, True, False), (1000, 1, False, False), (99, 1, True, False)],
+)
+def test_one_image_in_a_hundred_of_a_large_set_may_be_below_the_cosine(
+    images: int, bad: int, *, tolerant: bool, passed: bool
+) -> None:
+    reference = np.random.default_rng(0).standard_normal((images, 10))
+    engine = reference.copy()
+    engine[:bad] += 0.2 * np.roll(reference[:bad], 1, axis=1)  # a cosine of about 0.98
+    meter = ParityMeter()
+    meter.update(reference, engine)
+    report = meter.report(target="cpu", executed_by="cpu", data="set", budget=STRICT, tolerant=tolerant)
+    sqnr_is_kept = [failure for failure in report.failures if "SQNR" in failure] == []
+    assert sqnr_is_kept
+    assert bool(report) == passed
+    assert report.metrics["cosine_min"] < 0.99
+    assert report.metrics["cosine_judged"] == pytest.approx(
+        sorted(a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(reference, engine, strict=True))[
+            images // 100 if tolerant else 0
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "lost", "task", "asked", "passed"),
+    [
+        (1000, 0, "proven", True, True),
+        (200, 4, "open", False, True),
+        (200, 4, "open", True, False),
+        (1000, 19, "broken", False, False),
+        (6, 6, "broken", False, False),
+    ],
+)
+def test_a_drop_is_proven_broken_or_open(images: int, lost: int, task: str, *, asked: bool, passed: bool) -> None:
+    """2 points of 200 images are no proof of more than 1; 1.9 of 1,000 are."""
+    reference = np.tile([1.0, 0.9999, -1.0], (images, 1)) + np.random.default_rng(0).standard_normal((images, 1)) / 10
+    engine = reference.copy()
+    engine[:lost] = engine[:lost, [1, 0, 2]]
+    meter = ParityMeter()
+    meter.update(reference, engine, np.zeros(images, np.int64))
+    report = meter.report(target="cpu", executed_by="cpu", data="set", budget=STRICT, to_prove=asked)
+    assert (report.task, bool(report)) == (task, passed), report.failures
+    assert report.metrics["top1_drop"] == pytest.approx(100 * lost / images)
+    assert report.metrics["top1_drop_bound"] >= report.metrics["top1_drop"]
+
+
+@given(arrays(np.float64, (6, 3), elements=st.floats(-1e300, 1e300)), st.integers(1, 5))
+def test_exact_vectors(rows: npt.NDArray[np.float64], cut: int) -> None:
+    from fractions import Fraction
+
+    whole, first, second = ExactVector(), ExactVector(), ExactVector()
+    whole.add(rows)
+    first.add(rows[:cut])
+    second.add(rows[cut:])
+    second.merge(first)
+    assert second.units == whole.units
+    assert [Fraction(units, 2**1074) for units in whole.units] == [
+        sum(map(Fraction, column)) for column in rows.T.tolist()
+    ]

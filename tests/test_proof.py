@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+from small_builds import images, network, options
 
-from pcn_deploy import Bundle
+import pcn_deploy
+from pcn_deploy import Bundle, CompileResult, Transform
 from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.golden import GoldenSet, edge_images
 from pcn_deploy.parity import report_from_json
 from pcn_deploy.proof import Execution, prove
+from pcn_deploy.specs import EngineSpec
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
+
+
+def spec_of(bundle: Bundle) -> EngineSpec:
+    return EngineSpec.from_json(bundle.manifest["interface"])
 
 
 def further(name: str, answer: Any, *, applies: bool = True) -> Execution:
@@ -50,3 +61,86 @@ def test_every_execution_of_the_graph_must_pass(path: Path, monkeypatch: pytest.
 def test_the_scripted_module_is_not_the_graph(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pcn_deploy.proof.EXECUTIONS", (further("wrong", lambda logits: logits[:, ::-1]),))
     assert prove(Bundle.open(path), "torchscript")
+
+
+class Normalised(torch.nn.Module):  # type: ignore[name-defined,misc]
+    """Divides by what is 0 on a black image without bias; `epsilon` is what stands against it."""
+
+    def __init__(self, epsilon: float) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 16, 3, bias=False)
+        self.head = torch.nn.Linear(16, 3)
+        self.epsilon = epsilon
+
+    def forward(self, x: Any) -> Any:
+        features = self.layer(x).mean((2, 3))
+        normalised = features / (features.square().sum(1, keepdim=True).sqrt() + self.epsilon)
+        return self.head(normalised)
+
+
+def build_normalised(epsilon: float, **given: Any) -> CompileResult:
+    """Black is zero for this transform."""
+    torch.manual_seed(0)
+    black_is_zero = Transform(resolution=(32, 32), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    chosen = options(**{"precision": "fp32", "transform": black_is_zero, **given})
+    return pcn_deploy.compile(Normalised(epsilon).eval(), chosen, calibration=images(16))
+
+
+def test_a_graph_that_is_not_finite_on_black_fails_by_name() -> None:
+    result = build_normalised(1e-3)
+    assert result
+    bundle = result.bundle
+    graph = onnx.load_from_string(bundle.read("model.onnx"))
+    for tensor in (
+        *graph.graph.initializer,
+        *(a.t for n in graph.graph.node for a in n.attribute if a.name == "value"),
+    ):
+        if np.allclose(values := onnx.numpy_helper.to_array(tensor), 1e-3):
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros_like(values), tensor.name))
+    bundle.add_engine("cpu", "model.onnx", graph.SerializeToString(), {})
+    report = prove(bundle, "cpu")
+    assert "edge images: NaN or infinite logits for black" in report.failures
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_what_the_network_itself_cannot_answer_is_left_out_and_said() -> None:
+    result = build_normalised(0.0)
+    assert result
+    golden = GoldenSet.read(result.bundle, ["logits"])
+    assert "black" not in golden.names
+    assert "white" in golden.names
+    (note,) = [note for note in result.bundle.manifest["notes"] if "NaN" in note]
+    assert "for black" in note
+
+
+def test_edge_images_are_the_ends_of_the_transform() -> None:
+    transform = Transform(resolution=(4, 6), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.5))
+    found = edge_images(transform)
+    for name, value in (("black", 0.0), ("white", 1.0), ("grey", 127 / 255)):
+        expected = [(value - mean) / std for mean, std in zip(transform.mean, transform.std, strict=True)]
+        np.testing.assert_allclose(found[name], np.broadcast_to(np.reshape(expected, (3, 1, 1)), (3, 4, 6)), atol=1e-6)
+    every = np.stack(list(found.values()))
+    assert every.min(axis=(0, 2, 3)) == pytest.approx(found["black"].min((1, 2)))
+    assert every.max(axis=(0, 2, 3)) == pytest.approx(found["white"].max((1, 2)))
+    assert len(edge_images(Transform(resolution=(4, 4), mean=(0.5,), std=(0.5,)))) == len(found) - 2
+
+
+def test_an_8_bit_graph_is_held_against_its_simulation() -> None:
+    """Scales of two bits less stay within the budget of INT8, and are not what was built."""
+    chosen = options(precision="int8", remainder="fp32")
+    bundle = pcn_deploy.compile(network(), chosen, calibration=images()).bundle
+    golden = GoldenSet.read(bundle, ["logits"])
+    assert prove(bundle, "cpu")
+    with torch.inference_mode(), get_backend("torchscript").open(bundle.read("model.ts"), spec_of(bundle)) as session:
+        again = [session.run({"images": image[None]})["logits"] for image in golden.images]
+    np.testing.assert_allclose(golden.simulated["logits"], np.concatenate(again), atol=1e-5)
+    graph = onnx.load_from_string(bundle.read("model.onnx"))
+    used = {node.input[1] for node in graph.graph.node if node.op_type == "QuantizeLinear"}
+    for tensor in graph.graph.initializer:
+        if tensor.name in used:
+            values = onnx.numpy_helper.to_array(tensor)
+            tensor.CopyFrom(onnx.numpy_helper.from_array((values * 4).astype(values.dtype), tensor.name))
+    bundle.add_engine("cpu", "model.onnx", graph.SerializeToString(), {})
+    report = prove(bundle, "cpu")
+    assert report.metrics["sqnr_db"] > report.budget.sqnr_db
+    assert any(failure.startswith("simulated images: SQNR") for failure in report.failures)

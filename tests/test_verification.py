@@ -238,3 +238,47 @@ def test_images_are_compared_by_their_logits(path_with_map: Path) -> None:
         report = pcn_deploy.verify(engine, [given], reference=other.predict)
     assert report
     assert not any("attention_map" in name for name in report.metrics)
+
+
+def test_a_reference_in_training_mode_is_judged_in_evaluation_mode_and_left_as_it_is(path: Path) -> None:
+    class Trained(torch.nn.Module):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.BatchNorm2d(3)
+            self.inner = network()
+            self.dropout = torch.nn.Dropout(0.5)
+
+        def forward(self, x: Any) -> Any:
+            return self.dropout(self.inner(self.norm(x)))
+
+    reference = Trained().train()
+    reference.inner.eval()
+    before = {name: values.clone() for name, values in reference.state_dict().items()}
+    modes = [module.training for module in reference.modules()]
+    with pcn_deploy.load(path, "cpu") as engine:
+        report = pcn_deploy.verify(engine, [images(4)], reference=reference)
+    assert report, "a new BatchNorm changes nothing but the last digits in evaluation mode"
+    assert [module.training for module in reference.modules()] == modes
+    assert all(torch.equal(values, before[name]) for name, values in reference.state_dict().items())
+
+
+def test_a_broken_image_is_named(path: Path, folder: Path) -> None:
+    """The third of five files has no answer."""
+
+    def spoil(engine: Any) -> None:
+        real, seen = engine.predict, []
+
+        def predict(batch: Any) -> Any:
+            found = real(batch)
+            for row in found:
+                seen.append(row)
+                row[0] = np.nan if len(seen) == 3 else row[0]
+            return found
+
+        engine.predict = predict
+
+    with pcn_deploy.load(path, "cpu") as engine:
+        spoil(engine)
+        report = pcn_deploy.verify(engine, folder, reference=network())
+    (failure,) = [failure for failure in report.failures if "NaN" in failure]
+    assert failure == f"NaN or infinite logits for {folder / '1' / '2.png'}"

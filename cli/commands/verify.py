@@ -89,7 +89,8 @@ def _verify(
         source = data and ImageSource(data, engine.transform, limit=images, classes=classes)
         for text in source.notes if source else ():
             display.note(text, quiet=quiet)
-        return verify(engine, source, reference=reference, budget=budget, progress=progress)
+        to_prove = max_drop is not None
+        return verify(engine, source, reference=reference, budget=budget, to_prove=to_prove, progress=progress)
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -100,3 +101,5 @@ def _print(report: dict[str, Any]) -> None:
     metrics = report["metrics"]
     if "top1_reference" in metrics:
         click.echo(f"top-1: eager {metrics['top1_reference']:.2f} %, engine {metrics['top1_engine']:.2f} %")
+        seen = f"drop {metrics['top1_drop']:.2f} points, at most {metrics['top1_drop_bound']:.2f} with 95 % confidence"
+        click.echo(f"{seen}: {display.TASK[report['task']]} within {report['budget']['top1_drop']:.2f}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,3 +194,28 @@ def test_heatmaps_that_cannot_be(path: Path, path_with_map: Path, dark: Path, im
     refused(invoke(*given, tmp_path / "no.png", "--heatmap", folder), 1, "cannot be read as an image")
     refused(invoke(*given, dark, "--heatmap", tmp_path, "--overwrite"), 2, "would take the place of the image itself")
     assert {place: place.read_bytes() for place in tmp_path.iterdir()} == before, "nothing is left behind"
+
+
+def not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime whose first logit is NaN: a fake engine, for our own judgement."""
+    from pcn_deploy.engines.onnxruntime import _OnnxRuntimeSession
+
+    real = _OnnxRuntimeSession._run_impl
+
+    def spoiled(self: Any, inputs: Any) -> Any:
+        found = real(self, inputs)
+        found["logits"][:, 0] = np.nan
+        return found
+
+    monkeypatch.setattr(_OnnxRuntimeSession, "_run_impl", spoiled)
+
+
+@pytest.mark.parametrize("words", [["--json"], []])
+def test_no_answer_is_an_error(path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    not_finite(monkeypatch)
+    refused(invoke("run", path, image, *words), 3, "NaN or infinite logits", str(image))
+
+
+def test_the_time_of_no_answer_is_not_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    not_finite(monkeypatch)
+    refused(invoke("bench", path, "--seconds", "0.01", "--json"), 3, "NaN or infinite logits for random images")
