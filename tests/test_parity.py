@@ -23,7 +23,7 @@ from pcn_deploy.limits import BUDGETS, ParityBudget, budget_for
 from pcn_deploy.metrics import SQNR_CEILING_DB
 from pcn_deploy.parity import ParityMeter, ParityReport, report_from_json
 
-Floats = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.floating[Any]]
 STRICT = ParityBudget(cosine_min=0.99, sqnr_db=30.0, top1_drop=1.0)
 
 logits = arrays(np.float32, (5, 4), elements=st.floats(-100, 100, width=32))
