@@ -22,7 +22,7 @@ from products import count_products
 from timm_network import MEAN, STD, create, photographs
 from torch import nn
 
-CALIBRATION_IMAGES, UNSEEN_IMAGES = 32, 16
+CALIBRATION_IMAGES, UNSEEN_IMAGES = 16, 8
 
 
 def ours(network: nn.Module, resolution: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from typing import Any
 
@@ -40,8 +41,20 @@ def export_program(model: nn.Module, example: Tensor, batch: BatchRange) -> Expo
         first = next(iter(inspect.signature(model.forward).parameters.values()), None)
         if first is not None and first.kind is inspect.Parameter.VAR_POSITIONAL:  # forward(*inputs): one argument
             shapes = (shapes,)
-    with redirect_stderr(StringIO()):  # where it dumps the graph of a network that fails
+    with _shape_of_fake_quantization(), redirect_stderr(StringIO()):  # where it dumps the graph of what fails
         return torch.export.export(model, (example,), strict=False, dynamic_shapes=shapes)
+
+
+@contextmanager
+def _shape_of_fake_quantization() -> Iterator[None]:
+    """Tell torch the shapes of an operator of quantised modules that it has no rule for."""
+    name = "fake_quantize_per_tensor_affine_cachemask"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "Meta"):
+        yield
+        return
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl(name, lambda x, *_: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)), "Meta")
+        yield
 
 
 def as_module(program: ExportedProgram) -> nn.Module:

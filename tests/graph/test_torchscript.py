@@ -8,11 +8,13 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pcn_deploy.calibration.quantized import Quantization, apply_scales
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.calls import Calls
 from pcn_deploy.graph.symbolic import trace
@@ -178,6 +180,32 @@ def test_what_exports_has_a_torchscript_form(kind: Callable[[], nn.Module], fixe
     for count in (3,) if fixed else (1, 2, 5):
         images = torch.randn(count, *IMAGES.shape[1:])
         torch.testing.assert_close(module(images), net(images), atol=0, rtol=0)
+
+
+class Wide(nn.Module):
+    """With layers that become 8 bit, and an attribute that TorchScript cannot read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(2))
+        self.head = nn.Linear(16, 16)
+        self.act = lambda x: x * 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.layers(x)).transpose(1, 2)).mean(1)
+
+
+@pytest.mark.parametrize("codes", ["int8", "fp8"])
+def test_a_quantised_network_that_does_not_script_is_exported(codes: str) -> None:
+    net = Wide().eval()
+    per_channel = np.full(16 if codes == "int8" else 1, 2e-3, np.float32)
+    scales = {path: Quantization(input=0.02, weight=per_channel, codes=codes) for path in ("layers.2", "head")}
+    quantised = apply_scales(net, scales)
+    module = torch.jit.load(io.BytesIO(to_torchscript(quantised, IMAGES)))
+    for count in (1, 5):
+        images = torch.randn(count, *IMAGES.shape[1:])
+        torch.testing.assert_close(module(images), quantised(images), atol=0, rtol=0)
+        assert not torch.allclose(module(images), net(images), atol=1e-5), "it is the quantised one"
 
 
 class Caches(Net):
