@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d
-from pcn_deploy.models.deploy import FlowTracer
+from pcn_deploy.graph.symbolic import trace
+from pcn_deploy.models.aggregation import TokenBlock
+from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d, RelativeSelfAttention2d
 from pcn_deploy.models.layers import LayerNorm2d
 
 log = logging.getLogger(__name__)
@@ -48,17 +49,16 @@ class Link:
     readers: tuple[str, ...]
 
 
-class _Tracer(FlowTracer):
-    """Takes our own normalisation as one node."""
+def _is_leaf(module: nn.Module, path: str) -> bool:
+    """Whether a module is one node of the trace: torch's, our normalisation, and attention."""
+    ours = AttentionAugmentedConv2d | RelativeSelfAttention2d | TokenBlock | LayerNorm2d
+    return isinstance(module, ours) or fx.Tracer().is_leaf_module(module, path)
 
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, LayerNorm2d) or super().is_leaf_module(module, qualified_name)
 
-
-def find_links(model: nn.Module) -> list[Link]:
-    """The links of a network in evaluation mode, in the order of their producers."""
+def find_links(model: nn.Module, shape: tuple[int, int, int]) -> list[Link]:
+    """The links of a network in evaluation mode, in the order of their producers, for images of one shape (C, H, W)."""
     try:
-        graph = _Tracer().trace(model)
+        graph = trace(model, shape, _is_leaf).graph
     except Exception as error:  # the network's own code may fail in any way
         log.debug("no factor can move, the network cannot be traced: %s", error)
         return []

@@ -83,7 +83,7 @@ def shift_ranges(
         How many INT8 layers read a changed tensor.
     """
     sites = []
-    for link in find_links(model):
+    for link in find_links(model, source.transform.shape):
         readers = tuple(path for path in link.readers if path in layers)
         if readers and all(isinstance(model.get_submodule(path), producers) for path in link.producers):
             sites.append(_Site(link, readers))

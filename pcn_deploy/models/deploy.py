@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel
 
@@ -136,15 +136,6 @@ def absorb_key_value(model: nn.Module, _images: Tensor | None = None) -> int:
         )
         absorbed += 1
     return absorbed
-
-
-class FlowTracer(fx.Tracer):
-    """Traces the data flow between modules; does not look into attention, whose code depends on shapes."""
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        """Whether a module is one node of the graph."""
-        ours = isinstance(module, AttentionAugmentedConv2d | RelativeSelfAttention2d | TokenBlock)
-        return ours or super().is_leaf_module(module, qualified_name)
 
 
 def _pairs(model: nn.Module, images: Tensor) -> Iterator[tuple[str, str]]:

@@ -96,14 +96,14 @@ def test_every_input_channel_of_a_reader_has_its_range(groups: int) -> None:
 
 
 def test_both_sides_of_an_augmented_convolution_are_linked() -> None:
-    links = find_links(to_deploy(AugmentedPair().eval(), torch.rand(1, 3, 32, 32))[0])
+    links = find_links(to_deploy(AugmentedPair().eval(), torch.rand(1, 3, 32, 32))[0], SHAPE)
     inner = ("augmented.conv_out", "augmented.attention.conv_qkv")
     assert Link(("before",), inner) in links
     assert Link(("augmented.conv_out", "augmented.attention.attn_out"), ("after",)) in links
 
 
 def test_every_reader_counts() -> None:
-    assert Link(("first",), ("left", "right")) in find_links(TwoReaders().eval())
+    assert Link(("first",), ("left", "right")) in find_links(TwoReaders().eval(), SHAPE)
 
 
 class Between(nn.Module):
@@ -124,25 +124,36 @@ class Between(nn.Module):
     [nn.functional.gelu, nn.functional.relu6, lambda x: x + 1, lambda x: x.flip(1), lambda x: (x, x.sum())[0] * x],
 )
 def test_nothing_moves_where_it_would_not_be_exact(between: Callable[[Tensor], Tensor]) -> None:
-    assert find_links(Between(between).eval()) == []
+    assert find_links(Between(between).eval(), SHAPE) == []
 
 
 def test_nothing_moves_through_shared_read_or_foreign_weights() -> None:
     shared = nn.Conv2d(16, 16, 1)
-    assert find_links(nn.Sequential(shared, nn.ReLU(), shared)) == []
+    assert find_links(nn.Sequential(shared, nn.ReLU(), shared), SHAPE) == []
     tied = Between(nn.functional.relu)
     tied.second = nn.Conv2d(16, 16, 1)
     tied.register_module("other", nn.Conv2d(16, 16, 1))
     tied.other.weight = tied.second.weight  # type: ignore[union-attr]
-    assert find_links(tied) == []
+    assert find_links(tied, SHAPE) == []
 
     class Own(nn.Conv2d):
         pass
 
-    assert find_links(nn.Sequential(Own(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 1))) == []
+    assert find_links(nn.Sequential(Own(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 1)), SHAPE) == []
     # the channels of the first are not those of the second
-    assert find_links(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Conv2d(16, 16, 1))) == []
-    assert find_links(nn.Sequential(nn.LayerNorm(16), nn.Conv2d(16, 16, 1))) == []
+    assert find_links(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Conv2d(16, 16, 1)), SHAPE) == []
+    assert find_links(nn.Sequential(nn.LayerNorm(16), nn.Conv2d(16, 16, 1)), SHAPE) == []
+
+
+def test_a_network_that_checks_shapes_has_links() -> None:
+    class Checked(TwoReaders):
+        def forward(self, x: Tensor) -> Tensor:
+            batch, channels, height, width = x.shape
+            if channels != 3 or height < 5 or width < 5:
+                raise ValueError
+            return super().forward(x).reshape(batch, -1)
+
+    assert find_links(Checked().eval(), SHAPE) == [Link(("first",), ("left", "right"))]
 
 
 def test_a_network_that_cannot_be_traced_stays() -> None:
@@ -158,7 +169,7 @@ def test_a_network_that_cannot_be_traced_stays() -> None:
 
 
 def test_the_norm_of_each_trunk_block_is_linked(make_net: Callable[..., PatchConvNet]) -> None:
-    links = find_links(to_deploy(make_net(depth=2), torch.rand(1, 3, 32, 48))[0])
+    links = find_links(to_deploy(make_net(depth=2), torch.rand(1, 3, 32, 48))[0], (3, 32, 48))
     assert [link for link in links if "norm1" in link.producers[0]] == [
         Link((f"blocks.{index}.norm1",), (f"blocks.{index}.attn.qkv_pos.0",)) for index in range(2)
     ]
