@@ -167,22 +167,22 @@ def about_sizes(sizes: Counter[tuple[int, int]], transform: Transform) -> list[s
     count = sum(sizes.values())
     if not count:
         return []
-    height, width = transform.resolution
-    enlarged = sum(number for size, number in sizes.items() if transform.scaled(size)[0] > size[0])
-    (size, most), *_ = sizes.most_common(1)
-    if 2 * max(enlarged, most) <= count or (most == count and size == (width, height) == transform.scaled(size)):
+    size, most = sizes.most_common(1)[0]
+    scaled, (height, width) = transform.scaled(size), transform.resolution
+    enlarged = sum(number for one, number in sizes.items() if transform.scaled(one)[0] > one[0])
+    if 2 * most > count and scaled != size:
+        kept = 100 * width * height / (scaled[0] * scaled[1])
+        what = (
+            f"{most} of {count} images looked at are {size[0]}x{size[1]} (width x height): they become "
+            f"{scaled[0]}x{scaled[1]}, of which the middle {width}x{height} is kept ({kept:.0f} % of the area)."
+        )
+        as_they_are = f"--resolution {size[1]}x{size[0]} --crop-pct 1 takes such images as they are, "
+    elif 2 * enlarged > count:
+        what = f"{enlarged} of {count} images looked at are smaller than {width}x{height} needs, and are enlarged."
+        as_they_are = "--resolution HxW is the size it takes, "
+    else:
         return []
-    scaled = transform.scaled(size)
-    if 2 * enlarged <= count and scaled == size:
-        return []
-    kept = 100 * width * height / (scaled[0] * scaled[1])
-    what = (
-        f"{most} of {count} images looked at are {size[0]}x{size[1]} (width x height): they become "
-        f"{scaled[0]}x{scaled[1]}, of which the middle {width}x{height} is kept ({kept:.0f} % of the area)."
-    )
-    if 2 * most <= count:
-        what = f"{enlarged} of {count} images looked at are smaller than the network needs, and are enlarged."
     return [
-        f"{what} Give what the network was trained with: --resolution {size[1]}x{size[0]} --crop-pct 1 takes such "
-        "images as they are, --crop-pct 1 cuts less, --crop-mode squash keeps no proportions."
+        f"{what} Give what the network was trained with: {as_they_are}--crop-pct 1 cuts less, --crop-mode squash keeps "
+        "no proportions."
     ]

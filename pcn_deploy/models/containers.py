@@ -40,7 +40,7 @@ COUNTERS = frozenset({"n_averaged", "steps", "step", "num_updates", "updates", "
 """What averages count in tensors of one element beside the weights."""
 
 _INNER = ("module", "ema_model", "state_dict", "model")
-_WRAPPERS = ("module.", "ema_model.", "module.", "_orig_mod.")
+_WRAPPERS = ("_orig_mod.", "module.", "ema_model.", "module.", "_orig_mod.", "module.")
 _SPELLINGS: tuple[Callable[[str], str], ...] = (
     lambda name: name,
     lambda name: name.replace(".", "_"),  # mmcv: buffers cannot have dots
@@ -94,6 +94,7 @@ def choose_weights(content: Mapping[Any, Any], origin: str, which: str = AUTO) -
     found = _find(content)
     if not found:
         return None
+    unlike = found.pop(_UNLIKE, None)
     wanted = {AUTO: (EMA, RAW), RAW_FIRST: (RAW, EMA)}.get(which, (which,))
     kind = next((kind for kind in wanted if kind in found), None)
     if kind is None:
@@ -103,7 +104,8 @@ def choose_weights(content: Mapping[Any, Any], origin: str, which: str = AUTO) -
         raise CheckpointError(msg)
     taken = found[kind]
     if len(found) == 1:
-        return Taken(state=taken.state, kind=kind, where=taken.where)
+        note = f"{origin} holds an average too ({_place(unlike)}), of other tensors: it was left." if unlike else ""
+        return Taken(state=taken.state, kind=kind, where=taken.where, note=note)
     note = (
         f"{origin} holds averaged weights ({_place(found[EMA])}) and raw ones ({_place(found[RAW])}): the "
         f"{_WORDS[kind]} ones were taken{_why(found, which)}; --checkpoint-weights {RAW if kind == EMA else EMA} takes "
@@ -112,6 +114,7 @@ def choose_weights(content: Mapping[Any, Any], origin: str, which: str = AUTO) -
     return Taken(state=taken.state, kind=kind, where=taken.where, note=note)
 
 
+_UNLIKE = "unlike"  # an average of other tensors than the raw weights
 _WORDS = {EMA: "averaged (EMA)", RAW: "raw"}
 
 
@@ -148,7 +151,7 @@ def _find(content: Mapping[Any, Any]) -> dict[str, Weights]:
     if _is_exchanged(content, averaged):
         return {EMA: found[RAW], RAW: Weights(_members(held[averaged]), averaged)}
     whole = _mirrored(_members(held[averaged]), _members(held[raw]))
-    return {EMA: Weights(whole, averaged), RAW: found[RAW]} if whole else found
+    return {EMA: Weights(whole, averaged), RAW: found[RAW]} if whole else {**found, _UNLIKE: _held(held, averaged)}
 
 
 def _held(held: dict[str, StateDict], key: str) -> Weights:
@@ -176,7 +179,7 @@ def _members(state: StateDict) -> StateDict:
     """The tensors of the network in the state of an object around it: without counters, and without its own name."""
     for wrapper in _WRAPPERS:
         state = {name: value for name, value in state.items() if name not in COUNTERS or value.numel() > 1}
-        inner = {name.removeprefix(wrapper): value for name, value in state.items() if name.startswith(wrapper)}
+        inner, _ = _split(state, wrapper)
         if len(inner) == len(state) or (inner and wrapper == "ema_model."):  # lucidrains keep `online_model.` beside it
             state = inner
     return {name: value for name, value in state.items() if name not in COUNTERS or value.numel() > 1}

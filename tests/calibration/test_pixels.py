@@ -226,4 +226,4 @@ def test_images_of_many_sizes_are_only_noted_where_most_are_enlarged(tmp_path: P
     assert notes(tmp_path, **large) == ""
     for index in range(8):
         Image.new("RGB", (100 + index, 90)).save(tmp_path / f"small{index}.png")
-    assert "8 of 14 images looked at are smaller than the network needs" in notes(tmp_path, **large)
+    assert "8 of 14 images looked at are smaller than 224x224 needs" in notes(tmp_path, **large)

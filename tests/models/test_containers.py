@@ -60,6 +60,10 @@ BOTH: dict[str, Callable[[], dict[str, Any]]] = {
     "timm": lambda: {"state_dict": RAW, "state_dict_ema": AVERAGE, "arch": "net", "optimizer": {"state": {}}},
     "DeiT": lambda: {"model": RAW, "model_ema": AVERAGE, "epoch": 3, "scaler": {"scale": torch.tensor(2.0)}},
     "DeiT from several GPUs": lambda: {"model": under("module.", RAW), "model_ema": AVERAGE},
+    "compiled and from several GPUs": lambda: {
+        "model": under("_orig_mod.module.", RAW),
+        "model_ema": under("module._orig_mod.", AVERAGE),
+    },
     "torchvision": lambda: {"model": RAW, "model_ema": averaged_model(), "epoch": 3},
     "mmengine": lambda: {
         "meta": {"mmengine_version": "0.10"},
@@ -170,11 +174,11 @@ def test_a_module_that_is_called_like_an_average_is_none(tmp_path: Path, name: s
     assert taken.state.keys() == content.keys()
 
 
-def test_an_average_of_something_else_is_left(tmp_path: Path) -> None:
-    same(
-        read_checkpoint(saved(tmp_path, {"model": RAW, "model_ema": {"a": torch.ones(1), "b": torch.ones(1)}})).state,
-        RAW,
-    )
+def test_an_average_of_something_else_is_left_and_told(tmp_path: Path) -> None:
+    content = {"model": RAW, "model_ema": {"a": torch.ones(1), "b": torch.ones(1)}}
+    taken = read_checkpoint(saved(tmp_path, content))
+    same(taken.state, RAW)
+    assert "an average too ('model_ema'), of other tensors: it was left" in taken.note
 
 
 def test_a_kind_that_there_is_not_is_refused(tmp_path: Path) -> None:
