@@ -15,7 +15,7 @@ Row = tuple[str, str, str, str]
 """What, measured, limit, verdict."""
 
 
-def run_watched(command: list[str], log: Path) -> tuple[float, float]:
+def run_watched(command: list[str], log: Path, *, accepted: tuple[int, ...] = (0,)) -> tuple[float, float]:
     """Wall time in seconds, and peak resident memory of the process tree in MiB, of a command that must succeed."""
     started, peak = time.perf_counter(), 0
     with log.open("w", encoding="utf-8") as file:
@@ -28,7 +28,7 @@ def run_watched(command: list[str], log: Path) -> tuple[float, float]:
             time.sleep(POLL_SECONDS)
     child.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - started
-    if child.returncode != 0:
+    if child.returncode not in accepted:
         message = f"{' '.join(command)} ended with {child.returncode}: see {log}"
         raise RuntimeError(message)
     return seconds, max(peak / MIB, usage.ru_maxrss / 1024)
