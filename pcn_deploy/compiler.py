@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pcn_deploy.advice import Attempt, advise, judge, remainder_in_fp32
 from pcn_deploy.agreement import Forms, check_agreement
 from pcn_deploy.budget import (
     NOT_LABELLED,
@@ -45,7 +46,7 @@ from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof import prove
 from pcn_deploy.reference import golden_set, with_simulation
 from pcn_deploy.runtime import Engine, executor
-from pcn_deploy.specs import EngineSpec
+from pcn_deploy.specs import LOGITS, EngineSpec
 from pcn_deploy.verification import eager
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class CompileResult:
         reports: One parity report per target.
         search: What the search for the plan found, if there was one.
         proofs: Whether each engine keeps the budget on the evaluation images, one per target if there were any.
+        advice: What would help an 8-bit build whose engines differ too much, best first.
     """
 
     bundle: Bundle
@@ -72,6 +74,7 @@ class CompileResult:
     reports: tuple[ParityReport, ...]
     search: SearchResult | None = None
     proofs: tuple[BudgetProof, ...] = ()
+    advice: tuple[Attempt, ...] = ()
 
     def __bool__(self) -> bool:
         return all(self.reports) and all(self.proofs)
@@ -151,14 +154,16 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     del model  # no longer needed; the caller may keep it
     plan, spec = _add_graphs(bundle, network, golden, options, progress)
     forms = Forms(network.deployed, network.scales, options) if options.quantizes else None
-    del network  # its folded weights are in the graphs now
-    release_unused()
     if note := check_agreement(bundle, golden, spec, options, forms):
         bundle.manifest["notes"].append(note)
     del forms
     if options.quantizes:
         with get_backend("torchscript").open(bundle.read("model.ts"), spec) as simulation:
             golden = with_simulation(golden, simulation, progress)
+    advice: tuple[Attempt, ...] = ()
+    if golden.simulated and not judge("", golden, golden.simulated[LOGITS], options.budget).passed:
+        advice = advise(network, golden, options, progress)
+    del network  # its folded weights are in the graphs now
     bundle.add(MEMBER, golden.to_npz())
     release_unused()
     _build_engines(bundle, backends, spec, options, progress)
@@ -167,7 +172,9 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     if proofs:
         search = found.to_json() if found else None
         bundle.add_json("budget.json", {"search": search, "proofs": [proof.to_json() for proof in proofs]})
-    return CompileResult(bundle=bundle, plan=plan, reports=reports, search=found, proofs=proofs)
+    if golden.simulated and not all(reports) and not advice:
+        advice = remainder_in_fp32(golden, options)
+    return CompileResult(bundle=bundle, plan=plan, reports=reports, search=found, proofs=proofs, advice=advice)
 
 
 def _check_backends(backends: list[Backend], options: CompileOptions) -> None:

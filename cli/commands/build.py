@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +153,8 @@ def _build(given: dict[str, Any], processes: Processes) -> None:
         reasons = [f"{report.target}: {', '.join(report.failures)}" for report in result.reports if not report]
         reasons += [f"{proof.target}: {', '.join(proof.failures)}" for proof in result.proofs if not proof]
         message = f"Parity failed, so {given['output']} was not written: {'; '.join(reasons)}."
+        if result.advice:
+            message += f" Tried on the golden images: {'; '.join(map(str, result.advice))}."
         raise ParityError(message)
 
 
@@ -216,6 +219,7 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
                 "engines": bundle.engines,
                 "parity": reports,
                 "notes": _notes(result),
+                "advice": [asdict(attempt) for attempt in result.advice],
                 "judged": bundle.manifest["judged"],
                 "budget": bundle.read_json("budget.json") if result.proofs else None,
                 "layers": result.plan.to_json()["entries"] if explain else None,
