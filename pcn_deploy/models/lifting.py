@@ -145,16 +145,17 @@ def _separate(
 ) -> None:
     """Separate the products in a trace, and its calls of one part."""
     separation.separate_products()
+    # one call keeps the part under its name: the first in the module that holds it, else in the first that calls it
     shared = {id(model.get_submodule(part)): part for part in repeated.get(path, set())}
     kept: set[int] = set()
     for node in list(trace.graph.nodes):
         part = trace.held.get(str(node.target)) if node.op == "call_module" else None
         if part is None or id(part) not in shared:
             continue
-        owned = path == shared[id(part)].rpartition(".")[0] or path == min(
-            caller for caller, parts in repeated.items() if shared[id(part)] in parts
-        )
-        if id(part) in kept or not owned:
+        holder = shared[id(part)].rpartition(".")[0]
+        callers = [caller for caller, parts in repeated.items() if shared[id(part)] in parts]
+        owner = holder if holder in callers else min(callers)
+        if id(part) in kept or path != owner:
             name = separation.name_for(str(node.target).replace(".", "_"))
             separation.layers[name] = tied_copy(part)
             node.target = name

@@ -128,6 +128,31 @@ class CalledAgain(Logits):
         return y
 
 
+class Part(nn.Module):
+    """Calls what may be called elsewhere too."""
+
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.shared(x).relu()
+        return y
+
+
+class HeldTwice(Logits):
+    """One convolution in two modules; the one that holds it first is not the first by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = nn.Conv2d(16, 16, 3, padding=1)
+        self.later, self.earlier = Part(shared), Part(shared)
+
+    def features(self, x: Tensor) -> Tensor:
+        y: Tensor = self.later(self.earlier(x))
+        return y
+
+
 class Attention(Logits):
     def __init__(self, **settings: Any) -> None:
         super().__init__()
@@ -226,6 +251,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         {f"{block}.{i}" for block in ("block", "block_2", "block_3") for i in (0, 2)}
         | {"first", "second", "stages.0", "stages.2"},
     ),
+    "held twice": (HeldTwice, {"later.shared", "earlier.shared_2"}),
     "attention": (Attention, PROJECTIONS | AROUND),
     "attention, batch first": (lambda: Attention(batch_first=True, need_weights=True), PROJECTIONS | AROUND),
     "attention, other sizes": (lambda: Attention(kdim=24, vdim=20, need_weights=True), PROJECTIONS | AROUND),

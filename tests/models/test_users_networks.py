@@ -81,6 +81,34 @@ def test_a_weight_that_is_used_elsewhere_stays_there_when_a_norm_is_folded_into_
     same(net, deployed)
 
 
+class ActivatedNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class ChecksShapes(Net):
+    """Its norm ends in an activation, and it looks at the shape of what it is given, which stops a plain trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm = ActivatedNorm(16)
+        norm.load_state_dict(self.layers[1].state_dict())
+        self.layers[1] = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != 3 or x.shape[2] < 5:
+            raise ValueError
+        return super().forward(x)
+
+
+def test_norms_are_folded_in_networks_that_check_shapes_and_where_they_end_in_an_activation() -> None:
+    net = ChecksShapes().eval()
+    deployed, applied = to_deploy(net, IMAGES)
+    assert applied["fold_batch_norm"] == 1
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in deployed.modules())
+    same(net, deployed)
+
+
 def test_the_other_rewrites_stay() -> None:
     net = AsksForNorms().eval()
     nn.utils.parametrizations.weight_norm(net.layers[2])
