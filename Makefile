@@ -5,7 +5,7 @@
 #   make test-all   the same with every registered network, in every precision (about an hour)
 #   make lint       formatting, style, types
 #   make bench      the figures of the README
-#   make timm-families  60 networks of timm, beside the public tools (hours)
+#   make timm-families  67 networks of timm, beside the public tools (hours)
 #
 # A CPU-only PyTorch saves gigabytes: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
