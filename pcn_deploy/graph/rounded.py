@@ -19,6 +19,9 @@ _EXACT = {
 }
 """Each number that they make is one that they read, but for its sign, or a zero: it has been rounded."""
 
+_SQUARING = ("ReduceL2", "ReduceSumSquare")
+"""Their squares may be kept in their own type; nothing says that they are not."""
+
 _SMALL = 1024
 """Numbers of an initialiser that is widened here; larger ones are kept as they are and widened by the runtime."""
 
@@ -27,7 +30,8 @@ def round_to_types(data: bytes) -> bytes:
     """Make a graph that computes in float32 and rounds every FP16 and BF16 tensor to its type, half to even.
 
     Each operator is executed in float32 and its outputs are rounded, as by a kernel that accumulates in FP32 and stores
-    in the declared type. Values beyond the largest become infinite, subnormal ones lose their bits.
+    in the declared type; of a norm, the squares and their sum too. Values beyond the largest become infinite, subnormal
+    ones lose their bits.
 
     Args:
         data: A serialised graph, Q/DQ allowed, whose inputs and outputs are float32.
@@ -37,6 +41,9 @@ def round_to_types(data: bytes) -> bytes:
     """
     model = ir.from_proto(_with_types(onnx.load_from_string(data)))
     graph = model.graph
+    for node in list(graph.all_nodes()):
+        if node.op_type in _SQUARING and node.outputs[0].dtype in HALVES:
+            _spell_out(node)
     halves = {value: value.dtype for node in graph.all_nodes() for value in node.outputs if value.dtype in HALVES}
     nodes = list(graph.all_nodes())
     for node in nodes:
@@ -58,6 +65,22 @@ def _with_types(proto: onnx.ModelProto) -> onnx.ModelProto:
     typed = {value.name for value in (*proto.graph.value_info, *proto.graph.output)}
     complete = all(name in typed for node in proto.graph.node for name in node.output if name)
     return proto if complete else onnx.shape_inference.infer_shapes(proto)
+
+
+def _spell_out(node: ir.Node) -> None:
+    """Write the squares, the sum and the root of a node as nodes of their own."""
+    value, kind = node.inputs[0], node.outputs[0].type
+    if value is None or node.graph is None:
+        return
+    square = ir.node("Mul", [value, value], name=f"{node.name}.square")
+    total = ir.node("ReduceSum", [square.outputs[0], *node.inputs[1:]], node.attributes, name=f"{node.name}.sum")
+    made = [square, total]
+    if node.op_type == "ReduceL2":
+        made.append(ir.node("Sqrt", [total.outputs[0]], name=f"{node.name}.root"))
+    square.outputs[0].shape = value.shape
+    for each in made:
+        each.outputs[0].type = kind
+    ir.convenience.replace_nodes_and_values(node.graph, node, [node], made, node.outputs, made[-1].outputs)
 
 
 def _widen_attributes(node: ir.Node) -> None:

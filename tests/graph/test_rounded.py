@@ -89,6 +89,16 @@ def test_overflow_and_underflow_show(level: str) -> None:
         assert (shown - exact).abs().max() > 0.1
 
 
+def test_squares_inside_a_norm_show() -> None:
+    data, spec = typed(lambda x: (x * 400) / (x * 400).norm(p=2, dim=1, keepdim=True), "fp16", {})
+    assert "ReduceL2" in {node.op_type for node in onnx.load_from_string(data).graph.node}
+    exact = Net(lambda x: x / x.norm(p=2, dim=1, keepdim=True)).eval()(torch.from_numpy(IMAGES)).detach()
+    torch.testing.assert_close(run(data, spec, IMAGES), exact, atol=0.01, rtol=0.01)
+    bias = Net(lambda x: x).head.bias.detach()
+    shown = run(round_to_types(data), spec, IMAGES)
+    torch.testing.assert_close(shown, bias.expand_as(shown), atol=0.01, rtol=0.01)  # everything by infinity is 0
+
+
 def test_no_half_is_left_but_in_casts() -> None:
     data, _ = typed(FUNCTIONS["attention"], "fp16", {})
     proto = onnx.load_from_string(round_to_types(data))
