@@ -43,10 +43,7 @@ class TorchScriptBackend(Backend):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             with warnings.catch_warnings(), temporary_path("model.ts") as path:
-                for kind in (
-                    DeprecationWarning,
-                    FutureWarning,
-                ):  # TorchScript is deprecated; our range of torch is tested
+                for kind in (DeprecationWarning, FutureWarning):  # of TorchScript itself
                     warnings.simplefilter("ignore", kind)
                 path.write_bytes(data)  # from a buffer, torch would copy it three times
                 module = torch.jit.load(path, map_location=device)  # type: ignore[no-untyped-call]

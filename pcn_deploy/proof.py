@@ -15,6 +15,7 @@ from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.engines.stock import open_stock
 from pcn_deploy.errors import StockSessionError
 from pcn_deploy.limits import ParityBudget
+from pcn_deploy.memory import release_unused
 from pcn_deploy.parity import ParityReport
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine, executor
@@ -80,6 +81,7 @@ def prove(bundle: Bundle, target: str, budget: ParityBudget | None = None, progr
         return report
     for execution in EXECUTIONS:
         if execution.applies(bundle.manifest):
+            release_unused()  # the session before has held all weights
             try:
                 with Engine(bundle, target, execution.name, execution.open(bundle.read(GRAPH), spec)) as engine:
                     report = report.with_execution(verify_golden(engine, budget, _named(progress, execution.name)))
