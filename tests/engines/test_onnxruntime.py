@@ -30,13 +30,15 @@ class Net(nn.Module):
 options = pcn_deploy.CompileOptions(
     precision={precision!r}, targets=("cpu",), transform=pcn_deploy.Transform(resolution=(32, 32))
 )
-assert pcn_deploy.compile(Net(), options, calibration=[torch.randn(32, 3, 32, 32).numpy()])
+result = pcn_deploy.compile(Net(), options, calibration=[torch.randn(32, 3, 32, 32).numpy()])
+assert result
+assert "stock" in result.reports[0].executions, result.reports[0].notes
 """
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_attention_in_fp16_does_not_end_the_process(precision: str) -> None:
-    """ONNX Runtime 1.31.1 crashes on these graphs in the optimisations of its last level."""
+    """ONNX Runtime 1.31 and 1.32 crash on FP16 products behind a transposition of the batch; a stock session too."""
     code = PRE_NORM_ATTENTION.replace("{precision!r}", repr(precision))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
