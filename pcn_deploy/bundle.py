@@ -269,7 +269,8 @@ def _read_manifest(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
         schema, members = manifest["schema"], manifest["members"]
         sizes = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in members.items()}
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        msg = f"{path} has no valid {MANIFEST} ({error}): it is not a bundle, or it is corrupt."
+        # golden.npz is an archive too: of a truncated bundle its directory may be the last one
+        msg = f"{path} has no valid {MANIFEST} ({error}): it is not a bundle, or is truncated. Copy or build it again."
         raise BundleError(msg) from error
     if type(schema) is not int or schema != SCHEMA:
         advice = "Upgrade pcn-deploy." if isinstance(schema, int) and schema > SCHEMA else "Build it again."
