@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from products import count_products
+from timm_measures import count_products, sqnr_db
 from timm_network import MEAN, STD, create, photographs
 from torch import nn
 
@@ -83,12 +83,6 @@ def reference(network: nn.Module, images: np.ndarray[Any, np.dtype[np.float32]])
     """Logits of the eager network."""
     with torch.inference_mode():
         return np.asarray(torch.cat([network(torch.from_numpy(image[None])) for image in images]))
-
-
-def sqnr_db(wanted: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> float:
-    """SQNR in dB of what the images change: each logit counts from its mean over the images."""
-    signal = ((wanted - wanted.mean(0)) ** 2).sum(dtype=np.float64)
-    return round(float(10 * np.log10(signal / max(((found - wanted) ** 2).sum(dtype=np.float64), 1e-30))), 1)
 
 
 def main() -> None:

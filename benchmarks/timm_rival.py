@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from products import count_products
+from timm_measures import count_products, sqnr_db
 
 
 def to_fp16(folder: Path, output: Path) -> None:
@@ -53,9 +53,7 @@ def measure(folder: Path, precision: str, convert: Callable[[Path, Path], None])
         feed, wanted = session.get_inputs()[0], unseen["logits"]
         images = unseen["images"].astype(np.float16 if "16" in feed.type else np.float32)
         found = np.concatenate([session.run(None, {feed.name: image[None]})[0] for image in images])
-        signal = ((wanted - wanted.mean(0)) ** 2).sum(dtype=np.float64)
-        error = ((found.astype(np.float64) - wanted) ** 2).sum()
-        result["db"] = round(float(10 * np.log10(signal / max(error, 1e-30))), 1)
+        result["db"] = sqnr_db(wanted, found)
     except Exception as failure:  # whatever the tools raise
         result["refusal"] = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
     result["cpu_seconds"] = round(time.process_time() - cpu, 1)

@@ -1,14 +1,24 @@
-"""Count the products of an ONNX graph, and those in INT8; onnx only, so that it runs in a rival's environment too."""
+"""What is measured on either side of timm_families.py; numpy and onnx only, as a rival's environment has them."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 
 PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 SAME_VALUES = {"Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"}
 """Operators between a DequantizeLinear and the product that leave the quantised numbers what they are."""
+
+
+def sqnr_db(wanted: npt.NDArray[Any], found: npt.NDArray[Any]) -> float:
+    """SQNR in dB of what the images change: each logit counts from its mean over the images, `(N, K)`."""
+    signal = ((wanted - wanted.mean(0)) ** 2).sum(dtype=np.float64)
+    error = ((found - wanted) ** 2).sum(dtype=np.float64)
+    return round(float(10 * np.log10(signal / max(error, 1e-30))), 1)
 
 
 def count_products(model: onnx.ModelProto) -> dict[str, int]:
