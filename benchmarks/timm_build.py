@@ -22,7 +22,7 @@ from timm_measures import count_products, sqnr_db
 from timm_network import MEAN, STD, create, photographs
 from torch import nn
 
-CALIBRATION_IMAGES, UNSEEN_IMAGES = 16, 8
+CALIBRATION_IMAGES, UNSEEN_IMAGES = 32, 16
 
 
 def ours(network: nn.Module, resolution: int) -> None:
