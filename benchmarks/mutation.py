@@ -27,6 +27,7 @@ import onnx
 import onnxruntime as ort
 import torch
 from kinds import tasks
+from kinds_networks import KINDS
 from mutants import Mutation, mutations
 from trained import Task
 
@@ -35,6 +36,7 @@ from pcn_deploy.parity import ParityBudget
 from pcn_deploy.proof import prove
 from pcn_deploy.specs import BatchRange
 
+NETWORKS = [f"shapes, {kind}" for kind in KINDS]
 PRECISIONS = ("fp32", "fp16", "int8")
 CALIBRATION_IMAGES = 256
 BATCH = 64
@@ -76,9 +78,7 @@ def edge_images(images: Images) -> tuple[Images, list[str]]:
     noise = rng.random(shape, np.float32)
     found["noise"] = low[:, None, None] + noise * (high - low)[:, None, None]
     found["salt and pepper"] = np.where(noise[:1] < 0.5, low[:, None, None], high[:, None, None])
-    found["checkerboard"] = np.where(
-        np.indices(shape[1:]).sum(0)[None] % 2, low[:, None, None], high[:, None, None]
-    )
+    found["checkerboard"] = np.where(np.indices(shape[1:]).sum(0)[None] % 2, low[:, None, None], high[:, None, None])
     found["faint"] = middle[:, None, None] + (noise - 0.5) * (high - low)[:, None, None] / 255
     one = np.broadcast_to(low[:, None, None], shape).copy()
     one[:, shape[1] // 2, shape[2] // 2] = high
@@ -274,13 +274,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Mutation score of the verdict.")
     parser.add_argument("--mutants", type=int, default=60, help="of each built graph")
     parser.add_argument("--images", type=int, default=2000, help="that judge whether a mutant matters")
-    parser.add_argument("--network", action="append", help="only this one; may be given again")
+    parser.add_argument(
+        "--network",
+        action="append",
+        help="of kinds.tasks(); may be given again; by default the six kinds on the drawn shapes",
+    )
     parser.add_argument("--precision", action="append", choices=PRECISIONS)
     parser.add_argument("--json", type=Path, help="file for every outcome")
     given = parser.parse_args()
     outcomes: list[Outcome] = []
     for task in tasks(given.images):
-        if given.network and task.name not in given.network:
+        if task.name not in (given.network or NETWORKS):
             continue
         for precision in given.precision or PRECISIONS:
             started = time.perf_counter()
@@ -289,7 +293,10 @@ def main() -> None:
             caught = sum(bool(each.caught) for each in found if each.matters)
             matter = sum(bool(each.matters) for each in found)
             seconds = time.perf_counter() - started
-            print(f"{task.name}, {precision}: {caught} of {matter} caught, {len(found)} mutants, {seconds:.0f} s", flush=True)
+            print(
+                f"{task.name}, {precision}: {caught} of {matter} caught, {len(found)} mutants, {seconds:.0f} s",
+                flush=True,
+            )
     print_score(outcomes)
     if given.json:
         given.json.write_text(json.dumps([asdict(each) for each in outcomes], indent=1))
