@@ -6,8 +6,8 @@ Every network is built in every precision. Each mutant is the built graph with o
 *matters* if its answers leave the budget on any of the test images, none of which it was built with, edge images among
 them, where those of the unchanged graph keep it: computed here in float64, without the code that gives verdicts. (An
 image that the unchanged graph itself keeps narrowly is left by any other rounding; so the distance 1 - cosine must also
-have doubled.) The verdict is that of the build: the
-golden set as it ships, and what else the proof executes. The score is the share of those that matter which it catches.
+have doubled.) The verdict is that of the build: the golden set as it ships, and what else the proof executes. The score
+is the share of those that matter which it catches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from kinds_networks import KINDS
 from mutants import Mutation, mutations
 from trained import Task
 
-from pcn_deploy import Bundle, CompileOptions, ImageSource, compile
+import pcn_deploy
+from pcn_deploy import Bundle, CompileOptions, ImageSource
 from pcn_deploy.parity import ParityBudget
 from pcn_deploy.proof import prove
 from pcn_deploy.specs import BatchRange
@@ -68,7 +69,7 @@ class Outcome:
 
 
 def edge_images(images: Images) -> tuple[Images, list[str]]:
-    """Images that break things, in the values of transformed images: one colour, the extremes, noise, one bright pixel."""
+    """Images that break things: one colour, the extremes, noise, one bright pixel; with their names."""
     low, high = images.min((0, 2, 3)), images.max((0, 2, 3))
     middle, shape = (low + high) / 2, images.shape[1:]
     plain = {"black": low, "white": high, "grey": middle, "dark grey": low + (high - low) / 16}
@@ -178,7 +179,7 @@ def build(task: Task, precision: str) -> Bundle:
         precision=precision, transform=task.transform, batch=BatchRange(min=1, opt=8, max=BATCH), targets=("cpu",)
     )
     source = ImageSource([task.calibration[:CALIBRATION_IMAGES]], task.transform)
-    return compile(task.network, options, calibration=source).bundle
+    return pcn_deploy.compile(task.network, options, calibration=source).bundle
 
 
 def verdict(bundle: Bundle, graph: bytes) -> str:
@@ -277,7 +278,7 @@ def main() -> None:
     parser.add_argument(
         "--network",
         action="append",
-        help="of kinds.tasks(); may be given again; by default the six kinds on the drawn shapes",
+        help="of kinds.tasks(); may be given again; default: the six on the shapes",
     )
     parser.add_argument("--precision", action="append", choices=PRECISIONS)
     parser.add_argument("--json", type=Path, help="file for every outcome")
