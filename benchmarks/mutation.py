@@ -1,6 +1,7 @@
 """Mutation score of the verdict: how many wrong graphs would be called passed?
 
-Usage: python benchmarks/mutation.py [--mutants N] [--images N] [--network NAME ...] [--precision P ...] [--json FILE]
+Usage: python benchmarks/mutation.py [--mutants N] [--images N] [--network NAME ...] [--precision P ...]
+           [--record FILE] [--markdown FILE]
 
 Every network is built in every precision. Each mutant is the built graph with one change (`mutants.py`). A mutant
 *matters* if its answers leave the budget on any of the test images, none of which it was built with, edge images among
@@ -16,7 +17,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +40,10 @@ from pcn_deploy.specs import BatchRange
 
 NETWORKS = [f"shapes, {kind}" for kind in KINDS]
 PRECISIONS = ("fp32", "fp16", "int8")
+TITLE = """# Mutation score of the verdict
+
+Printed by `python benchmarks/mutation.py --markdown benchmarks/mutation.md`, which says what a mutant is
+and when it matters."""
 CALIBRATION_IMAGES = 256
 BATCH = 64
 SEED = 0
@@ -248,26 +253,33 @@ def with_initializers(graph: bytes) -> onnx.ModelProto:
     return model
 
 
-def print_score(outcomes: list[Outcome]) -> None:
-    """The table, by kind and by precision, and every survivor."""
-    for title, key in (("kind", "kind"), ("precision", "precision"), ("network", "network")):
-        rows = Counter(getattr(each, key) for each in outcomes)
-        print(f"\n| {title} | mutants | matter | caught of those | false alarms |\n|---|---:|---:|---:|---:|")
-        for name in sorted(rows):
-            _print_row(name, [each for each in outcomes if getattr(each, key) == name])
-    _print_row("**all**", outcomes)
+def table(outcomes: list[Outcome]) -> str:
+    """The score by kind, precision and network, and every survivor, as Markdown."""
+    lines: list[str] = []
+    for key in ("kind", "precision", "network"):
+        lines += [f"| {key} | mutants | matter | caught of those | caught, though they do not matter |"]
+        lines += ["|---|---:|---:|---:|---:|"]
+        for name in sorted({getattr(each, key) for each in outcomes}):
+            lines.append(_row(name, [each for each in outcomes if getattr(each, key) == name]))
+        lines += [_row("**all**", outcomes), ""]
     survivors = [each for each in outcomes if each.matters and not each.caught]
-    print(f"\nSurvivors ({len(survivors)}):")
-    for each in survivors:
-        print(f"- {each.network}, {each.precision}: {each.kind}: {each.place}: {each.matters}")
+    lines.append(f"Survivors: {len(survivors)}" + (":\n" if survivors else "."))
+    lines += [f"- {each.network}, {each.precision}: {each.kind}, {each.place}: {each.matters}" for each in survivors]
+    return "\n".join(lines)
 
 
-def _print_row(name: str, outcomes: list[Outcome]) -> None:
+def _row(name: str, outcomes: list[Outcome]) -> str:
     matter = [each for each in outcomes if each.matters]
     caught = sum(bool(each.caught) for each in matter)
     share = f"{caught} ({100 * caught / len(matter):.1f} %)" if matter else "-"
-    false = sum(bool(each.caught) and not each.matters for each in outcomes)
-    print(f"| {name} | {len(outcomes)} | {len(matter)} | {share} | {false} |")
+    others = sum(bool(each.caught) and not each.matters for each in outcomes)
+    return f"| {name} | {len(outcomes)} | {len(matter)} | {share} | {others} |"
+
+
+def read_record(path: Path) -> list[Outcome]:
+    """The outcomes that an earlier run left behind."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [Outcome(**json.loads(line)) for line in lines]
 
 
 def main() -> None:
@@ -275,32 +287,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Mutation score of the verdict.")
     parser.add_argument("--mutants", type=int, default=60, help="of each built graph")
     parser.add_argument("--images", type=int, default=2000, help="that judge whether a mutant matters")
-    parser.add_argument(
-        "--network",
-        action="append",
-        help="of kinds.tasks(); may be given again; default: the six on the shapes",
-    )
+    parser.add_argument("--network", action="append", help="of kinds.tasks(); default: six on the shapes")
     parser.add_argument("--precision", action="append", choices=PRECISIONS)
-    parser.add_argument("--json", type=Path, help="file for every outcome")
+    parser.add_argument("--record", type=Path, default=Path("out/mutation.jsonl"), help="a killed run goes on")
+    parser.add_argument("--markdown", type=Path, help="file for the tables")
     given = parser.parse_args()
-    outcomes: list[Outcome] = []
+    given.record.parent.mkdir(parents=True, exist_ok=True)
     for task in tasks(given.images):
         if task.name not in (given.network or NETWORKS):
             continue
         for precision in given.precision or PRECISIONS:
+            if (task.name, precision) in {(each.network, each.precision) for each in read_record(given.record)}:
+                continue
             started = time.perf_counter()
             found = list(examine(task, precision, given.mutants))
-            outcomes += found
+            with given.record.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(each)) + "\n" for each in found)
             caught = sum(bool(each.caught) for each in found if each.matters)
-            matter = sum(bool(each.matters) for each in found)
-            seconds = time.perf_counter() - started
-            print(
-                f"{task.name}, {precision}: {caught} of {matter} caught, {len(found)} mutants, {seconds:.0f} s",
-                flush=True,
-            )
-    print_score(outcomes)
-    if given.json:
-        given.json.write_text(json.dumps([asdict(each) for each in outcomes], indent=1))
+            counts = f"{caught} of {sum(bool(each.matters) for each in found)} caught, {len(found)} mutants"
+            print(f"{task.name}, {precision}: {counts}, {time.perf_counter() - started:.0f} s", flush=True)
+    text = table(read_record(given.record))
+    print(f"\n{text}")
+    if given.markdown:
+        given.markdown.write_text(f"{TITLE}\n\n{text}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
