@@ -43,8 +43,11 @@ def inspect_layers(model: nn.Module, example: Tensor) -> list[LayerFacts]:
 
 
 def note_hidden_products(model: nn.Module, example: Tensor, remainder: str) -> tuple[str, ...]:
-    """Say which products of activations with constants no layer owns, so that they stay in the remainder's type."""
-    hidden = hidden_products(model, example)
+    """Say which products of activations with constants no layer owns, so that they stay in the remainder's type.
+
+    Products with a single vector are not mentioned: as layers they would stay in that type too.
+    """
+    hidden = [product for product in hidden_products(model, example) if not product.is_vector]
     places = dict.fromkeys(str(product.place or product.path).replace("\n   ", "") for product in hidden)
     if not places:
         return ()

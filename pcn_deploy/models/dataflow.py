@@ -60,11 +60,19 @@ class Value:
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """An executed product of an activation with a constant: its module and operator; its place if no layer owns it."""
+    """An executed product of an activation with a constant.
+
+    Attributes:
+        path: The module that does it.
+        operator: Name of the operator.
+        place: Where it stands in the code, if no layer owns it.
+        is_vector: Whether the constant is one row or one column of a matrix product.
+    """
 
     path: str
     operator: str
     place: Place | None
+    is_vector: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +158,11 @@ class DataFlow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         multiplies = depends and name in PRODUCTS
         if multiplies and not all(value.image for value in read):
             owned = is_plain_layer(self._model.get_submodule(path))
-            self.products.append(Product(path=path, operator=name, place=None if owned else self._place()))
+            pairs = zip(given, read, strict=True)
+            constants = [tensor for tensor, value in pairs if not value.image and tensor.ndim > 1]
+            is_vector = "conv" not in name and any(min(tensor.shape[-2:]) == 1 for tensor in constants)
+            place = None if owned else self._place()
+            self.products.append(Product(path=path, operator=name, place=place, is_vector=is_vector))
         made = _tensors(outputs)
         adds = name in ("aten::add", "aten::add_") and len(read) == 2 and all(value.image for value in read)
         if adds and given[0].shape == given[1].shape == made[0].shape:
