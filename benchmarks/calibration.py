@@ -22,7 +22,7 @@ from pcn_deploy.calibration.collect import BATCH, calibrate
 from pcn_deploy.calibration.facts import inspect_layers
 from pcn_deploy.calibration.plan import make_plan
 from pcn_deploy.models.deploy import to_deploy
-from pcn_deploy.preparation import synthetic_images
+from pcn_deploy.sources import synthetic_images
 
 LIMITS = {"max": 1.2, "entropy": 1.5}
 IMAGES = 32

@@ -11,8 +11,9 @@ from pcn_deploy.calibration.evaluation import Answers
 from pcn_deploy.calibration.ledger import Ledger
 from pcn_deploy.errors import DataError
 from pcn_deploy.options import CompileOptions
-from pcn_deploy.preparation import CalibrationImages, as_source, in_evaluation_mode, prepare
+from pcn_deploy.preparation import in_evaluation_mode, prepare
 from pcn_deploy.progress import Progress, silent
+from pcn_deploy.sources import CalibrationImages, as_source
 
 if TYPE_CHECKING:
     from torch import nn

@@ -33,19 +33,12 @@ from pcn_deploy.limits import ParityBudget
 from pcn_deploy.memory import release_unused
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.parity import ParityReport
-from pcn_deploy.preparation import (
-    CalibrationImages,
-    Prepared,
-    in_evaluation_mode,
-    open_evaluation,
-    open_sources,
-    prepare,
-    repeatable,
-)
+from pcn_deploy.preparation import Prepared, in_evaluation_mode, prepare
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof import prove
 from pcn_deploy.reference import golden_set, with_simulation
 from pcn_deploy.runtime import Engine, executor
+from pcn_deploy.sources import CalibrationImages, open_evaluation, open_sources, repeatable
 from pcn_deploy.specs import LOGITS, EngineSpec
 from pcn_deploy.verification import eager
 

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
-from pcn_deploy.calibration.arrays import ArraysGiven, is_stream
-from pcn_deploy.calibration.images import ImageSource, spread
-from pcn_deploy.calibration.transform import drawn_images
+from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.errors import DataError, ModelError
-from pcn_deploy.golden import NOISE
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.progress import Progress, silent
+from pcn_deploy.sources import NO_IMAGES, CalibrationImages, open_sources, synthetic_images, two_images
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,22 +21,6 @@ if TYPE_CHECKING:
     from pcn_deploy.calibration.record import Calibration
     from pcn_deploy.calibration.recovery.trial import Trial, Trials
     from pcn_deploy.graph.export import Exported
-
-CalibrationImages = str | Path | ArraysGiven | ImageSource
-
-HELD_OUT = 270
-"""Most calibration images that are held out: the fewest that prove a drop within 1.0 points if none of them is lost."""
-
-HELD_OUT_OF = 5
-"""One of so many labelled images is held out where all of them would calibrate."""
-
-LEAST_CALIBRATION = 64
-"""With fewer images left to calibrate, none is held out."""
-
-NO_IMAGES = (
-    "INT8 and FP8 need calibration images: without them the ranges would be guesses. "
-    "Give --calibration DIR or FILE.npz with a few hundred images like those the network will see."
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,64 +104,6 @@ def in_evaluation_mode(model: nn.Module) -> nn.Module:
     return copied
 
 
-def as_source(images: CalibrationImages, options: CompileOptions, limit: int | None = None) -> ImageSource:
-    """Images of any kind as a source; at most `limit` of them, where they are no source yet.
-
-    Raises:
-        DataError: If images are unusable.
-        OptionError: If a source has another transform than the options.
-    """
-    if isinstance(images, ImageSource):
-        images.check_transform(options.transform, "the options")
-        return images
-    return ImageSource(
-        images, options.transform, limit=limit, max_unreadable=options.max_unreadable, classes=options.classes
-    )
-
-
-def repeatable(images: CalibrationImages | None) -> CalibrationImages | None:
-    """Images that can be gone through twice: what a generator yields, in a list."""
-    return list(images) if isinstance(images, Iterator) else images
-
-
-def open_source(calibration: CalibrationImages | None, options: CompileOptions) -> ImageSource | None:
-    """The calibration images, if there are any.
-
-    Raises:
-        DataError: If INT8 is asked for without images, or images are unusable.
-    """
-    if calibration is not None:
-        return as_source(calibration, options, options.calibration_images)
-    if options.quantizes and options.recipe is None:
-        raise DataError(NO_IMAGES)
-    return None
-
-
-def open_sources(
-    calibration: CalibrationImages | None, evaluation: CalibrationImages | None, options: CompileOptions
-) -> tuple[ImageSource | None, ImageSource | None]:
-    """The calibration images, and labelled ones held out from them to judge the accuracy where no others are to.
-
-    Where more are labelled than calibrate, the others are held out; where all would calibrate, one of `HELD_OUT_OF` is.
-    Where that would leave too few to calibrate, none is.
-
-    Raises:
-        DataError: As `open_source`.
-    """
-    if calibration is None or evaluation is not None or options.max_drop is not None:
-        return open_source(calibration, options), None
-    streamed = not isinstance(calibration, ImageSource) and is_stream(calibration)
-    every = as_source(calibration, options, options.calibration_images + HELD_OUT if streamed else None)
-    # who gives a source has chosen how many
-    limit = len(every) if isinstance(calibration, ImageSource) else options.calibration_images
-    order = np.arange(len(every))
-    chosen = spread(len(every), limit) if len(every) > limit else order[order % HELD_OUT_OF != HELD_OUT_OF - 1]
-    others = np.setdiff1d(order, chosen)
-    if not every.has_labels or len(others) == 0 or len(chosen) < min(limit, LEAST_CALIBRATION):
-        return every.select(spread(len(every), limit)), None
-    return every.select(chosen), every.select(others[spread(len(others), HELD_OUT)])
-
-
 def take_part(
     model: nn.Module,
     options: CompileOptions,
@@ -198,22 +117,6 @@ def take_part(
     """
     source, _ = open_sources(calibration, evaluation, options)
     prepare(in_evaluation_mode(model), options, source, silent, exporting=True)
-
-
-def open_evaluation(
-    evaluation: CalibrationImages | None, calibration: CalibrationImages | None, options: CompileOptions
-) -> ImageSource | None:
-    """The images that judge the accuracy: those given for it, or with a budget asked for all calibration images.
-
-    Raises:
-        DataError: If images are unusable, or there are none to prove a budget that was asked for.
-    """
-    if evaluation is None and options.max_drop is not None:
-        evaluation = calibration
-        if evaluation is None:
-            msg = f"--max-drop {options.max_drop} must be proven on images: give --data DIR or FILE.npz."
-            raise DataError(msg)
-    return None if evaluation is None else as_source(evaluation, options)
 
 
 def prepare(
@@ -262,7 +165,7 @@ def prepare(
     if isinstance(model, PatchConvNet):
         model.check_resolution(*options.transform.resolution)
     progress("Rewriting and planning", 0, 4)
-    pair = torch.from_numpy(_two_images(options, source))
+    pair = torch.from_numpy(two_images(options, source))
     check_behaviour(model, pair, batched=options.batch.max > 1)
     progress("Rewriting and planning", 1, 4)
     deployed, rewrites = to_deploy(model, pair[:1])
@@ -413,23 +316,3 @@ def _plan(
     images = synthetic_images(count, options) if source is None else next(source.subset(count).batches(count))[0]
     magnitudes = observe_magnitudes(deployed, images)
     return keep_in_range(plan, deployed, magnitudes, layers, decided), magnitudes
-
-
-def _two_images(options: CompileOptions, source: ImageSource | None) -> npt.NDArray[np.float32]:
-    """Two different images, of those that calibrate or drawn: noise is far from any image to a trained network."""
-    if source is not None:
-        images: npt.NDArray[np.float32] = next(source.subset(2).batches(2))[0]
-        if len(images) == 2 and not np.array_equal(images[0], images[1]):
-            return images
-    return drawn_images(2, options.transform, options.seed)
-
-
-def synthetic_source(options: CompileOptions) -> ImageSource:
-    """As many synthetic images as would calibrate: what stands in for images where the weights are random too."""
-    return ImageSource([synthetic_images(options.calibration_images, options)], options.transform, name=NOISE)
-
-
-def synthetic_images(count: int, options: CompileOptions) -> npt.NDArray[np.float32]:
-    """Standard normal images `(count, C, H, W)`, float32: what is compared where the user gives no images."""
-    shape = (count, *options.transform.shape)
-    return np.random.default_rng(options.seed).standard_normal(shape, dtype=np.float32)

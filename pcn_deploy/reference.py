@@ -14,8 +14,8 @@ from pcn_deploy.engines.base import Session
 from pcn_deploy.errors import DataError
 from pcn_deploy.golden import GoldenSet, edge_images
 from pcn_deploy.options import CompileOptions
-from pcn_deploy.preparation import synthetic_images
 from pcn_deploy.progress import Progress
+from pcn_deploy.sources import synthetic_images
 
 if TYPE_CHECKING:
     from torch import nn

@@ -22,8 +22,9 @@ from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.record import Calibration
 from pcn_deploy.calibration.statistics import Statistics
 from pcn_deploy.errors import DataError, OptionError, ParityError
-from pcn_deploy.preparation import in_evaluation_mode, open_sources, prepare
+from pcn_deploy.preparation import in_evaluation_mode, prepare
 from pcn_deploy.progress import silent
+from pcn_deploy.sources import open_sources
 
 torch = pytest.importorskip("torch")
 

@@ -16,7 +16,7 @@ from pcn_deploy import CompileResult
 from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend
 from pcn_deploy.errors import CheckpointError, DataError, DependencyError, ModelError, OptionError
 from pcn_deploy.limits import BUDGETS
-from pcn_deploy.preparation import synthetic_images
+from pcn_deploy.sources import synthetic_images
 
 torch = pytest.importorskip("torch")
 nn = torch.nn

@@ -14,8 +14,9 @@ from pcn_deploy import CompileOptions
 from pcn_deploy.calibration.transform import Transform, drawn_images
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.exported import export_program
-from pcn_deploy.preparation import open_source, prepare
+from pcn_deploy.preparation import prepare
 from pcn_deploy.progress import silent
+from pcn_deploy.sources import open_source
 
 TRANSFORM = Transform(resolution=(8, 8))
 OPTIONS = CompileOptions(precision="int8", transform=TRANSFORM)

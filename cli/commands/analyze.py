@@ -16,7 +16,8 @@ from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.errors import DataError, OutputError
 from pcn_deploy.options import CompileOptions
-from pcn_deploy.preparation import synthetic_source, take_part
+from pcn_deploy.preparation import take_part
+from pcn_deploy.sources import synthetic_source
 
 SHOWN = 15
 """Layers in the printed table; the file holds all of them."""

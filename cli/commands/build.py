@@ -21,8 +21,9 @@ from pcn_deploy.compiler import CompileResult, compile  # noqa: A004 - our verb
 from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.errors import ModelError, OptionError, ParityError
 from pcn_deploy.options import CompileOptions
-from pcn_deploy.preparation import synthetic_source, take_part
+from pcn_deploy.preparation import take_part
 from pcn_deploy.provenance import ModelSource
+from pcn_deploy.sources import synthetic_source
 from pcn_deploy.specs import BatchRange
 
 AUTO = "auto"

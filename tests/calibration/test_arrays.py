@@ -14,8 +14,8 @@ from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.errors import DataError, OptionError
 from pcn_deploy.options import CompileOptions
-from pcn_deploy.preparation import HELD_OUT, as_source, open_sources, repeatable
 from pcn_deploy.runtime import load
+from pcn_deploy.sources import HELD_OUT, as_source, open_sources, repeatable
 from pcn_deploy.verification import verify
 
 torch = pytest.importorskip("torch")
