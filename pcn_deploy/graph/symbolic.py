@@ -190,7 +190,8 @@ def trace(
         images = [torch.empty(batch, *shape) for batch in BATCHES]
     with answers_known(), attributes_kept(root):
         graph = ShapedTracer(mode, {"x": images}, is_leaf).trace(root)
-    return fx.GraphModule(without_root(root, graph), graph, type(model).__name__)
+        held = without_root(root, graph)  # before the constants that the tracer put on the root are taken away
+    return fx.GraphModule(held, graph, type(model).__name__)
 
 
 def without_root(root: nn.Module, graph: fx.Graph) -> dict[str, Any]:
