@@ -146,12 +146,14 @@ def test_recovery_is_applied_recorded_and_printed(weights: Path, out: Path, tmp_
     words = ["patchconvnet", "--weights", weights, *SMALL[:4], "--calibration", npz, "-o", out, "-q"]
     result = invoke(*words, "--precision", "int8", "--recover", "all")
     assert result.exit_code == 0, result.output
-    kept = Bundle.open(out).manifest["calibration"]["recovery"]
+    recorded = Bundle.open(out).manifest["calibration"]
+    kept, trials = recorded["recovery"], recorded["recovery_trials"]
     assert list(kept) == ["equalisation", "smoothquant", "weight-rounding", "bias-correction"]
-    assert kept["bias-correction"] == 4
+    assert trials["bias-correction"]["layers"] == 4
+    assert kept == {name: trials[name]["layers"] if name in trials and trials[name]["kept"] else 0 for name in kept}
     assert "Recovery: equalisation (0 layers), smoothquant (" in result.stdout
     one = invoke(*words, "--precision", "int8", "--recover", "bias-correction", "--overwrite")
-    assert Bundle.open(out).manifest["calibration"]["recovery"] == {"bias-correction": 4}, one.output
+    assert list(Bundle.open(out).manifest["calibration"]["recovery_trials"]) == ["bias-correction"], one.output
     result = invoke(*words, "--precision", "fp16", "--recover", "smoothquant", "--overwrite")
     assert result.exit_code == 2
     assert "Recovery smoothquant makes up for INT8" in " ".join(result.stderr.split())

@@ -63,6 +63,8 @@ EXPECTED = {
     errors.DataError: 1,
     errors.OutputError: 1,
     errors.ProcessError: 1,
+    errors.ExecutionError: 1,
+    errors.StockSessionError: 1,
     errors.OptionError: 2,
     errors.ParityError: 3,
     errors.IncompatibleError: 4,
