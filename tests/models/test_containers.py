@@ -191,7 +191,7 @@ def test_a_python_user_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         ModelSource(model="patchconvnet", architecture=SHAPE, num_classes=3, seed=seed).create() for seed in (0, 1)
     )
     path = saved(tmp_path, {"state_dict": raw.state_dict(), "state_dict_ema": average.state_dict()})
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="pcn_deploy"):
         network = create_model("patchconvnet", weights=path)
     same(network.state_dict(), average.state_dict())
     assert "the averaged (EMA) ones were taken" in caplog.text
