@@ -8,6 +8,7 @@ import pytest
 from small_builds import images, options
 
 import pcn_deploy
+from pcn_deploy.specs import BatchRange
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -45,3 +46,22 @@ def test_the_proof_sees_what_onnx_runtime_hides(monkeypatch: pytest.MonkeyPatch)
     result = pcn_deploy.compile(Standardised(), options(precision="fp16"), calibration=images())
     assert not result
     assert any(failure.startswith("rounded: ") for failure in result.reports[0].failures)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_fixed_batch_builds_in_fp16(batch: int) -> None:
+    fixed = BatchRange(min=batch, opt=batch, max=batch)
+    result = pcn_deploy.compile(Standardised(), options(precision="fp16", batch=fixed), calibration=images())
+    assert result
+    assert result.bundle.manifest["interface"]["batch"]["max"] == batch
+
+
+def test_a_group_norm_that_squares_beyond_fp16_is_fp32() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 16, 3, 2), nn.GroupNorm(4, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    nn.init.constant_(network[0].weight, 30.0)
+    result = pcn_deploy.compile(network, options(precision="fp16"), calibration=images())
+    (entry,) = (entry for entry in result.plan.entries if entry.nodes)
+    assert entry.nodes == ("InstanceNormalization.0",)
+    assert "inside, above 8188" in entry.reason
+    calm = nn.Sequential(nn.Conv2d(3, 16, 3, 2), nn.GroupNorm(4, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert not any(entry.nodes for entry in pcn_deploy.compile(calm, options(precision="fp16")).plan.entries)

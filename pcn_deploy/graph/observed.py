@@ -35,7 +35,7 @@ def observe_graph(model: ir.Model, images: npt.NDArray[np.float32]) -> dict[ir.V
 
     Args:
         model: A float32 graph, Q/DQ allowed.
-        images: float32 `(N, C, H, W)`.
+        images: float32 `(N, C, H, W)`; N is a multiple of the batch of a graph that has a fixed one.
 
     Returns:
         Magnitudes by tensor, without those that an operator cannot make larger than what it reads.
@@ -60,7 +60,8 @@ def _observe(
     """Largest magnitudes of the values, or of what is finite of them."""
     with _without_weights(model) as weights:
         proto = ir.to_proto(model)
-    size = images.shape[0] if isinstance(model.graph.inputs[0].shape[0], int) else 1  # type: ignore[index]
+    batch = model.graph.inputs[0].shape[0]  # type: ignore[index]
+    size = batch if isinstance(batch, int) else 1
     prefixes = {value.name: f"observed.{index}" for index, value in enumerate(watched)}
     nodes, outputs = [], []
     for node in proto.graph.node:
@@ -141,6 +142,10 @@ def _session(data: bytes, weights: dict[str, npt.NDArray[Any]]) -> Any:
         return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
+_NORMALISING = frozenset({"InstanceNormalization", "GroupNormalization"})
+"""They square inside, and unlike LayerNormalization name no type for it."""
+
+
 def beyond_range(model: ir.Model, seen: dict[ir.Value, float]) -> dict[ir.Node, str]:
     """The nodes that FP16 cannot compute on images like those observed.
 
@@ -164,6 +169,8 @@ def beyond_range(model: ir.Model, seen: dict[ir.Value, float]) -> dict[ir.Node, 
         largest = max(read, made)
         if largest > LARGEST / MARGIN:
             found[node] = f"reaches {largest:.3g}, above {LARGEST / MARGIN:.0f} = FP16's largest / {MARGIN:.0f}"
+        elif node.op_type in _NORMALISING and read**2 > LARGEST / MARGIN:
+            found[node] = f"squares {read:.3g} inside, above {LARGEST / MARGIN:.0f} = FP16's largest / {MARGIN:.0f}"
         elif 0 < made < SMALLEST_STEP / 2 / WORST_ERROR and node.op_type not in MOVES:
             reason = f"reaches only {made:.2g}, subnormal in FP16"
             for each in (node, *follow(node)):

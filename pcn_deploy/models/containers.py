@@ -34,7 +34,7 @@ RAW_FIRST = "raw-first"
 CONTAINERS = ("model", "state_dict", "model_state_dict")
 """Keys under which raw weights are looked for first."""
 
-_AVERAGED = re.compile(r"(^|[_.])(ema|swa|averaged?)([_.]|$)")
+_AVERAGED = re.compile(r"(?i:(^|[_.])(ema|swa|averaged?)([_.]|$))|(?<=[a-z])(EMA|SWA)([_.]|$)")
 _OTHERS = re.compile(r"optim|sched|scaler|loss|criterion|config|args|meta|hyper|callback|loop")
 COUNTERS = frozenset({"n_averaged", "steps", "step", "num_updates", "updates", "decay", "initted"})
 """What averages count in tensors of one element beside the weights."""

@@ -58,6 +58,8 @@ def parameters(given: StateDict) -> StateDict:
 
 BOTH: dict[str, Callable[[], dict[str, Any]]] = {
     "timm": lambda: {"state_dict": RAW, "state_dict_ema": AVERAGE, "arch": "net", "optimizer": {"state": {}}},
+    "capitals": lambda: {"state_dict": RAW, "state_dict_EMA": AVERAGE},
+    "one word": lambda: {"model": RAW, "modelEMA": AVERAGE},
     "DeiT": lambda: {"model": RAW, "model_ema": AVERAGE, "epoch": 3, "scaler": {"scale": torch.tensor(2.0)}},
     "DeiT from several GPUs": lambda: {"model": under("module.", RAW), "model_ema": AVERAGE},
     "compiled and from several GPUs": lambda: {
