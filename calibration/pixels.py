@@ -53,13 +53,13 @@ def has_alpha(image: Image.Image) -> bool:
 KINDS = {
     "turned": Kind(
         lambda image, transform: transform.exif == "ignore" and is_turned(image),
-        "carry an EXIF orientation, which is ignored as torchvision and timm do; --exif apply turns them, as OpenCV "
-        "does.",
+        "carry an EXIF orientation, which is ignored as torchvision and timm do; a build with --exif apply turns them, "
+        "as OpenCV does.",
     ),
     "transparent": Kind(
         lambda image, transform: transform.alpha == "drop" and has_alpha(image),
         "have an alpha channel, which is dropped as torchvision does, so that the colour under transparent pixels is "
-        "seen; --alpha white or black lays them over that colour.",
+        "seen; a build with --alpha white or black lays them over that colour.",
     ),
     "cmyk": Kind(
         lambda image, _: image.mode == "CMYK",
@@ -67,7 +67,8 @@ KINDS = {
     ),
     "deep": Kind(
         lambda image, transform: _has_16_bits(image) and transform.white is None,
-        f"have 16 bits and become 8, {_SIXTEEN_BITS} being white; --white VALUE says otherwise (4095 for 12 bits).",
+        f"have 16 bits and become 8, {_SIXTEEN_BITS} being white; a build with --white VALUE says otherwise (4095 for "
+        "12 bits).",
     ),
 }
 
@@ -109,15 +110,16 @@ def _to_8_bits(image: Image.Image, white: float | None) -> Image.Image:
     kind = "floats" if image.mode == "F" else "whole numbers"
     if white is None and not _has_16_bits(image):
         msg = (
-            f"holds {kind} from {low:g} to {high:g}, and nothing says which value is white. Give --white VALUE: 1, "
-            "255, 65535 or whatever the network was trained with."
+            f"holds {kind} from {low:g} to {high:g}, and nothing says which value is white. Build with --white VALUE: "
+            "1, 255, 65535 or whatever the network was trained with."
         )
         raise DataError(msg)
     if white is None and 0 < high < _SIXTEEN_BITS / 255:
-        msg = f"has 16 bits but no value above {high:g}, so it would be black. Give --white VALUE, such as 255."
+        msg = f"has 16 bits but no value above {high:g}, so it would be black. Build with --white VALUE, such as 255."
         raise DataError(msg)
     white = white or _SIXTEEN_BITS
     if not (low >= 0 and high <= white):  # NaN too
-        msg = f"holds {kind} from {low:g} to {high:g}; expected 0 to --white {white:g}. Give the value that is white."
+        found = f"holds {kind} from {low:g} to {high:g}"
+        msg = f"{found}; expected 0 to --white {white:g}. Build with the value that is white."
         raise DataError(msg)
     return Image.fromarray((values * (255 / white)).round().astype(np.uint8))

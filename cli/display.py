@@ -243,7 +243,7 @@ def proof_row(proof: BudgetProof) -> list[str]:
         f"{counts.drop:.2f}",
         f"{counts.drop_bound:.2f}",
         f"{proof.budget:.2f}",
-        "within" if proof.verdict == "proven" and proof else "BROKEN" if not proof else "open",
+        "proven" if proof.verdict == "proven" and proof else "BROKEN" if not proof else "open",
     ]
 
 

@@ -86,7 +86,7 @@ def test_values_beyond_white_are_refused(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("suffix", ["tif", "png"])
 def test_sixteen_bits_that_would_be_black_are_refused(tmp_path: Path, suffix: str) -> None:
-    with pytest.raises(DataError, match=r"16 bits but no value above 255, so it would be black. Give --white"):
+    with pytest.raises(DataError, match=r"16 bits but no value above 255, so it would be black. Build with --white"):
         read(deep("uint16 to 255"), tmp_path / f"x.{suffix}")
 
 
