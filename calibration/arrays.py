@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.calibration.image_files import about_sizes
+from pcn_deploy.calibration.sampling import Reservoir, spread
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.errors import DataError
 
@@ -72,22 +73,23 @@ def open_arrays(given: ArraysGiven, transform: Transform, limit: int | None) -> 
     Args:
         given: Where they come from; a generator is used up.
         transform: Tells the number of channels, by which the axes of pixels are recognised.
-        limit: Of a stream, keep no more than twice as many, evenly spread; more of them need not fit into memory.
+        limit: Of a stream, keep no more than twice as many, whichever they are; more of them need not fit into memory.
 
     Raises:
         DataError: If something in it is no image.
     """
-    items: list[ArrayImage] = []
-    seen, step = 0, 1
-    stream = is_stream(given)
+    size = 2 * limit if limit is not None and is_stream(given) else None
+    kept: Reservoir[ArrayImage] = Reservoir(size)
     for element in _elements(given, limit):
         for image in _images(element, transform, "array"):
-            if seen % step == 0:
-                items.append(replace(image, name=f"array[{seen}]"))
-            seen += 1
-            if limit is not None and stream and len(items) > 2 * limit:
-                items, step = items[::2], 2 * step
-    return items
+            place = kept.place()
+            if place is None:
+                continue
+            pixels = image.pixels
+            if size is not None and kept.seen > size and isinstance(pixels, np.ndarray):
+                pixels = pixels.copy()  # a view would keep all of its batch in memory
+            kept.put(place, replace(image, pixels=pixels, name=f"array[{kept.seen - 1}]"))
+    return kept.items()
 
 
 def survey_arrays(items: Sequence[ArrayImage], transform: Transform) -> list[str]:
@@ -145,8 +147,7 @@ def _elements(given: Any, limit: int | None) -> Iterator[Any]:
         yield from given
     elif hasattr(given, "__getitem__") and hasattr(given, "__len__"):  # a data set of torch: it may have no end
         count = len(given)
-        chosen = np.unique(np.linspace(0, count - 1, min(count, limit or count)).round().astype(int))
-        yield from (given[int(index)] for index in chosen)
+        yield from (given[int(index)] for index in spread(count, limit or count))
     elif callable(given):
         made = given()
         yield from made if hasattr(made, "__iter__") and not hasattr(made, "shape") else [made]

@@ -21,6 +21,7 @@ from pcn_deploy.calibration.arrays import ArrayImage, ArraysGiven, open_arrays, 
 from pcn_deploy.calibration.classes import Classes, ClassesGiven
 from pcn_deploy.calibration.image_files import Folder, ImageFile, open_folder, survey
 from pcn_deploy.calibration.labels import REMEDY
+from pcn_deploy.calibration.sampling import spread_by_class
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.errors import DataError, OptionError
 
@@ -50,7 +51,7 @@ class ImageSource:
             floats `(C, H, W)` or `(N, C, H, W)`, already normalised, or uint8 pixels `(H, W, C)`.
         transform: Applied to image files, pictures and uint8 pixels; float arrays must fit its shape.
         classes: What the sub-folders stand for; by default their place in the order of their names.
-        limit: Use at most so many images, spread evenly over the source; all of them if None.
+        limit: Use at most so many images, from all over it and of each class in proportion; all of them if None.
         max_unreadable: Share of unreadable image files above which the run stops.
         name: What reports call the images; by default the path, or that they are arrays.
 
@@ -145,9 +146,13 @@ class ImageSource:
             raise OptionError(msg)
 
     def _spread(self, count: int) -> None:
-        """Keep `count` items at even distances."""
+        """Keep `count` items from all over, of each class in proportion."""
         if count < len(self._items):
-            self._items = [self._items[index] for index in spread(len(self._items), count)]
+            self._items = [self._items[index] for index in self.spread(count)]
+
+    def spread(self, count: int) -> npt.NDArray[np.int64]:
+        """Indices of at most `count` of the images, of each class in proportion where all have labels."""
+        return spread_by_class([item.label for item in self._items], count)
 
     def select(self, indices: Iterable[int]) -> ImageSource:
         """Some of the images, in the order of `indices`."""
@@ -168,7 +173,7 @@ class ImageSource:
         return self.select(index for index, item in enumerate(self._items) if item.name not in unreadable)
 
     def subset(self, count: int) -> ImageSource:
-        """At most `count` of the images, spread evenly; unreadable ones are skipped, as they were counted before."""
+        """At most `count` of the images, as by `spread`; unreadable ones are skipped, as they were counted before."""
         part = copy.copy(self)
         part.max_unreadable = 1.0
         part._spread(count)
@@ -290,11 +295,6 @@ class ImageSource:
         if not np.isfinite(image).all():
             msg = f"{name} holds NaN or infinite values. Remove it, or mend what produced it."
             raise DataError(msg)
-
-
-def spread(length: int, count: int) -> npt.NDArray[np.int64]:
-    """Indices of at most `count` of `length` items, at even distances."""
-    return np.linspace(0, length - 1, min(count, length)).round().astype(np.int64)
 
 
 def _bounds(count: int, size: int) -> list[tuple[int, int]]:

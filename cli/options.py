@@ -243,7 +243,7 @@ def calibration_options(command: Command) -> Command:
             default=512,
             show_default=True,
             metavar="N",
-            help="Use at most so many calibration images, spread evenly.",
+            help="Use at most so many calibration images, spread over all of them.",
         ),
         click.option(
             "--calibrator",

@@ -122,7 +122,7 @@ class Judges:
 
     @classmethod
     def share_out(cls, answers: Answers, budget: float, *, searching: bool, asked: bool = True) -> Judges:
-        """Halve the images if half of them can prove the budget; every other one, so that both halves see all classes.
+        """Halve the images if half of them can prove the budget; every other one of each class, so that both see all.
 
         Args:
             answers: All images.
@@ -137,8 +137,8 @@ class Judges:
         needed = check_count(len(answers), budget) if asked else 0
         if not searching or len(answers) < 2 * needed:
             return cls(search=answers, proof=answers, held_out=not searching, budget=budget, asked=asked)
-        indices = np.arange(len(answers))
-        halves = answers.select(indices[::2]), answers.select(indices[1::2])
+        indices = np.argsort(answers.expected, kind="stable")
+        halves = answers.select(np.sort(indices[::2])), answers.select(np.sort(indices[1::2]))
         return cls(search=halves[0], proof=halves[1], held_out=True, budget=budget, asked=asked)
 
 

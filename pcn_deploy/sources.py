@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.calibration.arrays import ArraysGiven, is_stream
-from pcn_deploy.calibration.images import ImageSource, spread
+from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.transform import drawn_images
 from pcn_deploy.errors import DataError
 from pcn_deploy.golden import NOISE
@@ -71,7 +71,7 @@ def open_sources(
     """The calibration images, and labelled ones held out from them to judge the accuracy where no others are to.
 
     Where more are labelled than calibrate, the others are held out; where all would calibrate, one of `HELD_OUT_OF` is.
-    Where that would leave too few to calibrate, none is.
+    Where that would leave too few to calibrate, none is. Each class has its share of both, whatever the order.
 
     Raises:
         DataError: As `open_source`.
@@ -82,12 +82,17 @@ def open_sources(
     every = as_source(calibration, options, options.calibration_images + HELD_OUT if streamed else None)
     # who gives a source has chosen how many
     limit = len(every) if isinstance(calibration, ImageSource) else options.calibration_images
-    order = np.arange(len(every))
-    chosen = spread(len(every), limit) if len(every) > limit else order[order % HELD_OUT_OF != HELD_OUT_OF - 1]
-    others = np.setdiff1d(order, chosen)
+    everything = np.arange(len(every))
+    if len(every) > limit:
+        chosen = every.spread(limit)
+        others = np.setdiff1d(everything, chosen)
+    else:
+        others = every.spread(len(every) // HELD_OUT_OF)
+        chosen = np.setdiff1d(everything, others)
     if not every.has_labels or len(others) == 0 or len(chosen) < min(limit, LEAST_CALIBRATION):
-        return every.select(spread(len(every), limit)), None
-    return every.select(chosen), every.select(others[spread(len(others), HELD_OUT)])
+        return every.select(every.spread(limit)), None
+    held_out = every.select(others)
+    return every.select(chosen), held_out.select(held_out.spread(HELD_OUT))
 
 
 def open_evaluation(

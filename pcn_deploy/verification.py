@@ -59,7 +59,7 @@ def verify(
         budget: What is still parity; by default what the bundle was built for.
         to_prove: Whether labelled images must prove, with 95 % confidence, that top-1 drops by no more than the budget
             allows; else they must not show that it drops by more.
-        limit: Use at most so many images, spread evenly.
+        limit: Use at most so many images, spread over all of them.
         progress: Told the number of images done.
 
     Returns:

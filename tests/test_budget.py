@@ -294,6 +294,15 @@ def test_halves_are_held_out_only_if_each_could_prove_the_budget() -> None:
     assert not judges(2 * needed - 1).held_out
 
 
+def test_both_halves_see_all_classes_though_they_come_in_turn() -> None:
+    count = 2 * check_count(1000, 3.0)
+    source = ImageSource([np.zeros((count, 3, 32, 32), np.float32)], options().transform)
+    labels = np.arange(count) % 2
+    found = Judges.share_out(Answers(source, labels, labels, labelled=True), 3.0, searching=True)
+    for half in (found.search, found.proof):
+        assert abs(np.bincount(half.expected, minlength=2) - len(half) / 2).max() <= 1
+
+
 @pytest.fixture
 def words(tmp_path: Path) -> list[Any]:
     from safetensors.torch import save_file

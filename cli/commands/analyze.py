@@ -44,7 +44,7 @@ SHOWN = 15
     default=SAMPLE,
     show_default=True,
     metavar="N",
-    help="Measure on at most so many images, spread evenly.",
+    help="Measure on at most so many images, spread over all of them.",
 )
 @options.transform_options
 @options.overwrite_option

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -168,8 +170,53 @@ def test_a_long_stream_is_thinned_while_it_comes() -> None:
     found = [int(sample.image[0, 0, 0]) for sample in source]
     assert len(alive) == 1000
     assert len(found) == 10
-    gaps = np.diff(found)
-    assert found[0] == 0 and found[-1] >= 900 and gaps.max() <= 2 * gaps.min()
+    assert found == sorted(set(found))
+    assert min(found) < 300 and max(found) >= 700
+    assert found == [int(sample.image[0, 0, 0]) for sample in ImageSource(stream, transform(), limit=10)]
+
+
+@pytest.mark.parametrize("period", [2, 4, 5, 10])
+def test_a_long_stream_keeps_all_classes_that_come_in_turn(period: int) -> None:
+    def stream() -> Iterator[Any]:
+        for start in range(0, 4000, 8):
+            labels = np.arange(start, start + 8) % period
+            yield np.ones((8, 3, 8, 8), np.float32) * labels[:, None, None, None], labels
+
+    for given in (stream, lambda: (images for images, _ in stream())):
+        found = [int(sample.image[0, 0, 0]) for sample in ImageSource(given, transform(), limit=100)]
+        assert len(found) == 100
+        assert np.bincount(found, minlength=period).min() >= 100 // period // 3
+
+
+def test_of_a_long_stream_no_whole_batches_stay_in_memory() -> None:
+    seen: list[weakref.ref[Any]] = []
+
+    def stream() -> Iterator[Any]:
+        for _ in range(200):
+            batch = np.zeros((16, 3, 8, 8), np.float32)
+            seen.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    source = ImageSource(stream, transform(), limit=16)
+    gc.collect()
+    assert len(source) == 16
+    assert sum(batch() is not None for batch in seen) <= 2
+
+
+@pytest.mark.parametrize(("classes", "limit"), [(2, 512), (5, 512), (10, 512), (5, 250), (10, 200), (5, 80)])
+def test_each_class_calibrates_and_judges_whatever_the_order(classes: int, limit: int) -> None:
+    labels = np.arange(400) % classes
+    options = CompileOptions(transform=transform(), calibration_images=limit)
+    for order in (labels, np.sort(labels)):
+        given = np.random.default_rng(2).random((400, 3, 8, 8), dtype=np.float32)
+        source, held_out = open_sources([(given, order)], None, options)
+        assert source is not None and held_out is not None
+        assert (len(source), len(held_out)) == ((320, 80) if limit >= 400 else (limit, min(400 - limit, HELD_OUT)))
+        for part in (source, held_out):
+            found = [sample.label for sample in part if sample.label is not None]
+            counts = np.bincount(found, minlength=classes)
+            assert np.ptp(counts) <= 2, "in proportion"
 
 
 def test_a_data_set_is_asked_only_for_what_is_used() -> None:

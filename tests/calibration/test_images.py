@@ -130,15 +130,36 @@ def test_iterables_of_images_and_of_batches() -> None:
     assert {sample.image.dtype for sample in mixed} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize(
-    ("limit", "expected"), [(1, [0]), (2, [0, 9]), (4, [0, 3, 6, 9]), (10, list(range(10))), (99, list(range(10)))]
-)
-def test_a_limit_is_spread_evenly(limit: int, expected: list[int]) -> None:
+@pytest.mark.parametrize("limit", [1, 2, 4, 10, 99])
+def test_a_limit_is_spread_over_all(limit: int) -> None:
     given = np.arange(10, dtype=np.float32)[:, None, None, None] / 255 * np.ones((1, 3, 8, 8), np.float32)
     whole = ImageSource(given, TRANSFORM)
-    assert values(ImageSource(given, TRANSFORM, limit=limit)) == expected
-    assert values(whole.subset(limit)) == expected
+    taken = values(ImageSource(given, TRANSFORM, limit=limit))
+    assert taken == values(whole.subset(limit))
+    stretches = np.array_split(range(10), min(limit, 10))
+    assert len(taken) == len(stretches)
+    width = 10 / len(stretches)
+    assert all(int(index * width) <= value < (index + 1) * width for index, value in enumerate(taken))
     assert len(whole) == 10, "a subset leaves the source alone"
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 8])
+def test_a_subset_is_of_all_classes_whatever_their_order(classes: int) -> None:
+    given = floats(40)
+    for labels in (np.arange(40) % classes, np.sort(np.arange(40) % classes)):
+        part = ImageSource([(given, labels)], TRANSFORM).subset(8)
+        counts = np.bincount([sample.label for sample in part if sample.label is not None], minlength=classes)
+        assert counts.sum() == 8
+        assert counts.min() >= 8 // classes
+        assert counts.max() <= -(-8 // classes) + 1
+
+
+def test_a_subset_without_labels_has_no_period() -> None:
+    given = np.arange(161, dtype=np.float32)[:, None, None, None] * np.ones((1, 3, 8, 8), np.float32)
+    part = [int(sample.image[0, 0, 0]) for sample in ImageSource(given, TRANSFORM).subset(41)]
+    assert part == sorted(set(part))
+    for period in (2, 4):
+        assert np.bincount(np.array(part) % period, minlength=period).min() >= 41 // (2 * period)
 
 
 def spoilt_folder(root: Path, good: int, bad: int) -> Path:
