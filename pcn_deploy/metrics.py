@@ -57,6 +57,19 @@ def sqnr_db(signal: float, noise: float) -> float:
     return min(SQNR_CEILING_DB, 10 * math.log10(signal / noise))
 
 
+def alike(images: Logits, least_db: float) -> bool:
+    """Whether images `(N, ...)` hardly differ: the power of their changes is below a share of theirs, in dB."""
+    rows = images.reshape(len(images), -1).astype(np.float64)
+    power = float(np.square(rows).sum())
+    changes = power_of_changes(power, float(np.square(rows.sum(0)).sum()), len(rows))
+    return changes is None or sqnr_db(changes, power) < least_db
+
+
+def as_json(value: float) -> float:
+    """JSON has no infinity: the largest double stands for it."""
+    return min(value, float(np.finfo(np.float64).max))
+
+
 def power_of_changes(power: float, squared_sums: float, images: int) -> float | None:
     """Power of what differs between images: of each logit less its mean over all images.
 

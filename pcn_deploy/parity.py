@@ -24,8 +24,8 @@ import numpy.typing as npt
 from pcn_deploy.calibration.bound import PairedCounts, drop_failures, judge_drop
 from pcn_deploy.errors import DataError
 from pcn_deploy.exact import ExactSum, ExactVector
-from pcn_deploy.limits import CHANGES_DB, TOLERATED, ParityBudget
-from pcn_deploy.metrics import Logits, answers, centred, cosine, power_of_changes, sqnr_db
+from pcn_deploy.limits import ALIKE, CHANGES_DB, TOLERATED, ParityBudget, untold
+from pcn_deploy.metrics import Logits, answers, as_json, centred, cosine, power_of_changes, sqnr_db
 from pcn_deploy.specs import ATTENTION_MAP, LOGITS
 
 NAMED = 5
@@ -84,6 +84,7 @@ class ParityReport:
         return replace(
             self,
             failures=(*self.failures, *(f"{other.executed_by}: {failure}" for failure in other.failures)),
+            notes=tuple(dict.fromkeys((*self.notes, *other.notes))),
             executions={**self.executions, other.executed_by: other.metrics},
         )
 
@@ -236,7 +237,7 @@ class ParityMeter:
             "cosines": self._cosines,
             "worst": self._worst if self._cosines else None,
             "broken": self._broken,
-            "max_abs": _as_json(self._max_abs),
+            "max_abs": as_json(self._max_abs),
             "counts": [self._labelled, self._agree, self._reference_hits, self._engine_hits, self._lost],
         }
         return json.dumps(whole, allow_nan=False).encode()
@@ -277,7 +278,7 @@ class ParityMeter:
         found = {
             "cosine_min": self._worst[0],
             "sqnr_db": sqnr_db(float(self._signal), float(self._noise)),
-            "max_abs_error": _as_json(self._max_abs),
+            "max_abs_error": as_json(self._max_abs),
             "top1_agreement": 100.0 * self._agree / images,
             "non_finite": float(len(self._broken)),
         }
@@ -306,6 +307,7 @@ class ParityMeter:
         tolerant: bool = False,
         to_prove: bool = False,
         changes: bool = True,
+        natural_db: float = math.inf,
     ) -> ParityReport:
         """Judge the numbers so far against a budget.
 
@@ -319,17 +321,18 @@ class ParityMeter:
                 the budget allows less of them to change their answer.
             to_prove: Whether the labels must prove the drop within the budget; else they must not show it broken.
             changes: Whether what the images change is judged: noise tells nothing of that.
+            natural_db: SQNR that rounding leaves: an engine with as much, or changes below it, get a note, no failure.
         """
-        metrics = self.metrics()
-        if not changes:
-            metrics.pop("sqnr_changes_db", None)
+        metrics = {name: value for name, value in self.metrics().items() if changes or name != "sqnr_changes_db"}
         share = min(budget.top1_drop, TOLERATED) if tolerant else 0.0
         metrics["cosine_judged"] = sorted(self._cosines)[int(len(self._cosines) * share / 100)]
+        notes = (ALIKE,) if untold(metrics, budget, natural_db) else ()
+        judged = {name: value for name, value in metrics.items() if not (notes and name == "sqnr_changes_db")}
         task, failures = "", []
         if self._labelled:
             task = judge_drop(self.counts, budget.top1_drop)
             failures = drop_failures(self.counts, budget.top1_drop, to_prove=to_prove)
-        failures += self.failures(metrics, budget)
+        failures += self.failures(judged, budget)
         if attention is not None:
             seen = attention.metrics()
             metrics |= {f"{ATTENTION_MAP}_{name}": seen[name] for name in ("cosine_min", "sqnr_db", "max_abs_error")}
@@ -344,6 +347,7 @@ class ParityMeter:
             failures=tuple(failures),
             task=task,
             worst_image=self._worst[1],
+            notes=notes,
         )
 
     def failures(self, metrics: dict[str, float], budget: ParityBudget) -> list[str]:
@@ -376,11 +380,6 @@ def listed(names: Iterable[str]) -> str:
     every = sorted(names)
     more = f" and {len(every) - NAMED} more" if len(every) > NAMED else ""
     return ", ".join(every[:NAMED]) + more
-
-
-def _as_json(value: float) -> float:
-    """JSON has no infinity: the largest double stands for it."""
-    return min(value, float(np.finfo(np.float64).max))
 
 
 def least_sqnr_db(expected: Iterable[Logits], found: Iterable[Logits]) -> float:

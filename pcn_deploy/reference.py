@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,14 +13,26 @@ from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.engines.base import Session
 from pcn_deploy.errors import DataError
 from pcn_deploy.golden import GoldenSet, edge_images
+from pcn_deploy.limits import BUDGETS, GUARD_DB
+from pcn_deploy.metrics import centred
 from pcn_deploy.options import CompileOptions
-from pcn_deploy.progress import Progress
+from pcn_deploy.parity import least_sqnr_db
+from pcn_deploy.progress import Progress, silent
 from pcn_deploy.sources import synthetic_images
 
 if TYPE_CHECKING:
     from torch import nn
 
 Array = npt.NDArray[np.float32]
+Row = tuple[npt.NDArray[np.floating[Any]], ...]
+"""The outputs for one image, logits first."""
+
+REPRODUCED_DB = BUDGETS["fp32"].sqnr_db + GUARD_DB["fp32"]
+"""Least SQNR between the eager network in float32 and float64 on an edge image that engines are judged by: 20 dB
+more than an FP32 engine is asked for. Edge images of trained networks have 115 dB and more."""
+
+FAINT = 1e-4
+"""Share of the size of the logits of real images, less their means, below which those of an edge image are nothing."""
 
 
 def golden_set(
@@ -35,7 +47,8 @@ def golden_set(
         progress: Told the number of images done.
 
     Returns:
-        The set, without edge images for which the network itself is not finite, and a note on those.
+        The set, without edge images for which the network itself is not finite, or answers nothing but its own
+        rounding, and notes on those.
 
     Raises:
         DataError: If the network is not finite for a real image.
@@ -49,7 +62,8 @@ def golden_set(
         first = ", ".join(name for name in broken if name in real)
         msg = f"The eager network returns NaN or infinite logits for {first}; there is nothing to be equal to."
         raise DataError(msg)
-    kept = np.flatnonzero(finite)
+    noise = _rounding(model, images, rows, np.arange(len(images)) >= len(real), options)
+    kept = np.flatnonzero([good and index not in noise for index, good in enumerate(finite)])
     columns = zip(*(rows[index] for index in kept), strict=True)
     golden = GoldenSet(
         images=np.stack([images[index] for index in kept]),
@@ -57,12 +71,19 @@ def golden_set(
         edge=kept >= len(real),
         outputs={name: np.concatenate(values) for name, values in zip(options.outputs, columns, strict=True)},
     )
-    if not broken:
-        return golden, []
-    return golden, [
-        f"the trained network itself returns NaN or infinite logits for {', '.join(broken)} (an edge image); "
-        "the engines were not judged by that."
-    ]
+    notes = []
+    if broken:
+        notes += [
+            f"the trained network itself returns NaN or infinite logits for {', '.join(broken)} (an edge image); "
+            "the engines were not judged by that."
+        ]
+    if noise:
+        notes += [
+            f"what the trained network answers to {', '.join(names[index] for index in noise)} (an edge image) is "
+            "its own rounding: float64 answers otherwise, or there is next to no answer. The engines were not judged "
+            "by that."
+        ]
+    return golden, notes
 
 
 def with_simulation(golden: GoldenSet, simulation: Session, progress: Progress) -> GoldenSet:
@@ -84,6 +105,29 @@ def with_simulation(golden: GoldenSet, simulation: Session, progress: Progress) 
     return replace(golden, simulated={name: np.concatenate(values) for name, values in rows.items()})
 
 
+def _rounding(
+    model: nn.Module, images: list[Array], rows: list[Row], edge: npt.NDArray[np.bool_], options: CompileOptions
+) -> list[int]:
+    """The edge images for which the network's answer, though finite, is nothing but rounding."""
+
+    def size(index: int) -> float:
+        return float(np.sqrt(np.square(centred(rows[index][0].astype(np.float64))).mean()))
+
+    chosen = [int(index) for index in np.flatnonzero(edge) if all(np.isfinite(row).all() for row in rows[index])]
+    least = FAINT * float(np.sqrt(np.mean([size(int(index)) ** 2 for index in np.flatnonzero(~edge)])))
+    faint = {index for index in chosen if 0 < size(index) < least}  # none at all is exact
+    try:
+        doubles = _eager_rows(model, [images[index] for index in chosen], options, silent, double=True)
+    except Exception:  # the network's own code may insist on float32: nothing to compare with
+        return sorted(faint)
+    unlike = {index for index, row in zip(chosen, doubles, strict=True) if not _reproduced(rows[index], row)}
+    return sorted(faint | unlike)
+
+
+def _reproduced(found: Row, exact: Row) -> bool:
+    return all(np.isfinite(row).all() for row in exact) and least_sqnr_db(exact, found) >= REPRODUCED_DB
+
+
 def _real_images(options: CompileOptions, source: ImageSource | None) -> dict[str, Array]:
     """By name, that of a file within its folder."""
     count = options.golden_images
@@ -94,16 +138,19 @@ def _real_images(options: CompileOptions, source: ImageSource | None) -> dict[st
 
 
 def _eager_rows(
-    model: nn.Module, images: list[Array], options: CompileOptions, progress: Progress
-) -> list[tuple[Array, ...]]:
-    """The outputs of the network, one image at a time."""
+    model: nn.Module, images: list[Array], options: CompileOptions, progress: Progress, *, double: bool = False
+) -> list[Row]:
+    """The outputs of the network, one image at a time, in float32 or float64."""
+    from contextlib import nullcontext
+
     import torch
 
+    from pcn_deploy.graph.double import InDouble
     from pcn_deploy.models.attention_map import with_attention_map
 
     forward = with_attention_map(model) if options.with_attention_map else lambda images: (model(images),)
-    rows: list[tuple[Array, ...]] = []
-    with torch.inference_mode():
+    rows: list[Row] = []
+    with torch.inference_mode(), InDouble() if double else nullcontext():
         for image in images:
             progress("Eager reference", len(rows), len(images), "images")
             outputs = forward(torch.tensor(image[None]))  # a copy: the network may write into it

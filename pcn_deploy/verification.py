@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,8 @@ from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.labels import LabelCheck
 from pcn_deploy.errors import DataError
 from pcn_deploy.golden import NOISE, GoldenSet
-from pcn_deploy.limits import BUDGETS, GUARD_DB, ParityBudget
+from pcn_deploy.limits import ALIKE_DB, BUDGETS, CHANGES_DB, GUARD_DB, NATURAL_DB, ParityBudget
+from pcn_deploy.metrics import alike
 from pcn_deploy.parity import ParityMeter, ParityReport
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 Images = npt.NDArray[np.float32]
 ON_CPU = ("cpu", "stock", "torchscript")
 """What executes a graph of FP32 in FP32."""
+
+SAMPLE = 8
+"""Images that tell whether those of a set differ."""
 
 TWICE_DB = 3.0
 """Twice the power of a noise."""
@@ -93,7 +98,9 @@ def verify(
         progress(step, done, len(source), "images")
     progress(step, len(source), len(source), "images")
     labelling.of_all_processes().check(int(engine.spec.outputs[0].shape[-1]))
-    meter = of_all_processes(meter)
+    meter, natural = of_all_processes(meter), NATURAL_DB[engine.bundle.manifest["precision"]]
+    if meter.metrics().get("sqnr_changes_db", CHANGES_DB) < CHANGES_DB:
+        natural = natural_db(np.stack([sample.image for sample in source.subset(SAMPLE)]), natural)
     report = meter.report(
         target=engine.target,
         executed_by=engine.executed_by,
@@ -101,6 +108,7 @@ def verify(
         budget=budget,
         tolerant=True,
         to_prove=to_prove,
+        natural_db=natural,
     )
     return replace(report, unreadable=len(source.unreadable), notes=(*report.notes, *source.notes))
 
@@ -137,6 +145,7 @@ def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = sil
         budget=budget,
         attention=meters.get(ATTENTION_MAP),
         changes=engine.bundle.manifest.get("golden") != NOISE,
+        natural_db=natural_db(golden.images[~golden.edge], NATURAL_DB[engine.bundle.manifest["precision"]]),
     )
     guard = GUARD_DB.get(engine.bundle.manifest["precision"], 0.0) if engine.executed_by in ON_CPU else 0.0
     if budget.sqnr_db <= report.metrics["sqnr_db"] < budget.sqnr_db + guard:
@@ -157,6 +166,16 @@ def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = sil
             seen = _compared(golden, golden.edge, expected, found[name], name)
             report = report.with_comparison("edge", seen, edge_limit)
     return report
+
+
+def natural_db(images: Images, natural: float) -> float:
+    """The SQNR from which on an engine need not tell images apart: none where they hardly differ themselves.
+
+    Args:
+        images: `(N, C, H, W)`, transformed.
+        natural: What rounding leaves in the precision of the engine.
+    """
+    return -math.inf if alike(images, ALIKE_DB) else natural
 
 
 def simulation_limit(golden: GoldenSet, budget: ParityBudget, remainder: str) -> ParityBudget:

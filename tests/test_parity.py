@@ -19,7 +19,7 @@ from hypothesis.extra.numpy import arrays
 from pcn_deploy.calibration.plan import PRECISIONS
 from pcn_deploy.errors import DataError, OptionError
 from pcn_deploy.exact import ExactSum, ExactVector
-from pcn_deploy.limits import BUDGETS, ParityBudget, budget_for
+from pcn_deploy.limits import ALIKE, BUDGETS, NATURAL_DB, ParityBudget, budget_for
 from pcn_deploy.metrics import SQNR_CEILING_DB
 from pcn_deploy.parity import ParityMeter, ParityReport, report_from_json
 
@@ -289,6 +289,32 @@ def test_what_every_image_gets_alike_hides_no_error() -> None:
     expected = 10 * np.log10(unbiased / (error**2).sum())
     assert report.metrics["sqnr_changes_db"] == pytest.approx(expected, abs=1e-6)
     assert judge(reference, priors + 0.99 * changes)
+
+
+@pytest.mark.parametrize(
+    ("precision", "changes", "noise", "passed", "noted"),
+    [
+        ("fp16", 10**-3.5, 10**-3.5, True, True),  # 70 dB are what FP16 rounds: an engine that tells no more is right
+        ("fp16", 10**-2.77, 10**-2.57, False, False),  # 51 dB are not
+        ("fp32", 10**-3.5, 10**-3.5, False, False),
+        ("bf16", 10**-2.5, 10**-2.2, True, True),
+        ("int8", 10**-2.77, 10**-2.57, False, False),
+        ("fp16", 0.1, 1e-3, True, False),
+    ],
+)
+def test_changes_that_a_precision_cannot_tell_are_noted(
+    precision: str, changes: float, noise: float, *, passed: bool, noted: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    reference = rng.standard_normal(100) + changes * rng.standard_normal((40, 100))
+    meter = ParityMeter()
+    meter.update(reference, reference + noise * rng.standard_normal((40, 100)))
+    report = meter.report(
+        target="cpu", executed_by="cpu", data="test", budget=BUDGETS[precision], natural_db=NATURAL_DB[precision]
+    )
+    assert bool(report) == passed, report.failures
+    assert report.notes == ((ALIKE,) if noted else ())
+    assert "sqnr_changes_db" in report.metrics
 
 
 def test_images_that_change_nothing_say_nothing() -> None:

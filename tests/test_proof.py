@@ -16,7 +16,9 @@ from pcn_deploy import Bundle, CompileResult, Transform
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.golden import GoldenSet, edge_images
 from pcn_deploy.parity import report_from_json
+from pcn_deploy.progress import silent
 from pcn_deploy.proof import Execution, prove
+from pcn_deploy.reference import golden_set
 from pcn_deploy.specs import EngineSpec
 
 torch = pytest.importorskip("torch")
@@ -111,6 +113,78 @@ def test_what_the_network_itself_cannot_answer_is_left_out_and_said() -> None:
     assert "white" in golden.names
     (note,) = [note for note in result.bundle.manifest["notes"] if "NaN" in note]
     assert "for black" in note
+
+
+class Standardised(torch.nn.Module):  # type: ignore[name-defined,misc]
+    """Divides by the deviation of the pixels of an image, which is 0 where it is flat."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 5, 3))
+
+    def forward(self, x: Any) -> Any:
+        x = x[:, :1]
+        mean, deviation = x.mean((2, 3), keepdim=True), x.std((2, 3), keepdim=True)
+        return self.layers(((x - mean) / (deviation + 1e-6)).expand(-1, 3, -1, -1)).mean((2, 3))
+
+
+class HighPass(torch.nn.Module):  # type: ignore[name-defined,misc]
+    """Sees differences between neighbours only, without biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = torch.nn.Conv2d(3, 16, 3, bias=False), torch.nn.Linear(16, 5, bias=False)
+        self.first.weight.data -= self.first.weight.data.mean((2, 3), keepdim=True)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(self.first(x).relu().mean((2, 3)))
+
+
+class InFloat32(HighPass):
+    """Does not run in float64."""
+
+    def forward(self, x: Any) -> Any:
+        return super().forward(torch.from_numpy(x.numpy().astype(np.float32)) if x.dtype == torch.float32 else 1 / 0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("made", [Standardised, HighPass])
+def test_edge_images_that_the_network_answers_with_its_rounding_are_left_out_and_said(
+    made: type[Any], precision: str
+) -> None:
+    torch.manual_seed(0)
+    result = pcn_deploy.compile(made().eval(), options(precision=precision), calibration=images(16))
+    assert result, result.reports
+    golden = GoldenSet.read(result.bundle, ["logits"])
+    assert not {"white", "grey"} & set(golden.names)
+    assert {"checkerboard", "random pixels"} <= set(golden.names)
+    (note,) = [note for note in result.bundle.manifest["notes"] if "its own rounding" in note]
+    assert "white" in note
+
+
+def test_a_network_that_only_runs_in_float32_keeps_its_edge_images() -> None:
+    torch.manual_seed(0)
+    model = InFloat32().eval()
+    model.first.weight.data += 0.1
+    golden, notes = golden_set(model, options(precision="fp32"), None, silent)
+    assert (int(golden.edge.sum()), notes) == (7, [])
+
+
+def test_an_exact_answer_of_nothing_is_an_answer() -> None:
+    black_is_zero = Transform(resolution=(32, 32), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    golden, _ = golden_set(HighPass().eval(), options(precision="fp32", transform=black_is_zero), None, silent)
+    assert "black" in golden.names
+
+
+def test_pictures_that_hardly_differ_are_noted() -> None:
+    """One scene with noise, whose changes 8 bits lose."""
+    rng = np.random.default_rng(0)
+    scene = rng.standard_normal((3, 32, 32)) + 0.03 * rng.standard_normal((16, 3, 32, 32))
+    result = pcn_deploy.compile(network(), options(precision="int8"), calibration=scene.astype(np.float32))
+    report = result.reports[0]
+    assert result, report.failures
+    assert report.metrics["sqnr_changes_db"] < 6
+    assert any("Give more varied images" in note for note in result.bundle.manifest["notes"])
 
 
 def test_edge_images_are_the_ends_of_the_transform() -> None:

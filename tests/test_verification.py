@@ -137,6 +137,21 @@ def test_the_budget_given_decides(path: Path) -> None:
     assert [report.budget for report in reports] == [wide, narrow]
 
 
+def test_pictures_that_hardly_differ_are_noted(path: Path) -> None:
+    """One scene with noise, whose changes are below the last digits of the reference."""
+    rng = np.random.default_rng(0)
+
+    def reference(batch: Any) -> Any:
+        logits = eager(batch)
+        return (logits + 7e-5 * rng.standard_normal(logits.shape)).astype(np.float32)
+
+    with pcn_deploy.load(path, "cpu") as engine:
+        report = pcn_deploy.verify(engine, [images(1) + np.float32(3e-4) * images(16)], reference=reference)
+    assert report.metrics["sqnr_changes_db"] < 6
+    assert report, report.failures
+    assert len(report.notes) == 1
+
+
 def test_the_limit_spreads_over_the_images(path: Path, folder: Path) -> None:
     with pcn_deploy.load(path, "cpu") as engine:
         report = pcn_deploy.verify(engine, folder, reference=network(), limit=2)
