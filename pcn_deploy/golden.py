@@ -41,6 +41,8 @@ class GoldenSet:
         edge: Whether each image is an edge image, `(N,)`.
         outputs: Of the trained network, by name, `(N, ...)`.
         simulated: Of the simulation of an 8-bit graph in FP32; empty for other graphs and in bundles of 0.1.0.
+        rounding: Whether the network answers an image with nothing but its own rounding, `(N,)`: of an engine it is
+            only asked that its answer is finite. All false if not given.
     """
 
     images: Array
@@ -48,11 +50,21 @@ class GoldenSet:
     edge: npt.NDArray[np.bool_]
     outputs: dict[str, Array]
     simulated: dict[str, Array] = field(default_factory=dict)
+    rounding: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+
+    def __post_init__(self) -> None:
+        if not len(self.rounding):
+            object.__setattr__(self, "rounding", np.zeros(len(self.images), np.bool_))
+
+    @property
+    def judged_edge(self) -> npt.NDArray[np.bool_]:
+        """The edge images whose answers are compared, `(N,)`."""
+        return self.edge & ~self.rounding
 
     def to_npz(self) -> bytes:
         """As the bundle holds it: compressed, since edge images are nearly nothing then."""
         arrays: dict[str, npt.NDArray[Any]] = {"images": self.images, **self.outputs}
-        arrays |= {"names": np.array(self.names), "edge": self.edge}
+        arrays |= {"names": np.array(self.names), "edge": self.edge, "rounding": self.rounding}
         arrays |= {f"{_SIMULATED}{name}": values for name, values in self.simulated.items()}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type] # numpy's stub takes allow_pickle for an array
@@ -82,10 +94,11 @@ class GoldenSet:
             edge=arrays.get("edge", np.zeros(count, np.bool_)),
             outputs={name: arrays[name] for name in outputs},
             simulated={name: arrays[_SIMULATED + name] for name in outputs if _SIMULATED + name in arrays},
+            rounding=arrays.get("rounding", np.zeros(count, np.bool_)),
         )
-        lengths = {len(found.names), len(found.edge), *map(len, found.outputs.values())}
+        lengths = {len(found.names), len(found.edge), len(found.rounding), *map(len, found.outputs.values())}
         lengths |= set(map(len, found.simulated.values()))
-        if lengths != {count} or found.edge.dtype != np.bool_:
+        if lengths != {count} or {found.edge.dtype, found.rounding.dtype} != {np.dtype(np.bool_)}:
             msg = f"The arrays of the golden set do not fit its {count} images. Build the bundle again."
             raise BundleError(msg)
         return found

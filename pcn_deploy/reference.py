@@ -47,8 +47,8 @@ def golden_set(
         progress: Told the number of images done.
 
     Returns:
-        The set, without edge images for which the network itself is not finite, or answers nothing but its own
-        rounding, and notes on those.
+        The set, without edge images for which the network itself is not finite, and notes on those and on the ones
+        to which it answers nothing but its own rounding.
 
     Raises:
         DataError: If the network is not finite for a real image.
@@ -63,13 +63,14 @@ def golden_set(
         msg = f"The eager network returns NaN or infinite logits for {first}; there is nothing to be equal to."
         raise DataError(msg)
     noise = _rounding(model, images, rows, np.arange(len(images)) >= len(real), options)
-    kept = np.flatnonzero([good and index not in noise for index, good in enumerate(finite)])
+    kept = np.flatnonzero(finite)
     columns = zip(*(rows[index] for index in kept), strict=True)
     golden = GoldenSet(
         images=np.stack([images[index] for index in kept]),
         names=tuple(names[index] for index in kept),
         edge=kept >= len(real),
         outputs={name: np.concatenate(values) for name, values in zip(options.outputs, columns, strict=True)},
+        rounding=np.isin(kept, noise),
     )
     notes = []
     if broken:
@@ -80,8 +81,8 @@ def golden_set(
     if noise:
         notes += [
             f"what the trained network answers to {', '.join(names[index] for index in noise)} (an edge image) is "
-            "its own rounding: float64 answers otherwise, or there is next to no answer. The engines were not judged "
-            "by that."
+            "its own rounding: float64 answers otherwise, or there is next to no answer. Of the engines it was "
+            "only asked that theirs is finite."
         ]
     return golden, notes
 

@@ -129,7 +129,8 @@ def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = sil
     """Compare an engine with the outputs that the golden set of its bundle holds.
 
     Real images are judged by the budget, against the eager network. Edge images too; but those of an 8-bit graph, and
-    its real images once more, against the simulation of that graph.
+    its real images once more, against the simulation of that graph. Where the network answers an edge image with its
+    own rounding, the engine's answer must be finite.
 
     Raises:
         BundleError: If the golden set was altered.
@@ -162,9 +163,14 @@ def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = sil
         if golden.simulated:
             seen = _compared(golden, ~golden.edge, expected, found[name], name)
             report = report.with_comparison("simulated", seen, limit)
-        if golden.edge.any():
-            seen = _compared(golden, golden.edge, expected, found[name], name)
+        if golden.judged_edge.any():
+            seen = _compared(golden, golden.judged_edge, expected, found[name], name)
             report = report.with_comparison("edge", seen, edge_limit)
+    asked = [(index, golden.names[index]) for index in np.flatnonzero(golden.rounding)]
+    broken = [name for index, name in asked if not all(np.isfinite(values[index]).all() for values in found.values())]
+    if broken:
+        failure = f"edge images: NaN or infinite outputs for {', '.join(broken)}"
+        report = replace(report, failures=(*report.failures, failure))
     return report
 
 

@@ -88,19 +88,23 @@ def build_normalised(epsilon: float, **given: Any) -> CompileResult:
     return pcn_deploy.compile(Normalised(epsilon).eval(), chosen, calibration=images(16))
 
 
-def test_a_graph_that_is_not_finite_on_black_fails_by_name() -> None:
-    result = build_normalised(1e-3)
-    assert result
-    bundle = result.bundle
+def without_constant(bundle: Bundle, value: float) -> Bundle:
+    """A bundle in whose graph constants of this value are 0."""
     graph = onnx.load_from_string(bundle.read("model.onnx"))
     for tensor in (
         *graph.graph.initializer,
         *(a.t for n in graph.graph.node for a in n.attribute if a.name == "value"),
     ):
-        if np.allclose(values := onnx.numpy_helper.to_array(tensor), 1e-3):
+        if np.allclose(values := onnx.numpy_helper.to_array(tensor), value, rtol=1e-5, atol=0):
             tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros_like(values), tensor.name))
     bundle.add_engine("cpu", "model.onnx", graph.SerializeToString(), {})
-    report = prove(bundle, "cpu")
+    return bundle
+
+
+def test_a_graph_that_is_not_finite_on_black_fails_by_name() -> None:
+    result = build_normalised(1e-3)
+    assert result
+    report = prove(without_constant(result.bundle, 1e-3), "cpu")
     assert "edge images: NaN or infinite logits for black" in report.failures
     json.dumps(report.to_json(), allow_nan=False)
 
@@ -149,17 +153,31 @@ class InFloat32(HighPass):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("made", [Standardised, HighPass])
-def test_edge_images_that_the_network_answers_with_its_rounding_are_left_out_and_said(
+def test_edge_images_that_the_network_answers_with_its_rounding_must_only_be_finite(
     made: type[Any], precision: str
 ) -> None:
     torch.manual_seed(0)
     result = pcn_deploy.compile(made().eval(), options(precision=precision), calibration=images(16))
     assert result, result.reports
     golden = GoldenSet.read(result.bundle, ["logits"])
-    assert not {"white", "grey"} & set(golden.names)
-    assert {"checkerboard", "random pixels"} <= set(golden.names)
+    rounding = {name for name, one in zip(golden.names, golden.rounding, strict=True) if one}
+    assert {"white", "grey"} <= rounding
+    assert not {"checkerboard", "random pixels"} & rounding
     (note,) = [note for note in result.bundle.manifest["notes"] if "its own rounding" in note]
     assert "white" in note
+
+
+def test_an_engine_that_is_not_finite_where_the_network_rounds_fails_by_name() -> None:
+    torch.manual_seed(0)
+    halves = Transform(resolution=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # sums of which are exact
+    result = pcn_deploy.compile(HighPass().eval(), options(precision="fp32", transform=halves), calibration=images(16))
+    golden = GoldenSet.read(result.bundle, ["logits"])
+    assert "white" in {name for name, one in zip(golden.names, golden.rounding, strict=True) if one}
+    faulty = further("broken", lambda logits: np.where(np.abs(logits) < 1e-5, np.nan, logits))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pcn_deploy.proof.EXECUTIONS", (faulty,))
+        report = prove(result.bundle, "cpu")
+    assert any("broken: edge images: NaN or infinite outputs for" in failure for failure in report.failures)
 
 
 def test_a_network_that_only_runs_in_float32_keeps_its_edge_images() -> None:
