@@ -82,6 +82,7 @@ class ImageSource:
         self.fingerprints = np.zeros((0, _SHA256_BYTES), np.uint8)
         self.digest = ""
         self._reasons: dict[str, str] = {}
+        self._remarks: list[str] = []
         self._items: Sequence[ImageFile | ArrayImage]
         if limit is not None and limit < 1:
             msg = f"{limit} images were asked for; at least 1 is needed."
@@ -96,9 +97,18 @@ class ImageSource:
             raise DataError(msg)
         self._spread(limit or len(self._items))
 
-    @cached_property
+    @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of the images before they are read, by the headers of some of their files."""
+        """What the user should know of the images, by the headers of some files and by what showed in a run."""
+        return (*self._survey, *self._remarks)
+
+    def remark(self, note: str) -> None:
+        """Add a note, to those of the source too of which these images are a part."""
+        if note not in self._remarks:
+            self._remarks.append(note)
+
+    @cached_property
+    def _survey(self) -> tuple[str, ...]:
         files = [item for item in self._items if isinstance(item, ImageFile)]
         arrays = [item for item in self._items if isinstance(item, ArrayImage)]
         unused: tuple[str, ...] = ()
@@ -165,6 +175,7 @@ class ImageSource:
         part = copy.copy(self)
         part._items = [replace(item, label=None) for item in self._items]
         part.has_labels, part.folders, part._classes, part._class_fault = False, (), None, ""
+        part._remarks = []
         return part
 
     def readable(self) -> ImageSource:

@@ -100,6 +100,7 @@ def analyze(
             raise
         notes.append(f"the labels of the calibration images are not used. {error}")  # nobody asked for them
         answers = Answers.of(simulation.logits, sample.without_labels(), progress)
+    notes += judged_by.notes  # what showed when they were judged
     ledger = Ledger(record, run_digests(network, [answers]))
     kinds = {entry.op: entry.kind for entry in network.plan.entries}
     sensitivity = measure_sensitivity(simulation, kinds, answers, ledger, progress)

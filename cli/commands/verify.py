@@ -87,10 +87,15 @@ def _verify(
             budget = replace(budget, top1_drop=budget_for(manifest["precision"], max_drop).top1_drop)
         reference = make_again(manifest, weights) if data is not None else None
         source = data and ImageSource(data, engine.transform, limit=images, classes=classes)
-        for text in source.notes if source else ():
+        early = source.notes if source else ()
+        for text in early:
             display.note(text, quiet=quiet)
         to_prove = max_drop is not None
-        return verify(engine, source, reference=reference, budget=budget, to_prove=to_prove, progress=progress)
+        report = verify(engine, source, reference=reference, budget=budget, to_prove=to_prove, progress=progress)
+    for text in source.notes if source else ():
+        if text not in early:
+            display.note(text, quiet=quiet)
+    return report
 
 
 def _print(report: dict[str, Any]) -> None:

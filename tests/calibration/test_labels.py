@@ -29,15 +29,17 @@ def network(truth: Truth, classes: int, accuracy: float, seed: int = 0) -> npt.N
     return logits
 
 
-def check(labels: Truth, logits: npt.NDArray[np.float32], folders: tuple[str, ...] = ()) -> None:
+def check(labels: Truth, logits: npt.NDArray[np.float32], folders: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The notes on the labels."""
     source = ImageSource(
         (np.zeros((len(labels), 3, 2, 2), np.float32), labels.reshape(-1)), TRANSFORM, name="the pictures"
     )
     source.folders = folders
-    labelling = LabelCheck(source)
+    labelling, before = LabelCheck(source), source.notes
     for part in np.array_split(np.arange(len(labels)), 5):
         labelling.update(labels[part], logits[part])
     labelling.check(logits.shape[1])
+    return source.notes[len(before) :]
 
 
 def shuffled(count: int, classes: int, seed: int = 1) -> Truth:
@@ -50,7 +52,7 @@ def shuffled(count: int, classes: int, seed: int = 1) -> Truth:
 )
 def test_right_labels_pass_whatever_the_network_is_worth(classes: int, accuracy: float, count: int) -> None:
     truth = shuffled(count, classes)
-    check(truth, network(truth, classes, accuracy))
+    assert check(truth, network(truth, classes, accuracy)) == ()
 
 
 def test_one_image_of_each_class_passes() -> None:
@@ -77,10 +79,51 @@ def test_chance_is_that_among_the_classes_which_have_images() -> None:
         check(truth, network(random, 1000, 1.0))
 
 
-def test_a_network_that_knows_nothing_is_told_where_one_class_has_most_images() -> None:
+@pytest.mark.parametrize("accuracy", [1.0, 0.99])
+def test_a_right_network_passes_where_one_class_has_nearly_all_images(accuracy: float) -> None:
+    truth = (np.arange(300) >= 297).astype(np.int64)
+    assert check(truth, network(truth, 2, accuracy)) == ()
+
+
+def test_a_network_that_knows_nothing_is_noted_where_one_class_has_most_images() -> None:
     truth = (np.random.default_rng(0).random(500) < 0.2).astype(np.int64)  # 80 % are class 0
+    (note,) = check(truth, network(np.zeros(500, np.int64), 2, 0.9))
+    assert "knows how frequent the classes are and nothing else" in note and "--classes FILE" in note
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_a_network_that_always_answers_one_class_is_refused(classes: int) -> None:
     with pytest.raises(DataError, match="no more than by chance"):
-        check(truth, network(np.zeros(500, np.int64), 2, 0.9))
+        check(np.arange(400) % classes, network(np.ones(400, np.int64), classes, 1.0))
+
+
+def test_few_images_that_fit_by_chance_are_noted() -> None:
+    truth = np.arange(40) % 2
+    answers = np.random.default_rng(4).permutation(truth)
+    (note,) = check(truth, network(answers, 2, 1.0))
+    assert "of the 40 labelled images" in note and "so few cannot tell whether the labels are its classes" in note
+    assert check(truth, network(truth, 2, 0.9)) == ()
+
+
+def test_a_network_that_knows_half_of_the_classes_passes_with_a_note() -> None:
+    """In another domain it takes the others for classes that have no images: twice as often right if paired."""
+    truth = shuffled(1000, 10)
+    outputs = np.array([0, 1, 2, 3, 4, 50, 71, 38, 22, 90])[truth]
+    (note,) = check(truth, network(outputs, 100, 0.77))
+    assert "right on 40.3 %" in note and "but on 79.7 %" in note and "paired with another output" in note
+
+
+def test_a_class_that_takes_the_place_of_others_is_no_order() -> None:
+    """All others are answered as class 9 in nine of ten images: nothing that pairs each with its own explains it."""
+    truth = shuffled(1000, 10)
+    random = np.random.default_rng(3).random(1000)
+    assert check(truth, network(np.where(random < 0.9, 9, truth), 10, 1.0)) == ()
+
+
+def test_the_plainer_order_is_named_where_a_pairing_fits_a_little_better() -> None:
+    labels = shuffled(2000, 20)
+    with pytest.raises(DataError, match="if 1 is added to each label"):
+        check(labels, network((labels + 1) % 20, 20, 0.95))
 
 
 ORDERS: dict[str, Truth] = {

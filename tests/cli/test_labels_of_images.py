@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,24 @@ def test_folders_of_another_network_stop(bundle: Path, tmp_path: Path) -> None:
     result = invoke("verify", bundle, "--data", data, "--json")
     assert result.stderr == ""
     assert "1 of the 3 class folders" in json.loads(result.stdout)["notes"][0]
+
+
+def test_few_images_in_folders_that_are_no_classes_are_noted(bundle: Path, tmp_path: Path) -> None:
+    """Three cameras that saw the same."""
+    data = colours(tmp_path / "images", "1_red", "2_green", "3_blue")
+    for camera in range(3):
+        (tmp_path / f"cam{camera}").mkdir()
+    for index, file in enumerate(sorted(data.glob("*/*.png"))[:45]):
+        file.rename(tmp_path / f"cam{index % 3}" / f"{index}.png")
+    shutil.rmtree(data)
+    data = tmp_path
+    result = invoke("verify", bundle, "--data", data)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("so few cannot tell whether the labels are its classes") == 1
+    built = ["build", f"{bundle.parent / 'net.py'}:net", "--precision", "fp32", *WORDS, "--data", data]
+    result = invoke(*built, "-o", tmp_path / "out.pcn", "--json")
+    assert result.exit_code == 0, result.output
+    assert any("so few cannot tell" in note for note in json.loads(result.stdout)["notes"])
 
 
 def test_classes_go_with_data(bundle: Path, tmp_path: Path) -> None:
