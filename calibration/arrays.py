@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.calibration.image_files import about_sizes
-from pcn_deploy.calibration.sampling import Reservoir, spread
+from pcn_deploy.calibration.sampling import Reservoir, spread, surveyed
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.errors import DataError
 
@@ -29,9 +29,6 @@ class DataSet(Protocol):
 ArraysGiven: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]] | DataSet
 """Arrays, tensors or pictures, single or in batches, alone or with labels; a function that returns or yields them; a
 data set with a length."""
-
-_SURVEYED = 64
-"""Images whose values are looked at to tell the user of them."""
 
 _FAR = 10.0
 """Floats so many times beyond black and white were not normalised (0 to 255 is 96 times with ImageNet's statistics)."""
@@ -94,7 +91,7 @@ def open_arrays(given: ArraysGiven, transform: Transform, limit: int | None) -> 
 
 def survey_arrays(items: Sequence[ArrayImage], transform: Transform) -> list[str]:
     """What a user should know of images in memory: of pixels that they have another size, of floats their range."""
-    some = [item.pixels for item in items[:: max(1, len(items) // _SURVEYED)]]
+    some = [item.pixels for item in surveyed(items)]
     floats = [image for image in some if getattr(image, "dtype", None) == np.float32 and image.size]
     sizes = Counter(
         (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size

@@ -13,13 +13,11 @@ import numpy.typing as npt
 
 from pcn_deploy.calibration.classes import Classes, by_number, class_folders
 from pcn_deploy.calibration.pixels import KINDS, is_turned
+from pcn_deploy.calibration.sampling import surveyed
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.errors import DataError, DependencyError
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
-
-_SURVEYED = 64
-"""Files of a source whose headers are read to tell what the user should know of them."""
 
 _SHOWN = 5
 
@@ -140,10 +138,9 @@ def survey(files: Sequence[ImageFile], transform: Transform, *, sizes_too: bool 
     """What a user should know of images before they are read, by the headers of some of them."""
     from PIL import Image
 
-    step = max(1, len(files) // _SURVEYED)
     sizes: Counter[tuple[int, int]] = Counter()
     kinds: Counter[str] = Counter()
-    for file in files[::step]:
+    for file in surveyed(files):
         try:
             with Image.open(file.path) as image:
                 turned = is_turned(image)

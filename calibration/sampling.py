@@ -17,6 +17,14 @@ Indices = npt.NDArray[np.int64]
 
 _SEED = 0
 
+SURVEYED = 64
+"""Images of a source that are looked at, about, to tell the user of them."""
+
+
+def surveyed(items: Sequence[Item]) -> Sequence[Item]:
+    """Those of the items that are looked at to tell the user of them: at an even distance, without a copy."""
+    return items[:: max(1, len(items) // SURVEYED)]
+
 
 def spread(length: int, count: int) -> Indices:
     """Indices of at most `count` of `length` items, ascending: any one of each of `count` stretches as long."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
@@ -18,7 +17,6 @@ from hypothesis.extra.numpy import arrays
 
 from pcn_deploy.calibration.plan import PRECISIONS
 from pcn_deploy.errors import DataError, OptionError
-from pcn_deploy.exact import ExactSum, ExactVector
 from pcn_deploy.limits import ALIKE, BUDGETS, NATURAL_DB, ParityBudget, budget_for
 from pcn_deploy.metrics import SQNR_CEILING_DB
 from pcn_deploy.parity import ParityMeter, ParityReport, report_from_json
@@ -90,23 +88,6 @@ def test_a_broken_image_is_broken_after_merging() -> None:
     assert (merged.metrics()["cosine_min"], merged.metrics()["sqnr_db"]) == (-1, -SQNR_CEILING_DB)
     merged.merge(ParityMeter().state())
     assert merged.metrics() == meter.metrics()
-
-
-@given(st.lists(st.floats(allow_nan=False), max_size=30), st.randoms())
-def test_exact_sums(values: list[float], random: Any) -> None:
-    forward, shuffled = ExactSum(), ExactSum()
-    forward.add(np.array(values, np.float64))
-    random.shuffle(values)
-    for value in values:
-        shuffled.merge(part := ExactSum())
-        part.add(np.array([value]))
-        shuffled.merge(part)
-    assert (forward.units, forward.infinite) == (shuffled.units, shuffled.infinite)
-    if any(map(math.isinf, values)):
-        assert float(forward) == math.inf
-    else:
-        with contextlib.suppress(OverflowError):
-            assert float(forward) == math.fsum(values)
 
 
 @given(logits)
@@ -391,18 +372,3 @@ def test_a_drop_is_proven_broken_or_open(images: int, lost: int, task: str, *, a
     assert (report.task, bool(report)) == (task, passed), report.failures
     assert report.metrics["top1_drop"] == pytest.approx(100 * lost / images)
     assert report.metrics["top1_drop_bound"] >= report.metrics["top1_drop"]
-
-
-@given(arrays(np.float64, (6, 3), elements=st.floats(-1e300, 1e300)), st.integers(1, 5))
-def test_exact_vectors(rows: npt.NDArray[np.float64], cut: int) -> None:
-    from fractions import Fraction
-
-    whole, first, second = ExactVector(), ExactVector(), ExactVector()
-    whole.add(rows)
-    first.add(rows[:cut])
-    second.add(rows[cut:])
-    second.merge(first)
-    assert second.units == whole.units
-    assert [Fraction(units, 2**1074) for units in whole.units] == [
-        sum(map(Fraction, column)) for column in rows.T.tolist()
-    ]
