@@ -2,14 +2,15 @@
 
 Usage: make timm-families, or
        .venv-timm/bin/python benchmarks/timm_families.py [--only NAME ...] [--side ours|public] [--again]
-                                                         [--markdown FILE] [--limit SECONDS]
+                                                         [--markdown FILE] [--limit SECONDS] [--jobs N]
 
 Random weights, every scale drawn, BatchNorm with statistics of images (timm_network.py); the smallest images that each
 network takes, so that it is affordable. SQNR is that of what the images change in the logits, against the eager
 network, on crops of parts of the photographs that did not calibrate. Products are counted in the graphs.
 
-Each network runs in processes of its own with a limit of time. Results are kept as lines of JSON, so that a killed run
-goes on where it was; --again forgets those of the networks at hand.
+Each network runs in processes of its own with a limit of time, on as many cores as OMP_NUM_THREADS says; --jobs N runs
+N at a time. Results are kept as lines of JSON, so that a killed run goes on where it was; --again forgets those of the
+networks at hand.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +121,8 @@ def keep(name: str, side: str, result: Result) -> None:
         file.write(json.dumps({"name": name, "side": side, **result}) + "\n")
 
 
-def execute(command: list[str], limit: float) -> Iterator[Result]:
+def execute(command: list[str], limit: float, log: Path) -> Iterator[Result]:
     """The results that a child prints; one without precision tells how it ended, if not well."""
-    log = RESULTS.with_suffix(".log")
-    log.parent.mkdir(exist_ok=True)
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as errors:
         try:
@@ -147,7 +147,7 @@ def run_side(name: str, resolution: int, side: str, limit: float) -> None:
             commands.append([str(PUBLIC_PYTHON), str(HERE / "timm_rival.py"), folder])
         exported, missing, ended = 0.0, ["fp16", "int8"], "no result"
         for command in commands:
-            for result in execute(command, limit):
+            for result in execute(command, limit, Path(folder, "log.txt")):
                 ended = result.get("refusal") or result.get("failure") or ended
                 if result.get("precision") == "fp32":
                     exported = result.get("seconds", 0.0)
@@ -220,6 +220,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--side", choices=("ours", "public"), help="one side only")
     parser.add_argument("--again", action="store_true", help="run what has a result too")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table of all results so far")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="networks at a time (default 1)")
     parser.add_argument("--limit", type=float, default=900, metavar="SECONDS", help="of each process (default 900)")
     options = parser.parse_args()
     unknown = set(options.only or ()) - set(NETWORKS)
@@ -233,13 +234,18 @@ def main() -> None:
     sides = [options.side] if options.side else ["ours", "public"]
     if "public" in sides and not PUBLIC_PYTHON.exists():
         sys.exit(f"There is no {PUBLIC_PYTHON}: make .venv-public/.done, or --side ours")
-    for name in options.only or NETWORKS:
-        for side in sides:
-            if not options.again and (name, side, "int8") in load():
-                continue
-            run_side(name, NETWORKS[name], side, options.limit)
-            cells = [cell(load().get((name, side, precision)), precision) for precision in ("fp16", "int8")]
-            print(f"{name} {side}: {' | '.join(cells)}", flush=True)
+    done = {} if options.again else load()
+
+    def run(name: str, side: str) -> None:
+        run_side(name, NETWORKS[name], side, options.limit)
+        cells = [cell(load().get((name, side, precision)), precision) for precision in ("fp16", "int8")]
+        print(f"{name} {side}: {' | '.join(cells)}", flush=True)
+
+    wanted = [(name, side) for name in options.only or NETWORKS for side in sides]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        runs = [pool.submit(run, *which) for which in wanted if (*which, "int8") not in done]
+    for finished in runs:
+        finished.result()
     if options.markdown:
         options.markdown.write_text(table(load()), encoding="utf-8")
 
