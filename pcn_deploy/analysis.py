@@ -13,7 +13,7 @@ from pcn_deploy.errors import DataError
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.preparation import in_evaluation_mode, prepare
 from pcn_deploy.progress import Progress, silent
-from pcn_deploy.sources import CalibrationImages, as_source
+from pcn_deploy.sources import CalibrationImages, as_source, hold_out
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,7 +88,7 @@ def analyze(
     from pcn_deploy.calibration.simulate import Simulation
 
     options = replace(options, precision="int8")
-    source = as_source(calibration, options, options.calibration_images)
+    source, _ = hold_out(calibration, options, judged=True)  # nothing is proven here
     network = prepare(in_evaluation_mode(model), options, source, progress)
     simulation = Simulation(network.unrounded, apply_scales(network.deployed, network.scales), network.scales)
     judged_by = source if evaluation is None else as_source(evaluation, options)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from pcn_deploy.calibration.arrays import ArraysGiven, is_stream
 from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.calibration.sampling import Indices
 from pcn_deploy.calibration.transform import drawn_images
 from pcn_deploy.errors import DataError
 from pcn_deploy.golden import NOISE
@@ -68,31 +69,78 @@ def open_source(calibration: CalibrationImages | None, options: CompileOptions) 
 def open_sources(
     calibration: CalibrationImages | None, evaluation: CalibrationImages | None, options: CompileOptions
 ) -> tuple[ImageSource | None, ImageSource | None]:
-    """The calibration images, and labelled ones held out from them to judge the accuracy where no others are to.
+    """The calibration images, if there are any, and labelled ones held out from them to judge the accuracy.
 
-    Where more are labelled than calibrate, the others are held out; where all would calibrate, one of `HELD_OUT_OF` is.
-    Where that would leave too few to calibrate, none is. Each class has its share of both, whatever the order.
+    None are held out where others judge it, or with a budget all of them.
 
     Raises:
-        DataError: As `open_source`.
+        DataError: As `open_source` and `hold_out`.
     """
-    if calibration is None or evaluation is not None or options.max_drop is not None:
+    if calibration is None:
         return open_source(calibration, options), None
+    return hold_out(calibration, options, judged=evaluation is not None or options.max_drop is not None)
+
+
+def hold_out(
+    calibration: CalibrationImages, options: CompileOptions, *, judged: bool
+) -> tuple[ImageSource, ImageSource | None]:
+    """The calibration images, and labelled ones held out from them, unless the accuracy is judged otherwise.
+
+    Where more are labelled than calibrate, the others are held out; where all would calibrate, one of `HELD_OUT_OF` is.
+    Where that would leave too few to calibrate, none is. Each class has its share of both, whatever the order. A
+    calibration cache that was made with images held out serves where none need be, with the images it was made with.
+
+    Raises:
+        DataError: If images are unusable, or the cache was made with those that are to judge.
+        OptionError: As `as_source`.
+    """
+    cache = options.calibration_cache if options.quantizes else None
+    if judged and cache is None:
+        return as_source(calibration, options, options.calibration_images), None
     streamed = not isinstance(calibration, ImageSource) and is_stream(calibration)
     every = as_source(calibration, options, options.calibration_images + HELD_OUT if streamed else None)
     # who gives a source has chosen how many
     limit = len(every) if isinstance(calibration, ImageSource) else options.calibration_images
-    everything = np.arange(len(every))
-    if len(every) > limit:
-        chosen = every.spread(limit)
-        others = np.setdiff1d(everything, chosen)
-    else:
-        others = every.spread(len(every) // HELD_OUT_OF)
-        chosen = np.setdiff1d(everything, others)
-    if not every.has_labels or len(others) == 0 or len(chosen) < min(limit, LEAST_CALIBRATION):
-        return every.select(every.spread(limit)), None
+    whole = every.spread(limit)
+    chosen, others = _split(every, whole)
+    if len(others) == 0:
+        return every.select(whole), None
+    kept = _images_kept(Path(cache)) if cache else None
+    if judged:
+        return every.select(chosen if kept == len(chosen) else whole), None
+    if kept == len(whole) != len(chosen):
+        msg = (
+            f"{cache} was made with all {kept} calibration images; without --data and --max-drop {len(others)} of them "
+            "are held out to judge the accuracy, which images that calibrate cannot. Give --data, or another cache."
+        )
+        raise DataError(msg)
     held_out = every.select(others)
     return every.select(chosen), held_out.select(held_out.spread(HELD_OUT))
+
+
+def _split(every: ImageSource, whole: Indices) -> tuple[Indices, Indices]:
+    """Indices of those that calibrate and of the others, which may judge; `whole` would calibrate if none were to."""
+    everything = np.arange(len(every))
+    chosen, others = whole, np.setdiff1d(everything, whole)
+    if len(others) == 0:
+        others = every.spread(len(every) // HELD_OUT_OF)
+        chosen = np.setdiff1d(everything, others)
+    if not every.has_labels or len(chosen) < min(len(whole), LEAST_CALIBRATION):
+        return whole, everything[:0]
+    return chosen, others
+
+
+def _images_kept(cache: Path) -> int | None:
+    """Number of images a calibration cache was made with, unreadable ones included; None if there is none yet."""
+    from pcn_deploy.calibration.cache import read_cache
+    from pcn_deploy.calibration.distributed import current
+    from pcn_deploy.calibration.record import from_json
+
+    text = current().gather(read_cache(cache) if current().first else b"")[0]
+    if not text:
+        return None
+    kept = from_json(text, str(cache))
+    return kept.images + kept.unreadable
 
 
 def open_evaluation(
