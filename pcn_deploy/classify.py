@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pcn_deploy.calibration.image_files import read_image
-from pcn_deploy.errors import DataError, OptionError
+from pcn_deploy.errors import DataError, OptionError, ParityError
 from pcn_deploy.heatmap import MapRange, choose_map, overlay, save
 from pcn_deploy.runtime import Engine, check_finite
 from pcn_deploy.specs import ATTENTION_MAP, LOGITS
@@ -26,14 +27,20 @@ class Prediction:
         probabilities: Softmax of the logits, 0 to 1.
         heatmap: The picture of where the network looked, if one was asked for.
         attention: What its colours stand for, and whose class the map is.
+        error: Why there is no answer: the file is no image, or the outputs are NaN or infinite. Nothing else is set.
     """
 
     image: str
-    classes: tuple[int, ...]
-    names: tuple[str, ...]
-    probabilities: tuple[float, ...]
+    classes: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
     heatmap: str | None = None
     attention: MapRange | None = None
+    error: DataError | ParityError | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, the error as its message."""
+        return {**asdict(self), "error": None if self.error is None else str(self.error)}
 
 
 def classify(
@@ -57,11 +64,10 @@ def classify(
         heatmap_class: The class whose map is drawn instead.
 
     Returns:
-        One prediction per image.
+        One prediction per image. An image without an answer has an error instead; it does not stop the others.
 
     Raises:
-        DataError: If an image cannot be read, or the names are not as many as the classes.
-        ParityError: If the engine returns NaN or infinite logits for an image.
+        DataError: If the names are not as many as the classes.
         OptionError: If heatmaps are asked of a bundle without attention map, or for a class without one of its own.
         OutputError: If a picture cannot be written.
         DependencyError: If Pillow is missing.
@@ -74,9 +80,13 @@ def classify(
         raise OptionError(msg)
     results = []
     for index, path in enumerate(images):
-        image = read_image(path, engine.transform)
-        outputs = engine.outputs(image[None])
-        check_finite(outputs, engine, str(path))
+        try:
+            image = read_image(path, engine.transform)
+            outputs = engine.outputs(image[None])
+            check_finite(outputs, engine, str(path))
+        except (DataError, ParityError) as error:
+            results.append(Prediction(image=str(path), error=error))
+            continue
         logits = outputs[LOGITS][0].astype(np.float64)
         if class_names is not None and len(class_names) != len(logits):
             msg = f"{len(class_names)} class names were given; the network has {len(logits)} classes."

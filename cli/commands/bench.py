@@ -11,7 +11,7 @@ from pcn_deploy.bundle import Bundle
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.engines.registry import TARGETS, get_backend
-from pcn_deploy.errors import DependencyError
+from pcn_deploy.errors import DependencyError, ParityError
 from pcn_deploy.runtime import Engine
 
 
@@ -35,21 +35,33 @@ def command(
     targets = [target] if target else [entry["target"] for entry in bundle.engines]
     found: dict[str, Latency] = {}
     skipped: dict[str, str] = {}
+    failed: dict[str, ParityError] = {}
     with display.progress_bars(quiet=quiet or as_json) as progress:
         for name in targets:
             state = get_backend(name).availability()
             if not (state.can_run or target):
                 skipped[name] = state.detail
                 continue
-            with Engine.open(bundle, name) as engine:
-                found[name] = bench(engine, batch=batch or engine.spec.batch.opt, seconds=seconds, progress=progress)
-    if not found:
-        reasons = "; ".join(f"{name}: {detail}" for name, detail in skipped.items())
-        message = f"None of the engines in {file} can run here: {reasons}"
+            try:
+                with Engine.open(bundle, name) as engine:
+                    size = batch or engine.spec.batch.opt
+                    found[name] = bench(engine, batch=size, seconds=seconds, progress=progress)
+            except ParityError as error:
+                failed[name] = error
+    if not found and not failed:
+        details = "; ".join(f"{name}: {detail}" for name, detail in skipped.items())
+        message = f"None of the engines in {file} can run here: {details}"
         raise DependencyError(message)
     if as_json:
+        skipped |= {name: str(error) for name, error in failed.items()}
         display.print_json({**{name: latency.to_json() for name, latency in found.items()}, "skipped": skipped})
-        return
+    else:
+        _show(found, skipped)
+    if failed:
+        raise ParityError("\n".join(map(str, failed.values())))
+
+
+def _show(found: dict[str, Latency], skipped: dict[str, str]) -> None:
     rows = [
         [
             name,
@@ -62,6 +74,7 @@ def command(
         ]
         for name, x in found.items()
     ]
-    display.print_table("Latency", ["target", "batch", "runs", "p50 ms", "p90 ms", "p99 ms", "images/s"], rows)
+    if rows:
+        display.print_table("Latency", ["target", "batch", "runs", "p50 ms", "p90 ms", "p99 ms", "images/s"], rows)
     for name, detail in skipped.items():
         click.echo(f"{name} was not measured: {detail}.")

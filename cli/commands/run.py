@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -10,7 +9,7 @@ import click
 from pcn_deploy.calibration.image_files import ImageFile, survey
 from pcn_deploy.classify import Prediction, classify
 from pcn_deploy.cli import display, options
-from pcn_deploy.errors import DataError
+from pcn_deploy.errors import DataError, ParityError
 from pcn_deploy.heatmap import picture_paths
 from pcn_deploy.runtime import load
 
@@ -65,14 +64,23 @@ def command(
     for text in notes:
         display.note(text, quiet=as_json)
     if as_json:
-        display.print_json({"target": used, "predictions": [asdict(prediction) for prediction in predictions]})
-        return
+        display.print_json({"target": used, "predictions": [prediction.to_json() for prediction in predictions]})
+    else:
+        _show(predictions, names, used)
+    errors = [prediction.error for prediction in predictions if prediction.error]
+    if errors:
+        worst = next((error for error in errors if isinstance(error, ParityError)), errors[0])
+        raise type(worst)("\n".join(map(str, errors)))
+
+
+def _show(predictions: list[Prediction], names: list[str] | None, used: str) -> None:
     rows = []
     for prediction in predictions:
         for rank, name in enumerate(prediction.names):
             shown = prediction.image if rank == 0 else ""
             rows.append([shown, str(rank + 1), name, f"{100 * prediction.probabilities[rank]:.2f}"])
-    display.print_table(f"Most likely classes, by {used}", ["image", "rank", "class", "probability %"], rows)
+    if rows:
+        display.print_table(f"Most likely classes, by {used}", ["image", "rank", "class", "probability %"], rows)
     for prediction in predictions:
         _tell_picture(prediction, names)
 

@@ -197,25 +197,52 @@ def test_heatmaps_that_cannot_be(path: Path, path_with_map: Path, dark: Path, im
 
 
 def not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime whose first logit is NaN: a fake engine, for our own judgement."""
+    """ONNX Runtime that answers NaN to all but one flat colour: a fake engine, for our own judgement."""
     from pcn_deploy.engines.onnxruntime import _OnnxRuntimeSession
 
     real = _OnnxRuntimeSession._run_impl
 
     def spoiled(self: Any, inputs: Any) -> Any:
         found = real(self, inputs)
-        found["logits"][:, 0] = np.nan
+        if any(np.ptp(each, (-1, -2)).any() for each in inputs.values()):
+            found["logits"][:, 0] = np.nan
         return found
 
     monkeypatch.setattr(_OnnxRuntimeSession, "_run_impl", spoiled)
 
 
-@pytest.mark.parametrize("words", [["--json"], []])
-def test_no_answer_is_an_error(path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+def test_no_answer_is_an_error(path: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     not_finite(monkeypatch)
-    refused(invoke("run", path, image, *words), 3, "NaN or infinite logits", str(image))
+    refused(invoke("run", path, image), 3, "NaN or infinite logits", str(image))
+
+
+def test_images_without_an_answer_do_not_hide_the_others(
+    path: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    not_finite(monkeypatch)
+    flat, text = tmp_path / "flat.png", tmp_path / "text.png"
+    Image.new("RGB", (64, 64), (9, 9, 9)).save(flat)
+    text.write_text("no image")
+    result = invoke("run", path, image, flat, text, "--json")
+    assert result.exit_code == 3
+    no_answer, answer, no_image = json.loads(result.stdout)["predictions"]
+    assert (no_answer["image"], no_answer["classes"]) == (str(image), [])
+    assert f"NaN or infinite logits for {image}" in no_answer["error"]
+    assert (len(answer["classes"]), answer["error"]) == (3, None)
+    assert "cannot be read as an image" in no_image["error"]
+    assert f"{no_answer['error']}\n{no_image['error']}" in result.stderr
+    shown = invoke("run", path, image, flat)
+    assert shown.exit_code == 3
+    assert "flat.png" in shown.stdout.replace("\n", "")
+    assert invoke("run", path, flat, text, "--json").exit_code == 1
 
 
 def test_the_time_of_no_answer_is_not_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     not_finite(monkeypatch)
-    refused(invoke("bench", path, "--seconds", "0.01", "--json"), 3, "NaN or infinite logits for random images")
+    result = invoke("bench", path, "--seconds", "0.01", "--json")
+    assert result.exit_code == 3
+    found = json.loads(result.stdout)
+    assert "NaN or infinite logits for random images" in found["skipped"]["cpu"]
+    assert "cpu" not in found
+    assert "latency_ms" in found["torchscript"]
+    assert "NaN or infinite logits for random images" in result.stderr
