@@ -84,7 +84,7 @@ def calibrate(
     if statistics and not any(seen.amax for seen in statistics.values()):
         msg = (
             f"The inputs of all {len(layers)} layers are zero on every image: there is nothing to calibrate. "
-            "Check the images and the weights, or build with --precision fp16."
+            "Check the images and the weights, or build without 8 bits."
         )
         raise DataError(msg)
     found = Calibration(

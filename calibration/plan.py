@@ -203,6 +203,18 @@ def _has_small_kernel(layer: LayerFacts) -> str:
     return f"a kernel of {taps} positions; FP8 takes {MAX_TAPS}" if taps > MAX_TAPS else ""
 
 
+def in_fp32(precision: str, remainder: str) -> str:
+    """The option that builds in FP32 what is FP16 or BF16 now; empty where nothing is.
+
+    Args:
+        precision: One of `PRECISIONS`.
+        remainder: Type of the graph outside Q/DQ.
+    """
+    if remainder == "fp32":
+        return ""
+    return "--remainder fp32" if precision in CODES else "--precision fp32"
+
+
 def _is_used_once(layer: LayerFacts) -> str:
     return "" if layer.uses == 1 else "called more than once: one scale would have to fit every call"
 
@@ -247,7 +259,8 @@ def make_plan(layers: list[LayerFacts], precision: str, remainder: str = "fp16")
         for entry in sorted(entries, key=lambda entry: entry.reason.startswith("not a")):  # the telling ones first
             kinds.setdefault(entry.reason, set()).add(entry.kind)
         reasons = "; ".join(f"{', '.join(sorted(names))}: {reason}" for reason, names in kinds.items())
-        msg = f"No layer of this network gains from {precision.upper()} ({reasons}). Build it with --precision fp16."
+        codes = precision.upper()
+        msg = f"No layer of this network gains from {codes} ({reasons}). Build it with --precision {remainder}."
         raise ModelError(msg)
     int8 = {entry.op for entry in entries if entry.precision == "int8"}
     decided = {entry.op: entry for entry in entries}

@@ -233,8 +233,8 @@ def search_plan(
         msg = (
             f"No {codes} layer is left within the budget of {judges.budget} points of top-1. The best found is {last} "
             f"alone in {codes}: {counts.lost} of {counts.images} images lost, {counts.gained} gained, a drop of up to "
-            f"{counts.drop_bound:.2f} with {CONFIDENCE:.0%} confidence. Build with --precision fp16, give more images "
-            "with --data, or allow a larger drop."
+            f"{counts.drop_bound:.2f} with {CONFIDENCE:.0%} confidence. Build with --precision "
+            f"{network.plan.remainder}, give more images with --data, or allow a larger drop."
         )
         raise ParityError(msg)
     left = frozenset(layer for unit in found.unquantized for layer in units[unit])

@@ -208,7 +208,8 @@ def prepare(
     deployed = complete
     if options.quantizes and not plan.quantized_entries:
         codes = options.precision.upper()
-        msg = f"The plan leaves no layer in {codes}. Build it with --precision fp16, or put layers in it in the recipe."
+        floats = f"--precision {options.graph_type}"
+        msg = f"The plan leaves no layer in {codes}. Build it with {floats}, or put layers in it in the recipe."
         raise ModelError(msg)
     missing = [path for path, entry in plan.quantized_entries.items() if entry.input_amax is None]
     if missing and source is None:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.bundle import Bundle
+from pcn_deploy.calibration.plan import in_fp32
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.engines.base import Backend, Session
 from pcn_deploy.engines.registry import get_backend
@@ -152,10 +153,14 @@ def check_finite(outputs: dict[str, npt.NDArray[np.float32]], engine: Engine, im
     """
     for name, values in outputs.items():
         if not np.isfinite(values).all():
-            target = engine.target
+            target, manifest = engine.target, engine.bundle.manifest
+            precision, option = manifest["precision"], in_fp32(manifest["precision"], manifest["remainder"])
+            advice = f"If that fails, build with {option or '--precision fp32'}."
+            if precision == "fp32":
+                advice = "It is FP32 already: if that passes, see whether the trained network answers this image."
             msg = (
                 f"The {target} engine returns NaN or infinite {name} for {image}, which is no answer. "
-                f"Check it: pcn-compile verify --target {target}. If that fails, build with --precision fp32."
+                f"Check it: pcn-compile verify --target {target}. {advice}"
             )
             raise ParityError(msg)
 

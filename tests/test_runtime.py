@@ -14,8 +14,8 @@ from pcn_deploy.engines.base import Availability, Session
 from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend, _OnnxRuntimeSession
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.engines.torchscript import TorchScriptBackend
-from pcn_deploy.errors import BundleError, DataError, DependencyError, OptionError
-from pcn_deploy.runtime import PREFERENCE, executor
+from pcn_deploy.errors import BundleError, DataError, DependencyError, OptionError, ParityError
+from pcn_deploy.runtime import PREFERENCE, check_finite, executor
 
 torch = pytest.importorskip("torch")
 
@@ -200,3 +200,22 @@ def test_who_executes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert executor(backend, "fp16") == "cpu"
     with pytest.raises(OptionError, match=r"BF16 for target 'torchscript' cannot be proven here"):
         executor(backend, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("precision", "remainder", "advice"),
+    [
+        ("fp32", "fp32", "It is FP32 already: if that passes, see whether the trained network answers"),
+        ("fp16", "fp16", "build with --precision fp32"),
+        ("int8", "fp16", "build with --remainder fp32"),
+        ("int8", "fp32", "build with --precision fp32"),
+    ],
+)
+def test_the_advice_where_there_is_no_answer_fits_what_was_built(
+    path: Path, precision: str, remainder: str, advice: str
+) -> None:
+    with pcn_deploy.load(path, "cpu") as engine:
+        engine.bundle.manifest |= {"precision": precision, "remainder": remainder}
+        check_finite({"logits": np.ones(2, np.float32)}, engine, "one image")
+        with pytest.raises(ParityError, match=f"NaN or infinite logits for one image, .*{advice}"):
+            check_finite({"logits": np.array([0, np.nan], np.float32)}, engine, "one image")

@@ -23,7 +23,7 @@ _LOG = logging.getLogger(__name__)
 
 _NEXT = (
     "If memory ran out, close other programs or build for a smaller batch. If an operator is refused, "
-    "try a newer TensorRT, or keep the part of the network that holds it in FP32."
+    "try a newer TensorRT, or give that part of the network precision fp32 in a recipe, if it has another."
 )
 _NO_OPERATOR = re.compile(r"operator: (\w+) \(checkFallbackPluginImporter\)")
 """How TensorRT's parser says that it knows no operator of this name."""

@@ -171,7 +171,10 @@ def serialise(model: ir.Model) -> bytes:
     try:
         data: bytes = ir.to_proto(model).SerializeToString()
     except ValueError as error:
-        msg = f"The ONNX graph does not fit into one file: {error}. Build it with --precision fp16 or int8."
+        held = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+        wide = sum(tensor.nbytes for tensor in held if tensor.dtype == ir.DataType.FLOAT)
+        smaller = "Build it with --precision fp16 or int8." if 2 * wide > sum(tensor.nbytes for tensor in held) else ""
+        msg = f"The ONNX graph does not fit into one file: {error}. {smaller or 'Its weights are not FP32 any more.'}"
         raise ModelError(msg) from error
     return data
 

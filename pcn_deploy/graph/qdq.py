@@ -61,7 +61,7 @@ def _weight_of(graph: ir.Graph, path: str) -> tuple[ir.Value, ir.Node]:
     if len(found) != 1 or found[0][0].const_value is None:
         msg = (
             f"The exported graph does not use {path}.weight exactly once, so {path} cannot be quantised.\n"
-            "Way round: call the layer and use its weight nowhere else, or give it precision fp16 in a --recipe."
+            "Way round: call the layer and use its weight nowhere else, or leave it unquantised in a --recipe."
         )
         raise ModelError(msg)
     return found[0]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from pcn_deploy.calibration.plan import in_fp32
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.repeat import SCOPES
 from pcn_deploy.graph.schemas import Slots, slots
@@ -223,8 +224,23 @@ class _TypedGraph:
                 values[kind] = self._copy(value, kind)
                 for node, index in readers[value][kind]:
                     node.replace_input_with(index, values[kind])
-            converted += sum(_convert(each, kind) for kind, each in values.items())
+            for kind, each in values.items():
+                self._check_range(each, kind)
+                converted += _convert(each, kind)
         return converted
+
+    def _check_range(self, value: ir.Value, kind: ir.DataType) -> None:
+        """Refuse a weight that its type cannot hold."""
+        array = value.const_value.numpy() if value.const_value is not None else np.zeros(0, np.float32)
+        largest = float(np.abs(array).max(where=np.isfinite(array), initial=0))  # infinity is as good in any type
+        if kind == ir.DataType.FLOAT or largest <= _LARGEST[kind]:
+            return
+        codes = any(node.op_type == "DequantizeLinear" for node in self.graph)
+        way = f"build with {in_fp32('int8' if codes else 'fp16', 'fp16')}"
+        if self.default == ir.DataType.FLOAT:
+            way = "give its layer precision fp32 in the recipe"
+        msg = f"Weight {value.name} reaches {largest:.3g}, beyond {_NAMES[kind]}; {way}."
+        raise ModelError(msg)
 
     def _copy(self, value: ir.Value, kind: ir.DataType) -> ir.Value:
         name = f"{value.name}.{_NAMES[kind]}"
@@ -275,12 +291,6 @@ def _convert(value: ir.Value, kind: ir.DataType) -> bool:
     """Store an initialiser in another type; returns whether it was converted."""
     if value.const_value is None or kind == ir.DataType.FLOAT:
         return False
-    array = value.const_value.numpy()
-    largest = float(np.abs(array).max(where=np.isfinite(array), initial=0))  # infinity is as good in any type
-    if largest > _LARGEST[kind]:
-        name = _NAMES[kind]
-        msg = f"Weight {value.name} reaches {largest:.3g}, beyond {name}; build with --precision fp32."
-        raise ModelError(msg)
-    value.const_value = ir.tensor(array.astype(kind.numpy()), dtype=kind, name=value.name)
+    value.const_value = ir.tensor(value.const_value.numpy().astype(kind.numpy()), dtype=kind, name=value.name)
     value.type = ir.TensorType(kind)
     return True

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pcn_deploy.calibration.facts import inspect_layers
-from pcn_deploy.calibration.plan import LayerFacts, PrecisionPlan, make_plan
+from pcn_deploy.calibration.plan import REMAINDERS, LayerFacts, PrecisionPlan, make_plan
 from pcn_deploy.errors import ModelError, OptionError
 from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.patchconvnet import PatchConvNet
@@ -113,5 +113,7 @@ def test_unknown_precisions_are_refused() -> None:
 
 
 def test_a_network_that_gains_nothing_is_refused() -> None:
-    with pytest.raises(ModelError, match="No layer of this network gains from INT8"):
-        make_plan([facts(groups=64)], "int8")
+    for remainder in REMAINDERS:
+        words = f"No layer of this network gains from INT8 .* Build it with --precision {remainder}"
+        with pytest.raises(ModelError, match=words):
+            make_plan([facts(groups=64)], "int8", remainder)

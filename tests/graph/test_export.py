@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.export import engine_spec, export_network, serialise, to_onnx
 from pcn_deploy.graph.torchscript import to_torchscript
+from pcn_deploy.graph.typed import reduce_precision
 from pcn_deploy.models.patchconvnet import PatchConvNet
 from pcn_deploy.specs import BatchRange
 
@@ -110,3 +111,21 @@ def test_scripting_keeps_no_weights() -> None:
     del layer
     gc.collect()
     assert weight() is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "advice"), [("fp32", "Build it with --precision fp16"), ("fp16", "not FP32 any")]
+)
+def test_a_graph_too_large_for_one_file(
+    make_net: MakeNet, monkeypatch: pytest.MonkeyPatch, precision: str, advice: str
+) -> None:
+    """Faked: protobuf refuses what exceeds 2 GiB."""
+
+    def refuse(_model: object) -> None:
+        raise ValueError("exceeds maximum protobuf size of 2GB")
+
+    graph = to_onnx(make_net(depth=1), (3, 32, 48), BatchRange(), {})
+    reduce_precision(graph, precision)
+    monkeypatch.setattr("onnx_ir.to_proto", refuse)
+    with pytest.raises(ModelError, match=rf"does not fit into one file: exceeds .* {advice}"):
+        serialise(graph)

@@ -107,8 +107,20 @@ def test_a_weight_beyond_the_range_is_an_error(value: float, fits: bool) -> None
     if fits:
         assert reduce_precision(graph, "fp16") == 2
     else:
-        with pytest.raises(ModelError, match=r"0\.weight reaches .*fp16.*--precision fp32"):
+        with pytest.raises(ModelError, match=r"0\.weight reaches .*fp16; build with --precision fp32"):
             reduce_precision(graph, "fp16")
+
+
+def test_the_advice_against_a_weight_beyond_the_range_fits_what_is_built() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 16, 1), nn.Flatten()).eval()
+    with torch.no_grad():
+        net.get_submodule("0").weight[1, 1, 0, 0] = 1e5  # type: ignore[operator]
+    graph = to_onnx(net, (3, 2, 2), BatchRange(), {"1": Quantization(1 / 16, np.full(16, 1 / 128, np.float32))})
+    with pytest.raises(ModelError, match=r"0\.weight reaches .*fp16; build with --remainder fp32"):
+        reduce_precision(graph, "fp16")
+    graph = to_onnx(net, (3, 2, 2), BatchRange(), {})
+    with pytest.raises(ModelError, match=r"0\.weight reaches .*fp16; give its layer precision fp32 in the recipe"):
+        reduce_precision(graph, "fp32", {"0": "fp16"})
 
 
 class Constants(nn.Module):
