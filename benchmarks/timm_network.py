@@ -51,6 +51,8 @@ def create(name: str, resolution: int, seed: int = 0) -> nn.Module:
 
 def _declare_operators() -> None:
     """Let torchvision be imported where its wheel, made for CUDA, cannot load its operators beside a torch for CPUs."""
+    if torch.version.cuda is not None:
+        return
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name, signature in {
         "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
