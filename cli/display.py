@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from pcn_deploy.specs import ATTENTION_MAP
 if TYPE_CHECKING:
     from pcn_deploy.budget import BudgetProof
     from pcn_deploy.calibration.search import SearchResult
+    from pcn_deploy.parity import ParityReport
 
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -198,6 +200,23 @@ def parity_rows(reports: list[dict[str, Any]]) -> list[list[str]]:
             passed = not any(failure.startswith("attention map") for failure in report["failures"])
             rows.append([*_parity_row("  attention map", report, f"{ATTENTION_MAP}_", passed=passed), "-", "-"])
     return rows
+
+
+def failures(reports: Iterable[ParityReport | BudgetProof]) -> str:
+    """Which limits were broken, each told once: by whom, and with the figures of the first of them."""
+    broken: dict[str, tuple[str, list[str]]] = {}
+    for report in reports:
+        executed = getattr(report, "executions", ())  # of a proof of parity only
+        for failure in report.failures:
+            name = next((name for name in executed if failure.startswith(f"{name}: ")), report.target)
+            sentence = failure.removeprefix(f"{name}: ")
+            _, names = broken.setdefault(_FIGURES.sub("", sentence), (sentence, []))
+            names += [] if name in names else [name]
+    return "; ".join(f"{', '.join(names)}: {sentence}" for sentence, names in broken.values())
+
+
+_FIGURES = re.compile(r"-?\d[\d.]*(?= dB| of )| of the worst image, .+?,(?= is below)")
+"""In a failure, what differs from one execution to another that breaks the same limit."""
 
 
 def _parity_row(name: str, report: dict[str, Any], prefix: str, *, passed: bool) -> list[str]:

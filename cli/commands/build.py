@@ -151,9 +151,8 @@ def _build(given: dict[str, Any], processes: Processes) -> None:
         click.echo(f"Kept {choice.precision}: {choice.reason}.")
     _report(result, given["output"], explain=given["explain"], as_json=given["as_json"])
     if not result:
-        reasons = [f"{report.target}: {', '.join(report.failures)}" for report in result.reports if not report]
-        reasons += [f"{proof.target}: {', '.join(proof.failures)}" for proof in result.proofs if not proof]
-        message = f"Parity failed, so {given['output']} was not written: {'; '.join(reasons)}."
+        reasons = display.failures((*result.reports, *result.proofs))
+        message = f"Parity failed, so {given['output']} was not written: {reasons}."
         if result.advice:
             message += f" Tried on the golden images: {'; '.join(map(str, result.advice))}."
         raise ParityError(message)

@@ -39,5 +39,5 @@ def command(
         rows = display.parity_rows([report.to_json()])
         display.print_table("Parity with the eager network", display.PARITY_COLUMNS, rows)
     if not report:
-        message = f"Parity failed, so {output or file} was left as it is: {'; '.join(report.failures)}."
+        message = f"Parity failed, so {output or file} was left as it is: {display.failures([report])}."
         raise ParityError(message)

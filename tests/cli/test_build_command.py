@@ -356,7 +356,8 @@ def test_a_failed_parity_writes_nothing(weights: Path, out: Path, monkeypatch: p
     assert result.exit_code == 3
     found = json.loads(result.stdout)
     assert (found["passed"], found["bytes"], found["parity"][0]["passed"]) == (False, None, False)
-    assert f"Parity failed, so {out} was not written: cpu: " in result.stderr
+    assert f"Parity failed, so {out} was not written: cpu, stock: cosine" in result.stderr
+    assert result.stderr.count("edge images: SQNR") == 1, "what the executions share is told once"
     assert list(out.parent.iterdir()) == []
 
 

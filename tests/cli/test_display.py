@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
 import pytest
 
 from pcn_deploy.cli import display
+from pcn_deploy.limits import budget_for
+from pcn_deploy.parity import ParityMeter, ParityReport
+
+
+def report(executed_by: str, scale: float, **given: Any) -> ParityReport:
+    """Of an engine whose error grows with `scale`; 0 is a right one."""
+    random = np.random.default_rng(0)
+    expected, error = random.standard_normal((2, 8, 10))
+    meter = ParityMeter()
+    meter.update(expected, expected + scale * error)
+    return meter.report(target="cpu", executed_by=executed_by, data="", budget=budget_for("fp32"), **given)
+
+
+def test_a_limit_that_several_executions_broke_is_told_once() -> None:
+    engine, rounded, stock = report("cpu", 0.5), report("rounded", 0.501), report("stock", 0.0)
+    both = engine.with_execution(rounded).with_execution(stock)
+    assert len(both.failures) == 2 * len(engine.failures) == 4
+    told = display.failures([both, replace(both, target="torchscript")])
+    assert told == "; ".join(f"cpu, rounded, torchscript: {failure}" for failure in engine.failures)
+    assert display.failures([stock.with_execution(rounded)]) == "; ".join(
+        f"rounded: {failure}" for failure in rounded.failures
+    )
+    alone = report("cpu", 2.0)
+    assert [part.partition(" ")[0] for part in display.failures([alone]).split("; ")] == ["cpu:"] * 2
 
 
 def test_a_log_has_a_line_per_step_and_more_where_it_takes_long(capsys: pytest.CaptureFixture[str]) -> None:
