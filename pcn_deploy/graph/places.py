@@ -89,10 +89,20 @@ def _place_in_frames(model: nn.Module, frames: Iterable[tuple[FrameType, int]]) 
     files = _own_files(model)
     owner, file, line = "", "", 0
     for frame, number in frames:
-        owner = paths.get(id(frame.f_locals.get("self")), owner)
+        owner = paths.get(id(_local(frame, "self")), owner)
         if owner and frame.f_code.co_filename in files:
             file, line = frame.f_code.co_filename, number
     return Place(owner, file, line) if owner else None
+
+
+def _local(frame: FrameType, name: str) -> Any:
+    """A local variable of a frame; None if it has none of that name.
+
+    Before Python 3.13 a frame that was asked for its variables keeps all of them, deleted ones too, until it returns.
+    So only those are asked that have the one in question.
+    """
+    code = frame.f_code
+    return frame.f_locals.get(name) if name in (*code.co_varnames, *code.co_freevars) else None
 
 
 def place_at_work(model: nn.Module, frames: Iterable[tuple[FrameType, int]]) -> Place | None:
@@ -113,7 +123,7 @@ def place_of_node(error: Exception) -> Place | None:
     """The place noted on the node that could not be translated."""
     for link in chain_of(error):
         for frame, _ in traceback.walk_tb(link.__traceback__):
-            node = frame.f_locals.get("node")
+            node = _local(frame, "node")
             if isinstance(node, fx.Node) and node.meta.get("nn_module_stack"):
                 path, kind = list(node.meta["nn_module_stack"].values())[-1]
                 name = kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
