@@ -21,6 +21,7 @@ ClassesGiven: TypeAlias = str | Path | Sequence[str] | Mapping[str, int]
 """A file of `read_classes`, the names of all classes in the order of the outputs, or the output of each name."""
 
 _SYNSET = re.compile(r"(n\d{8})[\s,:]+(\S.*)")
+_BARE_SYNSET = re.compile(r"n\d{8}")
 _NUMBER_FIRST = re.compile(r"(\d+)\s*[\s:,;]\s*(\S.*)")
 _NUMBER_LAST = re.compile(r"(.*\S)\s*[\s:,;]\s*(\d+)")
 _INSIDE = ("class_to_idx", "label2id", "id2label", "class_names", "classes", "names", "labels")
@@ -89,8 +90,17 @@ def by_number(folders: Sequence[str]) -> list[str]:
     return [] if ordered == list(folders) else ordered
 
 
+@dataclass(frozen=True)
+class _Listed:
+    """What a file says: the names of each output, in any order, and whether it is said of every output."""
+
+    names: list[tuple[tuple[str, ...], int]]
+    ordered: bool
+    complete: bool
+
+
 def read_classes(path: Path) -> Classes:
-    """Read the names of classes from a file.
+    """Read which output each name means.
 
     Text, one class on a line: its name, in the order of the outputs; or its output and its name (`3 cat`, `cat,3`). A
     line of ImageNet (`n01440764 tench, Tinca tinca`) is known by its synset and by its words. JSON: a list of names,
@@ -99,6 +109,48 @@ def read_classes(path: Path) -> Classes:
     Raises:
         DataError: If it cannot be read, or names or outputs are impossible; the message holds what is expected.
     """
+    listed = _read(path)
+    if listed.ordered:
+        return _in_order([aliases for aliases, _ in listed.names], str(path))
+    named = [(alias, number) for aliases, number in listed.names for alias in aliases]
+    return _numbered(named, str(path), complete=listed.complete)
+
+
+def read_names(path: Path, outputs: int) -> list[str]:
+    """Read what to call each output of a network: the files of `read_classes`, but several outputs may share a name.
+
+    Args:
+        path: The file.
+        outputs: Number of outputs.
+
+    Returns:
+        A name for each output; its number where the file has none for it.
+
+    Raises:
+        DataError: As `read_classes`, or if the file names other outputs than those.
+    """
+    listed = _read(path)
+    found: dict[int, list[str]] = {}
+    for aliases, number in listed.names:
+        _check_number(aliases[0], number, str(path))
+        found.setdefault(number, []).extend(aliases)
+    every = Classes(
+        index={str(number): number for number in found},
+        origin=str(path),
+        count=max(found, default=0) + 1 if listed.complete else None,
+    )
+    if fault := every.fault(outputs) if found else f"{path}: no class is named.":
+        msg = f"{fault} Expected a name for each output."
+        raise DataError(msg)
+    return [_best(found.get(number, [str(number)])) for number in range(outputs)]
+
+
+def _best(names: list[str]) -> str:
+    """The first of the names that is no bare synset."""
+    return next((name for name in names if not _BARE_SYNSET.fullmatch(name)), names[0])
+
+
+def _read(path: Path) -> _Listed:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -111,22 +163,27 @@ def read_classes(path: Path) -> Classes:
         where = f"line {lines.index('') + 1} is empty" if lines else "it is empty"
         msg = f"The classes {path}: {where}. Expected the name of one class on each line, in the order of the outputs."
         raise DataError(msg)
-    return _pairs(lines, str(path)) or _in_order([_aliases(line) for line in lines], str(path))
+    return _pairs(lines) or _by_place(lines)
 
 
-def _pairs(lines: list[str], origin: str) -> Classes | None:
+def _by_place(names: Sequence[str]) -> _Listed:
+    """Names in the order of the outputs."""
+    return _Listed([(_aliases(name), number) for number, name in enumerate(names)], ordered=True, complete=True)
+
+
+def _pairs(lines: list[str]) -> _Listed | None:
     """Lines of an output and a name, in either order; None if they are something else."""
     first = [_NUMBER_FIRST.fullmatch(line) for line in lines]
     if all(first):
         found = [(match[2], int(match[1])) for match in first if match]
         if _distinct(found):
-            named = [(alias, number) for name, number in found for alias in _aliases(name)]
-            return _numbered(named, origin, complete={number for _, number in found} == set(range(len(found))))
+            complete = {number for _, number in found} == set(range(len(found)))
+            return _Listed([(_aliases(name), number) for name, number in found], ordered=False, complete=complete)
     last = [_NUMBER_LAST.fullmatch(line) for line in lines]
     if all(last):
         found = [(match[1], int(match[2])) for match in last if match]
         if _distinct(found) and {number for _, number in found} == set(range(len(found))):
-            return _numbered(found, origin, complete=True)
+            return _Listed([((name,), number) for name, number in found], ordered=False, complete=True)
     return None
 
 
@@ -161,9 +218,7 @@ def _in_order(names: Sequence[tuple[str, ...]], origin: str) -> Classes:
 def _numbered(pairs: Iterable[tuple[str, int]], origin: str, *, complete: bool = False) -> Classes:
     index: dict[str, int] = {}
     for name, number in pairs:
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            msg = f"{origin}: {name!r} has the class {number!r}. Expected a whole number from 0."
-            raise DataError(msg)
+        _check_number(name, number, origin)
         index.setdefault(str(name), number)
     if not index:
         msg = f"{origin}: no class is named. Expected a class for every name."
@@ -171,7 +226,13 @@ def _numbered(pairs: Iterable[tuple[str, int]], origin: str, *, complete: bool =
     return Classes(index=index, origin=origin, count=max(index.values()) + 1 if complete else None)
 
 
-def _from_json(text: str, path: Path) -> Classes:
+def _check_number(name: str, number: object, origin: str) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        msg = f"{origin}: {name!r} has the class {number!r}. Expected a whole number from 0."
+        raise DataError(msg)
+
+
+def _from_json(text: str, path: Path) -> _Listed:
     try:
         content = json.loads(text)
     except ValueError as error:
@@ -183,7 +244,7 @@ def _from_json(text: str, path: Path) -> Classes:
             break
     names: list[tuple[Any, int]] = []
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
-        return _in_order([_aliases(name) for name in content], str(path))
+        return _by_place(content)
     if isinstance(content, dict) and all(isinstance(number, int) for number in content.values()):
         names = list(content.items())
     elif isinstance(content, dict) and all(key.isdecimal() for key in content):
@@ -196,4 +257,5 @@ def _from_json(text: str, path: Path) -> Classes:
         )
         raise DataError(msg)
     numbers = {number for _, number in names}
-    return _numbered(names, str(path), complete=numbers == set(range(len(numbers))))
+    complete = numbers == set(range(len(numbers)))
+    return _Listed([((name,), number) for name, number in names], ordered=False, complete=complete)

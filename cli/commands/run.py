@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
+from pcn_deploy.calibration.classes import read_names
 from pcn_deploy.calibration.image_files import ImageFile, survey
 from pcn_deploy.classify import Prediction, classify
 from pcn_deploy.cli import display, options
-from pcn_deploy.errors import DataError, ParityError
+from pcn_deploy.errors import ParityError
 from pcn_deploy.heatmap import picture_paths
 from pcn_deploy.runtime import load
 
@@ -23,7 +24,8 @@ from pcn_deploy.runtime import load
     "--labels",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="FILE",
-    help="Names of the classes, one per line, in order.",
+    help="Names of the classes: one per line in the order of the outputs, or any other file that `--classes` of build "
+    "takes.",
 )
 @click.option(
     "--heatmap",
@@ -53,9 +55,9 @@ def command(
     as_json: bool,
 ) -> None:
     """Classify images with an engine of FILE.pcn and show the most likely classes."""
-    names = _read_names(labels) if labels else None
     pictures = picture_paths(heatmap, images, overwrite=overwrite) if heatmap else None
     with load(file, target) as engine:
+        names = read_names(labels, int(engine.spec.outputs[0].shape[-1])) if labels else None
         predictions = classify(
             engine, images, top=top, class_names=names, heatmaps=pictures, heatmap_class=heatmap_class
         )
@@ -96,11 +98,3 @@ def _tell_picture(prediction: Prediction, names: list[str] | None) -> None:
     click.echo(f"Wrote {prediction.heatmap}: the map of {whose}, {weights}.")
     if seen.nearly_flat:
         display.note(f"the map of {prediction.image} is nearly flat: it singles out no place.", quiet=False)
-
-
-def _read_names(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        message = f"{path} cannot be read as text in UTF-8: {error}"
-        raise DataError(message) from error

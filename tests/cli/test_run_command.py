@@ -64,10 +64,37 @@ def test_a_table_with_names(path: Path, image: Path, tmp_path: Path) -> None:
     assert sum(name in result.stdout for name in ("ant", "bee", "cat")) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("labels.txt", "0 ant\n1 bee\n2 cat\n", ["ant", "bee", "cat"]),
+        ("labels.txt", "cat,2\nant,0\nbee,1\n", ["ant", "bee", "cat"]),
+        ("labels.txt", "2: cat\n", ["0", "1", "cat"]),
+        ("labels.txt", "crane\ncrane\ncat\n", ["crane", "crane", "cat"]),
+        ("labels.txt", "n02012849 crane\nn03126707 crane\nn02123045 cat\n", None),
+        ("config.json", '{"id2label": {"0": "ant", "1": "bee", "2": "cat"}}', ["ant", "bee", "cat"]),
+        (
+            "index.json",
+            '{"0": ["n02219486", "ant"], "1": ["n02206856", "bee"], "2": ["n1", "cat"]}',
+            ["ant", "bee", "n1"],
+        ),
+        ("map.json", '{"cat": 2, "ant": 0, "bee": 1}', ["ant", "bee", "cat"]),
+    ],
+)
+def test_names_are_read_as_the_classes_of_a_build(
+    path: Path, image: Path, tmp_path: Path, name: str, text: str, expected: list[str] | None
+) -> None:
+    (tmp_path / name).write_text(text)
+    result = invoke("run", path, image, "--labels", tmp_path / name, "--json")
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["predictions"]
+    assert found["names"] == [(expected or text.splitlines())[index] for index in found["classes"]]
+
+
 def test_names_that_do_not_fit(path: Path, image: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_text("ant\n")
-    refused(invoke("run", path, image, "--labels", labels), 1, "1 class names were given; the network has 3 classes")
+    refused(invoke("run", path, image, "--labels", labels), 1, "names 1 classes; the network has 3.")
     labels.write_bytes(b"\xff\xfe\x00")
     refused(invoke("run", path, image, "--labels", labels), 1, "cannot be read as text in UTF-8")
     refused(invoke("run", path, image, "--labels", tmp_path / "no.txt"), 2, "does not exist")
