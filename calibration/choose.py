@@ -22,7 +22,7 @@ from pcn_deploy.parity import ParityMeter
 from pcn_deploy.progress import Progress, silent
 
 IMAGES = 64
-"""Images that judge, spread evenly over the calibration images."""
+"""Images that judge, at most, taken from all over the calibration images (`ImageSource.spread`)."""
 CLIPPING_DB = 1.0
 """Least gain of SQNR over `max`, which clips nothing, for which ranges are clipped."""
 STEP = "Choosing the calibrator"

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from pcn_deploy.calibration.bound import PairedCounts
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.labels import LabelCheck
+from pcn_deploy.calibration.sampling import spread_by_class
 from pcn_deploy.errors import DataError
 from pcn_deploy.metrics import NO_CLASS, answers
 from pcn_deploy.progress import Progress, silent
@@ -84,8 +85,8 @@ class Answers:
         return Answers(source, self.expected[order], self.reference[order], self.labelled)
 
     def spread(self, count: int) -> Answers:
-        """At most `count` of the images, at even distances."""
-        return self.select(np.unique(np.linspace(0, len(self) - 1, count).round().astype(np.intp)))
+        """At most `count` of the images, from all over them; of each class, or of each answer, in proportion."""
+        return self.select(spread_by_class(self.expected.tolist(), count))
 
     def predict(self, forward: Forward, progress: Progress = silent, step: str = "Answers") -> npt.NDArray[np.int64]:
         """The answers of a form of the network, `(N,)`; `NO_CLASS` where its logits are not finite."""

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from pcn_deploy.calibration.classes import by_number
 from pcn_deploy.calibration.distributed import current
+from pcn_deploy.calibration.sampling import spread_by_class
 from pcn_deploy.errors import DataError
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def _other_orders(labels: Indices, answers: Indices, folders: tuple[str, ...]) -
     if len(shifts):
         shift = int(shifts[counts.argmax()])
         yield _Order(away == shift, f"if {abs(shift)} is {'added to' if shift > 0 else 'taken from'} each label")
-    halves = np.arange(len(labels)) % 2 == 0
+    halves = np.isin(np.arange(len(labels)), spread_by_class(labels.tolist(), len(labels) // 2))
     paired = np.zeros(len(labels), bool)
     for half in (halves, ~halves):
         order = _pairing(labels[half], answers[half], 1 + max(int(labels.max()), int(answers.max())))

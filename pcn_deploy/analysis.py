@@ -72,7 +72,7 @@ def analyze(
         options: As for `compile`; the precision is INT8 whatever it says.
         calibration: Images for the ranges.
         evaluation: Images to measure on; the calibration images if None.
-        images: Use at most so many of them, spread evenly.
+        images: Use at most so many of them, taken as the calibration images are.
         record: File in which measurements are kept while it runs, so that a killed run goes on with them.
         progress: Told the number of measurements done.
 

@@ -53,7 +53,8 @@ class CompileOptions:
         calibration_cache: File that keeps what calibration saw, `.json`, or a bundle to take it from; see
             `calibration/cache.py`.
         recovery: Names from `recovery.RECOVERIES` to apply; with `int8` only.
-        calibration_images: Use at most so many images, spread evenly over the source.
+        calibration_images: Use at most so many images, taken from all over the source at no fixed
+            distance, where all have labels of each class in proportion.
         max_unreadable: Share of unreadable image files above which the build stops, 0 to 1.
         golden_images: Images kept in the bundle with the eager outputs, to prove parity anywhere, 1 or more.
         transform: Evaluation transform; its resolution is the resolution of the engine.

@@ -33,9 +33,9 @@ from pcn_deploy.models.hooks import hooked
 from pcn_deploy.progress import Progress, silent
 
 IMAGES = 256
-"""Images that the second moments are taken from, spread evenly."""
+"""Images that the second moments are taken from, at most (`ImageSource.spread`)."""
 POSITIONS = 256
-"""Output positions of one image that count, spread evenly."""
+"""Output positions of one image that count, at most, at an even distance."""
 MEMORY = 2**28
 """Bytes of second moments held at a time; a larger network takes several runs."""
 BLOCK = 128

@@ -31,7 +31,9 @@ from pcn_deploy.verification import verify
 )
 @options.classes_option
 @options.weights_option
-@click.option("--images", type=click.IntRange(min=1), metavar="N", help="Use at most so many images, spread evenly.")
+@click.option(
+    "--images", type=click.IntRange(min=1), metavar="N", help="Use at most so many images, taken from all over them."
+)
 @options.max_drop_option
 @options.json_option
 @options.verbosity_options

@@ -143,6 +143,12 @@ def test_labels_in_another_order_are_refused(order: str, accuracy: float) -> Non
         check(labels, network(outputs[labels], len(outputs), accuracy))
 
 
+def test_another_order_shows_where_the_images_are_one_of_each_class_in_turn() -> None:
+    labels, outputs = np.arange(1000) % 6, np.array([2, 0, 4, 5, 3, 1])
+    with pytest.raises(DataError, match=r"but on 9\d\.\d % if each label is paired with another output"):
+        check(labels, network(outputs[labels], 6, 0.95))
+
+
 def test_a_shift_shows_with_one_image_of_each_class() -> None:
     with pytest.raises(DataError, match=r"but on [78]\d\.\d % if 1 is taken from each label"):
         check(np.arange(1, 1000), network(np.arange(999), 1000, 0.8))

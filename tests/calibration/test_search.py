@@ -173,7 +173,7 @@ def test_answers_count_against_labels() -> None:
     chosen = answers.select(np.array([4, 1]))
     assert (chosen.expected.tolist(), chosen.reference.tolist()) == ([1, 1], [2, 1])
     np.testing.assert_array_equal(next(chosen.source.batches(2))[0], pixels[[4, 1]])
-    assert answers.spread(3).expected.tolist() == [0, 2, 2]
+    assert sorted(answers.spread(3).expected.tolist()) == [0, 1, 2], "each class has its share"
 
 
 def test_unreadable_images_are_left_out_of_the_answers(tmp_path: Path) -> None:
