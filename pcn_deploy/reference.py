@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,12 @@ from pcn_deploy.limits import BUDGETS, GUARD_DB
 from pcn_deploy.metrics import centred
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.parity import least_sqnr_db
-from pcn_deploy.progress import Progress, silent
+from pcn_deploy.progress import Progress
 from pcn_deploy.sources import synthetic_images
+from pcn_deploy.specs import BatchRange
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 Array = npt.NDArray[np.float32]
 Row = tuple[npt.NDArray[np.floating[Any]], ...]
@@ -30,6 +32,10 @@ Row = tuple[npt.NDArray[np.floating[Any]], ...]
 REPRODUCED_DB = BUDGETS["fp32"].sqnr_db + GUARD_DB["fp32"]
 """Least SQNR between the eager network in float32 and float64 on an edge image that engines are judged by: 20 dB
 more than an FP32 engine is asked for. Edge images of trained networks have 115 dB and more."""
+
+TOGETHER = 4
+"""Most images in one run in float64 or of the simulation: maps of 14x14 keep one core busy at best. Of S60 on two
+cores, four at a time take two thirds of the time of one by one, and eight no less than four."""
 
 FAINT = 1e-4
 """Share of the size of the logits of real images, less their means, below which those of an edge image are nothing."""
@@ -95,14 +101,18 @@ def with_simulation(golden: GoldenSet, simulation: Session, progress: Progress) 
         simulation: The module with fake quantisation.
         progress: Told the number of images done.
     """
+    import torch
+
     (given,), outputs = simulation.spec.inputs, [tensor.name for tensor in simulation.spec.outputs]
     rows: dict[str, list[Array]] = {name: [] for name in outputs}
-    for done, image in enumerate(golden.images):
-        progress("Simulated reference", done, len(golden.images), "images")
-        batch = np.repeat(image[None], simulation.spec.batch.min, axis=0)
-        for name, values in simulation.run({given.name: batch}).items():
-            rows[name].append(values[:1])
-    progress("Simulated reference", len(golden.images), len(golden.images), "images")
+    step, count, allowed = "Simulated reference", len(golden.images), simulation.spec.batch
+    with torch.jit.optimized_execution(False):  # type: ignore[attr-defined] # for a few runs it costs more than it saves
+        for chosen in _batches(count, allowed):
+            progress(step, chosen.start, count, "images")
+            filled = np.arange(chosen.start, max(chosen.stop, chosen.start + allowed.min)) % count
+            for name, values in simulation.run({given.name: golden.images[filled]}).items():
+                rows[name].append(values[: len(chosen)])
+    progress(step, count, count, "images")
     return replace(golden, simulated={name: np.concatenate(values) for name, values in rows.items()})
 
 
@@ -118,7 +128,7 @@ def _rounding(
     least = FAINT * float(np.sqrt(np.mean([size(int(index)) ** 2 for index in np.flatnonzero(~edge)])))
     faint = {index for index in chosen if 0 < size(index) < least}  # none at all is exact
     try:
-        doubles = _eager_rows(model, [images[index] for index in chosen], options, silent, double=True)
+        doubles = _rows_in_double(model, [images[index] for index in chosen], options)
     except Exception:  # the network's own code may insist on float32: nothing to compare with
         return sorted(faint)
     unlike = {index for index, row in zip(chosen, doubles, strict=True) if not _reproduced(rows[index], row)}
@@ -138,23 +148,46 @@ def _real_images(options: CompileOptions, source: ImageSource | None) -> dict[st
     return {sample.name.removeprefix(root): sample.image for sample in source.subset(count)}
 
 
-def _eager_rows(
-    model: nn.Module, images: list[Array], options: CompileOptions, progress: Progress, *, double: bool = False
-) -> list[Row]:
-    """The outputs of the network, one image at a time, in float32 or float64."""
-    from contextlib import nullcontext
+def _batches(count: int, allowed: BatchRange) -> Iterator[range]:
+    """Images that are run together, where a network takes several: fewer runs, and work for more than one core."""
+    size = max(allowed.min, min(allowed.max, TOGETHER))
+    for start in range(0, count, size):
+        yield range(start, min(start + size, count))
 
+
+def _eager_rows(model: nn.Module, images: list[Array], options: CompileOptions, progress: Progress) -> list[Row]:
+    """The outputs of the network, one image at a time: engines that run several are held against that."""
     import torch
 
-    from pcn_deploy.graph.double import InDouble
-    from pcn_deploy.models.attention_map import with_attention_map
-
-    forward = with_attention_map(model) if options.with_attention_map else lambda images: (model(images),)
+    forward = _forward(model, options)
     rows: list[Row] = []
-    with torch.inference_mode(), InDouble() if double else nullcontext():
+    with torch.inference_mode():
         for image in images:
             progress("Eager reference", len(rows), len(images), "images")
             outputs = forward(torch.tensor(image[None]))  # a copy: the network may write into it
             rows.append(tuple(values.numpy() for values in outputs))
     progress("Eager reference", len(images), len(images), "images")
     return rows
+
+
+def _rows_in_double(model: nn.Module, images: list[Array], options: CompileOptions) -> list[Row]:
+    """The outputs of the network in float64, for each image."""
+    import torch
+
+    from pcn_deploy.graph.double import InDouble
+
+    forward = _forward(model, options)
+    rows: list[Row] = []
+    with torch.inference_mode(), InDouble():
+        for chosen in _batches(len(images), options.batch):
+            batch = torch.tensor(np.stack(images[chosen.start : chosen.stop]))
+            outputs = [values.numpy() for values in forward(batch)]
+            rows += [tuple(values[index : index + 1] for values in outputs) for index in range(len(chosen))]
+    return rows
+
+
+def _forward(model: nn.Module, options: CompileOptions) -> Callable[[Tensor], Iterable[Tensor]]:
+    """The network with every output that is asked for."""
+    from pcn_deploy.models.attention_map import with_attention_map
+
+    return with_attention_map(model) if options.with_attention_map else lambda images: (model(images),)

@@ -87,7 +87,7 @@ def _check_equal(model: nn.Module, scripted: torch.jit.ScriptModule, trials: lis
 
 def _sqnr_db(model: nn.Module, scripted: torch.jit.ScriptModule, images: Tensor) -> float:
     outputs: list[list[npt.NDArray[np.float32]]] = []
-    with torch.no_grad():
+    with torch.no_grad(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined] # slower, for one run
         for form in (model, scripted):
             found = form(images.clone())  # it may write into what it is given
             outputs.append([tensor.numpy() for tensor in ((found,) if isinstance(found, Tensor) else found)])
