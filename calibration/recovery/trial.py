@@ -75,16 +75,17 @@ class Trials:
 
     Attributes:
         choosing: The images that recoveries are made from.
+        judging: Other images, which judge them, from all over the source and of each class in proportion; None where
+            they would be too few.
         found: What was tried.
     """
 
     def __init__(self, reference: nn.Module, source: ImageSource, progress: Progress = silent) -> None:
-        indices = range(len(source))
-        judging = [index for index in indices if index % EVERY == EVERY - 1]
-        choosing = [index for index in indices if index % EVERY != EVERY - 1]
+        judging = source.spread(len(source) // EVERY)
+        choosing = np.setdiff1d(np.arange(len(source)), judging)
         self.choosing = source.select(choosing).subset(len(choosing))
         self.found: list[Trial] = []
-        self._judging = source.select(judging).subset(JUDGES) if len(judging) > 1 else None
+        self.judging = source.select(judging).subset(JUDGES) if len(judging) > 1 else None
         self._reference, self._progress = reference, progress
         self._before: tuple[Errors, Errors] | None = None
 
@@ -117,11 +118,11 @@ class Trials:
 
     def _errors(self, quantized: nn.Module) -> tuple[Errors, Errors] | None:
         """Squared error of the logits and of nothing (their square) per image, `(N,)` each; None without judges."""
-        if self._judging is None:
+        if self.judging is None:
             return None
         errors, squares = [], []
         with torch.inference_mode():
-            for images, _ in self._judging.batches(BATCH):
+            for images, _ in self.judging.batches(BATCH):
                 expected, found = (_logits(net, torch.from_numpy(images)) for net in (self._reference, quantized))
                 errors.append((found - expected).square().sum(1))
                 squares.append(expected.square().sum(1))

@@ -16,6 +16,7 @@ from pcn_deploy import Bundle, ImageSource
 from pcn_deploy.calibration.quantized import apply_scales
 from pcn_deploy.calibration.recovery import RECOVERIES
 from pcn_deploy.calibration.recovery.trial import EVERY
+from pcn_deploy.calibration.sampling import spread
 from pcn_deploy.errors import OptionError
 from pcn_deploy.preparation import Prepared, prepare
 from pcn_deploy.progress import silent
@@ -52,7 +53,7 @@ def test_together_they_keep_the_caller_s_network_and_win() -> None:
 def test_the_largest_input_of_every_layer_stays() -> None:
     """So that what FP16 could hold it still holds."""
     given = images()
-    given[EVERY - 1 :: EVERY] = given[0]  # what only judges has its own peaks
+    given[spread(len(given), len(given) // EVERY)] = given[0]  # what only judges has its own peaks
     plain, moved = prepared((), given), prepared(("smoothquant",), given)
     assert moved.recovered["smoothquant"] > 0
     assert plain.calibration is not None

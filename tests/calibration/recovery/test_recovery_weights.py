@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pcn_deploy.calibration.quantized import Quantization, apply_scales, quantize_weight
 from pcn_deploy.calibration.recovery import RECOVERIES, apply_after
 from pcn_deploy.calibration.recovery.trial import EVERY
+from pcn_deploy.calibration.sampling import spread
 from pcn_deploy.graph.export import to_onnx
 from pcn_deploy.preparation import Prepared
 from pcn_deploy.specs import BatchRange
@@ -100,7 +101,7 @@ def test_bias_correction_takes_back_a_shift() -> None:
     network = prepared(net, ("bias-correction",))
     assert network.recovered == {"bias-correction": 2}
     assert isinstance(network.deployed.get_submodule("2").bias, nn.Parameter), "a layer without bias is given one"
-    x = torch.from_numpy(np.delete(images(), slice(EVERY - 1, None, EVERY), 0))  # those that choose
+    x = torch.from_numpy(np.delete(images(), spread(len(images()), len(images()) // EVERY), 0))  # those that choose
     with torch.inference_mode():
         shift = apply_scales(network.deployed, network.scales)(x).mean(0) - net(x).mean(0)
     assert float(shift.abs().max()) < 1e-5, "downstream of every correction"

@@ -16,6 +16,7 @@ from pcn_deploy.calibration.recovery import AFTER, BEFORE, RECOVERIES, equalisat
 from pcn_deploy.calibration.recovery import bias_correction as bias_module
 from pcn_deploy.calibration.recovery import weight_rounding as rounding_module
 from pcn_deploy.calibration.recovery.trial import EVERY, Trials
+from pcn_deploy.calibration.sampling import spread
 from pcn_deploy.preparation import Prepared, prepare
 from pcn_deploy.progress import silent
 
@@ -69,8 +70,17 @@ def test_the_images_that_judge_choose_nothing(monkeypatch: pytest.MonkeyPatch, n
     prepared((name,))
     (choosing,) = seen
     chose = next(choosing.batches(64))[0]
-    expected = np.delete(images(32), slice(EVERY - 1, None, EVERY), 0)
-    np.testing.assert_array_equal(chose, expected)
+    np.testing.assert_array_equal(chose, np.delete(images(32), spread(32, 32 // EVERY), 0))
+
+
+def test_each_class_chooses_and_judges_whatever_the_order() -> None:
+    classes = np.arange(64) % 4
+    trials = Trials(network().eval(), ImageSource((images(64), classes), options().transform))
+    assert trials.judging is not None
+    parts = [list(part) for part in (trials.choosing, trials.judging)]
+    assert [len(part) for part in parts] == [48, 16]
+    assert [{sample.label for sample in part} for part in parts] == [{0, 1, 2, 3}] * 2
+    assert not set.intersection(*({sample.name for sample in part} for part in parts))
 
 
 @pytest.mark.parametrize("name", AFTER)
@@ -110,7 +120,7 @@ def test_real_ones_never_cost_on_the_images_that_judge() -> None:
     found, plain = prepared(RECOVERIES, 64), prepared((), 64)
     assert tuple(found.recovered) == RECOVERIES
     assert all(one.after_db > one.before_db for one in found.trials if one.kept)
-    judged = torch.from_numpy(images(64)[EVERY - 1 :: EVERY])
+    judged = torch.from_numpy(images(64)[spread(64, 64 // EVERY)])
     with torch.inference_mode():
         exact = network().eval()(judged)
         errors = [
