@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,7 +82,7 @@ def check_agreement(
 
     Args:
         bundle: With both graphs.
-        golden: The golden set.
+        golden: The golden set; of an 8-bit graph with what its TorchScript module answers.
         spec: Their interface.
         options: What is built.
         forms: The network, where it is quantised.
@@ -95,8 +97,11 @@ def check_agreement(
 
     chosen = np.arange(spec.batch.min) % len(golden.images)
     images = golden.images[chosen]
-    with torch.jit.optimized_execution(False):  # type: ignore[attr-defined] # for one run it costs more than it saves
-        scripted = _outputs("torchscript", bundle.read("model.ts"), spec, images)
+    if golden.simulated:
+        scripted = [golden.simulated[tensor.name][chosen] for tensor in spec.outputs]
+    else:
+        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined] # slower, for one run
+            scripted = _outputs("torchscript", bundle.read("model.ts"), spec, images)
     if options.graph_type == "bf16":  # ONNX Runtime has no BF16 on the CPU
         return ""
     exported = _outputs("cpu", bundle.read("model.onnx"), spec, images)
@@ -139,11 +144,24 @@ def _departure(found: float, scripted: float, exported: float, of_what: str) -> 
 
 def _outputs(target: str, graph: bytes, spec: EngineSpec, images: Images) -> list[Array]:
     """What a portable graph returns, in the order of its interface."""
-    backend = get_backend(target)
+    with executing(target), get_backend(target).open(graph, spec) as session:
+        found = session.run({spec.inputs[0].name: images})
+    return [found[tensor.name] for tensor in spec.outputs]
+
+
+@contextmanager
+def executing(target: str) -> Iterator[None]:
+    """Run a portable graph for the first time: where it fails, it is the network that cannot be compiled.
+
+    Args:
+        target: What executes it.
+
+    Raises:
+        ModelError: If it fails.
+    """
     try:
-        with backend.open(graph, spec) as session:
-            found = session.run({spec.inputs[0].name: images})
-            return [found[tensor.name] for tensor in spec.outputs]
+        yield
     except ExecutionError as error:  # __cause__ is what a scripted module raises when it runs
-        msg = f"{backend.member} cannot be executed: {str(error.__cause__).strip().splitlines()[-1]}"
+        reason = str(error.__cause__).strip().splitlines()[-1]
+        msg = f"{get_backend(target).member} cannot be executed: {reason}"
         raise ModelError(msg) from error

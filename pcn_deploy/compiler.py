@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pcn_deploy.advice import Attempt, advise, judge, remainder_in_fp32
-from pcn_deploy.agreement import Forms, check_agreement
+from pcn_deploy.agreement import Forms, check_agreement, executing
 from pcn_deploy.budget import (
     NOT_LABELLED,
     BudgetProof,
@@ -30,7 +30,7 @@ from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DependencyError
 from pcn_deploy.golden import MEMBER, NOISE, GoldenSet
 from pcn_deploy.limits import ParityBudget
-from pcn_deploy.memory import release_unused
+from pcn_deploy.memory import release_unused, return_freed
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.parity import ParityReport
 from pcn_deploy.preparation import Prepared, in_evaluation_mode, prepare
@@ -146,13 +146,13 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     }
     del model  # no longer needed; the caller may keep it
     plan, spec = _add_graphs(bundle, network, golden, options, progress)
+    if options.quantizes:
+        with executing("torchscript"), get_backend("torchscript").open(bundle.read("model.ts"), spec) as simulation:
+            golden = with_simulation(golden, simulation, progress)
     forms = Forms(network.deployed, network.scales, options) if options.quantizes else None
     if note := check_agreement(bundle, golden, spec, options, forms):
         bundle.manifest["notes"].append(note)
     del forms
-    if options.quantizes:
-        with get_backend("torchscript").open(bundle.read("model.ts"), spec) as simulation:
-            golden = with_simulation(golden, simulation, progress)
     advice: tuple[Attempt, ...] = ()
     if golden.simulated and not judge("", golden, golden.simulated[LOGITS], options.budget).passed:
         advice = advise(network, golden, options, progress)
@@ -160,7 +160,7 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     bundle.add(MEMBER, golden.to_npz())
     release_unused()
     _build_engines(bundle, backends, spec, options, progress)
-    release_unused()
+    return_freed()
     reports, proofs = _prove(bundle, backends, options.budget, judges, progress)
     if proofs:
         search = found.to_json() if found else None

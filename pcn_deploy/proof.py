@@ -15,7 +15,7 @@ from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.engines.stock import open_stock
 from pcn_deploy.errors import StockSessionError
 from pcn_deploy.limits import ParityBudget
-from pcn_deploy.memory import release_unused
+from pcn_deploy.memory import release_unused, return_freed
 from pcn_deploy.parity import ParityReport
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine, executor
@@ -44,7 +44,10 @@ class Execution:
 def _open_rounded(data: bytes, spec: EngineSpec) -> Session:
     from pcn_deploy.graph.rounded import round_to_types
 
-    return get_backend("cpu").open(round_to_types(data), spec)
+    rounded = round_to_types(data)
+    del data
+    release_unused()  # a graph refers to itself, and holds its weights
+    return get_backend("cpu").open(rounded, spec)
 
 
 EXECUTIONS: tuple[Execution, ...] = (
@@ -81,7 +84,7 @@ def prove(bundle: Bundle, target: str, budget: ParityBudget | None = None, progr
         return report
     for execution in EXECUTIONS:
         if execution.applies(bundle.manifest):
-            release_unused()  # the session before has held all weights
+            return_freed()  # the session before has held all weights
             try:
                 with Engine(bundle, target, execution.name, execution.open(bundle.read(GRAPH), spec)) as engine:
                     report = report.with_execution(verify_golden(engine, budget, _named(progress, execution.name)))

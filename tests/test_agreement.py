@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,8 @@ from small_builds import images, network, options
 
 import pcn_deploy
 from pcn_deploy import agreement
-from pcn_deploy.agreement import check_agreement
-from pcn_deploy.errors import ModelError
+from pcn_deploy.agreement import check_agreement, executing
+from pcn_deploy.errors import ExecutionError, ModelError
 from pcn_deploy.golden import GoldenSet
 from pcn_deploy.graph.export import serialise, to_onnx
 from pcn_deploy.graph.torchscript import to_torchscript
@@ -31,7 +32,8 @@ def built() -> dict[str, Any]:
     spec = EngineSpec.from_json(bundle.manifest["interface"])
     return {
         "bundle": bundle,
-        "golden": GoldenSet.read(bundle, [tensor.name for tensor in spec.outputs]),
+        "golden": replace(simulated := GoldenSet.read(bundle, [tensor.name for tensor in spec.outputs]), simulated={}),
+        "simulated": simulated,
         "spec": spec,
         "model.ts": to_torchscript(other, example, OPTIONS.batch),
         "model.onnx": serialise(to_onnx(other, (3, 32, 32), OPTIONS.batch, {})),
@@ -48,6 +50,20 @@ def test_the_graph_of_another_network_is_the_one_that_departs(built: dict[str, A
     wrong = with_member(built["bundle"], name, built[name])
     with pytest.raises(ModelError, match=rf"the {departs} graph departs"):
         check_agreement(wrong, built["golden"], built["spec"], OPTIONS)
+
+
+def test_what_the_simulation_has_answered_is_not_computed_again(built: dict[str, Any]) -> None:
+    """The graph is held against it, image by image; the TorchScript module is not even read."""
+    golden, bundle = built["simulated"], with_member(built["bundle"], "model.ts", b"is not read")
+    assert check_agreement(bundle, golden, built["spec"], OPTIONS) == ""
+    others = {name: values[::-1] for name, values in golden.simulated.items()}
+    with pytest.raises(ModelError, match="the TorchScript graph departs"):
+        check_agreement(bundle, replace(golden, simulated=others), built["spec"], OPTIONS)
+
+
+def test_a_graph_that_fails_when_it_runs_is_named_with_its_own_words() -> None:
+    with pytest.raises(ModelError, match=r"model\.ts cannot be executed: the line that tells"), executing("torchscript"):
+        raise ExecutionError from RuntimeError("a stack\nthe line that tells")
 
 
 class FakeForms:
