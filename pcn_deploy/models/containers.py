@@ -10,6 +10,10 @@ By default the ones that the tools of the field evaluate are taken. Sources:
   the average and `ema_state_dict` (`module.`, counter `steps`) the raw weights. mmcv did the same with buffers `ema_…`.
 - Lightning, `callbacks/weight_averaging.py`: `state_dict` is the average, `current_model_state` the raw weights.
 - Lightning modules that keep the average as a member: `ema_model.`, `model_ema.` beside `model.`.
+- Lightning, callbacks of the users' own (`EMACallback`, `EMA`): their state under `callbacks` holds the average, which
+  they exchange with the raw weights in `on_validation_start`.
+- fairseq, `trainer.py state_dict`: `extra_state.ema` is the average; its commands evaluate `model`, the raw weights
+  (`checkpoint_utils.py load_model_ensemble_and_task`).
 """
 
 from __future__ import annotations
@@ -38,6 +42,10 @@ _AVERAGED = re.compile(r"(?i:(^|[_.])(ema|swa|averaged?)([_.]|$))|(?<=[a-z])(EMA
 _OTHERS = re.compile(r"optim|sched|scaler|loss|criterion|config|args|meta|hyper|callback|loop")
 COUNTERS = frozenset({"n_averaged", "steps", "step", "num_updates", "updates", "decay", "initted"})
 """What averages count in tensors of one element beside the weights."""
+
+_CALLBACK = re.compile(r"EMA|SWA|Averag|ExponentialMoving")
+_FAIRSEQ = "extra_state.ema"
+_TIMM = ("state_dict_ema", "model_ema")
 
 _INNER = ("module", "ema_model", "state_dict", "model")
 _WRAPPERS = ("_orig_mod.", "module.", "ema_model.", "module.", "_orig_mod.", "module.")
@@ -94,8 +102,11 @@ def choose_weights(content: Mapping[Any, Any], origin: str, which: str = AUTO) -
     found = _find(content)
     if not found:
         return None
+    if EMA not in found and (place := _nameless(content)):
+        found.setdefault(_UNLIKE, Weights({}, place))
     unlike = found.pop(_UNLIKE, None)
-    wanted = {AUTO: (EMA, RAW), RAW_FIRST: (RAW, EMA)}.get(which, (which,))
+    evaluated = (RAW, EMA) if EMA in found and found[EMA].where == _FAIRSEQ else (EMA, RAW)
+    wanted = {AUTO: evaluated, RAW_FIRST: (RAW, EMA)}.get(which, (which,))
     kind = next((kind for kind in wanted if kind in found), None)
     if kind is None:
         there, weights = next(iter(found.items()))
@@ -104,7 +115,10 @@ def choose_weights(content: Mapping[Any, Any], origin: str, which: str = AUTO) -
         raise CheckpointError(msg)
     taken = found[kind]
     if len(found) == 1:
-        note = f"{origin} holds an average too ({_place(unlike)}), of other tensors: it was left." if unlike else ""
+        note = ""
+        if unlike:
+            what = "of other tensors" if unlike.state else "without the names of its tensors"
+            note = f"{origin} holds an average too ({_place(unlike)}), {what}: it was left."
         return Taken(state=taken.state, kind=kind, where=taken.where, note=note)
     note = (
         f"{origin} holds averaged weights ({_place(found[EMA])}) and raw ones ({_place(found[RAW])}): the "
@@ -125,9 +139,16 @@ def _place(weights: Weights) -> str:
 def _why(found: dict[str, Weights], which: str) -> str:
     if which != AUTO:
         return ""
-    if found[EMA].where in CONTAINERS:
+    where = found[EMA].where
+    if where in CONTAINERS:
         return ", which the tool that wrote the file puts there for evaluation"
-    return ", as timm's loader does"
+    if where == _FAIRSEQ:
+        return ", as fairseq evaluates"
+    if where in _TIMM:
+        return ", as timm's loader does"
+    if where.startswith("callbacks.") and "ema" in where.lower():
+        return ", as such callbacks validate"
+    return ", as an average is kept to be evaluated"
 
 
 def _find(content: Mapping[Any, Any]) -> dict[str, Weights]:
@@ -139,7 +160,9 @@ def _find(content: Mapping[Any, Any]) -> dict[str, Weights]:
     if {"state_dict", "current_model_state"} <= held.keys():  # Lightning
         return {EMA: Weights(held["state_dict"], "state_dict"), RAW: _held(held, "current_model_state")}
     weights = [key for key in held if not _OTHERS.search(key)]
-    averaged = next((key for key in weights if _AVERAGED.search(key)), "")
+    deep = _deep(content)
+    held |= deep
+    averaged = next((key for key in weights if _AVERAGED.search(key)), next(iter(deep), ""))
     plain = [key for key in weights if not _AVERAGED.search(key)]
     known = [key for key in CONTAINERS if key in held]
     raw = max(known, key=lambda key: len(held[key])) if known else plain[0] if len(plain) == 1 else ""
@@ -154,13 +177,48 @@ def _find(content: Mapping[Any, Any]) -> dict[str, Weights]:
     return {EMA: Weights(whole, averaged), RAW: found[RAW]} if whole else {**found, _UNLIKE: _held(held, averaged)}
 
 
+def _places(content: Mapping[Any, Any]) -> Iterator[tuple[str, str, Any]]:
+    """What lies in the file, in the state of callbacks and in fairseq's extra state: place, key and value."""
+    for key, value in content.items():
+        yield str(key), str(key), value
+    for outer in ("callbacks", "extra_state"):
+        inner = content.get(outer)
+        for key, value in inner.items() if isinstance(inner, Mapping) else ():
+            yield f"{outer}.{key}", str(key), value
+            for name, part in value.items() if isinstance(value, Mapping) and outer == "callbacks" else ():
+                yield f"{outer}.{key}.{name}", str(name), part
+
+
+def _deep(content: Mapping[Any, Any]) -> dict[str, StateDict]:
+    """Averages where no weights are looked for, by their place; first those whose own key says it."""
+    found = {}
+    for place, key, value in _places(content):
+        if "." in place and _AVERAGED.search(key) and (average := _tensors(value)):
+            found[place] = average
+    for place, key, value in _places(content):
+        if place.startswith("callbacks.") and _CALLBACK.search(key) and (average := _tensors(value)):
+            found.setdefault(place, average)
+    return found
+
+
+def _nameless(content: Mapping[Any, Any]) -> str:
+    """Where an average is a list of tensors, as `torch_ema` keeps them: nothing says which is which."""
+    for place, key, value in _places(content):
+        if _AVERAGED.search(key) or _CALLBACK.search(key):
+            inner = value if isinstance(value, Mapping) else {"": value}
+            for name, tensors in inner.items():
+                if isinstance(tensors, list | tuple) and tensors and all(isinstance(one, Tensor) for one in tensors):
+                    return f"{place}.{name}".rstrip(".")
+    return ""
+
+
 def _held(held: dict[str, StateDict], key: str) -> Weights:
     return Weights(held[key], key)
 
 
 def _is_exchanged(content: Mapping[Any, Any], key: str) -> bool:
     """Whether it was mmengine that wrote the file: what is called the average is then the raw weights."""
-    meta, average = content.get("meta"), content[key]
+    meta, average = content.get("meta"), content.get(key, {})
     by_name = isinstance(meta, Mapping) and "mmengine_version" in meta
     return key == "ema_state_dict" and (by_name or "steps" in average)
 

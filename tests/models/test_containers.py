@@ -106,6 +106,18 @@ BOTH: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "RT-DETR": lambda: {"model": RAW, "ema": {"module": AVERAGE, "updates": 12, "warmups": 100}},
     "BasicSR": lambda: {"params": RAW, "params_ema": AVERAGE},
+    "a callback": lambda: {
+        "state_dict": under("net.", RAW),
+        "callbacks": {
+            "ModelCheckpoint{'monitor': None}": {"best_model_score": torch.tensor(0.5)},
+            "EMACallback": {"ema_state_dict": under("net.", AVERAGE), "_ema_state_dict_ready": True},
+        },
+    },
+    "a callback that is the average": lambda: {"state_dict": RAW, "callbacks": {"EMA{'decay': 0.999}": AVERAGE}},
+    "Lightning's StochasticWeightAveraging": lambda: {
+        "state_dict": RAW,
+        "callbacks": {"StochasticWeightAveraging": {"n_averaged": 3, "average_model_state": AVERAGE}},
+    },
     "safetensors": lambda: {**under("model.", RAW), **under("model_ema.", AVERAGE)},
 }
 
@@ -131,6 +143,46 @@ def test_the_average_is_taken_and_the_raw_weights_where_asked_for(tmp_path: Path
         same(taken.state, expected, names)
         other = "raw" if kind == "ema" else "ema"
         assert f"--checkpoint-weights {other} takes the others" in taken.note
+
+
+def test_fairseq_evaluates_the_raw_weights(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"model": RAW, "extra_state": {"epoch": 3, "ema": AVERAGE}})
+    taken = read_checkpoint(path)
+    same(taken.state, RAW)
+    assert "the raw ones were taken, as fairseq evaluates; --checkpoint-weights ema takes the others" in taken.note
+    same(read_checkpoint(path, "ema").state, AVERAGE)
+
+
+REASONS = {
+    "timm": "as timm's loader does",
+    "DeiT": "as timm's loader does",
+    "mmengine": "which the tool that wrote the file puts there for evaluation",
+    "a callback": "as such callbacks validate",
+    "RT-DETR": "as an average is kept to be evaluated",
+    "BasicSR": "as an average is kept to be evaluated",
+    "LitEma, without buffers": "as an average is kept to be evaluated",
+    "Lightning's StochasticWeightAveraging": "as an average is kept to be evaluated",
+}
+
+
+@pytest.mark.parametrize("tool", REASONS)
+def test_the_reason_is_that_of_the_tool(tmp_path: Path, tool: str) -> None:
+    assert (
+        f"the averaged (EMA) ones were taken, {REASONS[tool]};" in read_checkpoint(saved(tmp_path, BOTH[tool]())).note
+    )
+
+
+@pytest.mark.parametrize(
+    ("beside", "place"),
+    [
+        ({"ema_state": {"decay": 0.99, "shadow_params": list(AVERAGE.values())}}, "ema_state.shadow_params"),
+        ({"callbacks": {"EMA": {"cur_step": 3, "ema_weights": list(AVERAGE.values())}}}, "callbacks.EMA.ema_weights"),
+    ],
+)
+def test_an_average_without_names_is_left_and_told(tmp_path: Path, beside: dict[str, Any], place: str) -> None:
+    taken = read_checkpoint(saved(tmp_path, {"state_dict": RAW, **beside}))
+    same(taken.state, RAW)
+    assert f"an average too ('{place}'), without the names of its tensors: it was left" in taken.note
 
 
 ONE: dict[str, Callable[[], dict[str, Any]]] = {
