@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pcn_deploy.calibration.plan import RESIDUAL_ADD, LayerFacts
-from pcn_deploy.models.dataflow import DataFlow, is_plain_layer
+from pcn_deploy.models.dataflow import DataFlow, Product, is_plain_layer
 from pcn_deploy.models.hooks import hooked
 from pcn_deploy.models.lifting import hidden_products
 
@@ -28,6 +28,14 @@ def inspect_layers(model: nn.Module, example: Tensor) -> list[LayerFacts]:
         One entry per executed leaf module that computes something, in the order of their first execution.
 
     """
+    return survey(model, example, places=False)[0]
+
+
+def survey(model: nn.Module, example: Tensor, *, places: bool) -> tuple[list[LayerFacts], list[Product]]:
+    """What `inspect_layers` tells, and the products of activations with constants that no layer owns, by one run.
+
+    With `places`, each product has its line in the code.
+    """
     facts: dict[str, LayerFacts] = {}
 
     def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
@@ -38,25 +46,23 @@ def inspect_layers(model: nn.Module, example: Tensor) -> list[LayerFacts]:
 
     leaves = [(path, module) for path, module in model.named_modules() if path and _is_layer(module)]
     with hooked(module.register_forward_hook(hook(path)) for path, module in leaves):
-        flow = DataFlow(model, example)
-    return [_in_its_place(layer, flow) for layer in facts.values()]
+        flow = DataFlow(model, example, places=places)
+    return [_in_its_place(layer, flow) for layer in facts.values()], hidden_products(model, flow)
 
 
-def note_hidden_products(model: nn.Module, example: Tensor, remainder: str) -> tuple[str, ...]:
+def note_hidden_products(products: list[Product], remainder: str) -> tuple[str, ...]:
     """Say which products of activations with constants no layer owns, so that they stay in the remainder's type.
 
     Products with a single vector are not mentioned: as layers they would stay in that type too.
     """
-    hidden = [product for product in hidden_products(model, example) if not product.is_vector]
+    hidden = [product for product in products if not product.is_vector]
     places = dict.fromkeys(str(product.place or product.path).replace("\n   ", "") for product in hidden)
     if not places:
         return ()
     some = "; ".join(list(places)[:NAMED_PLACES])
     more = f" and {len(places) - NAMED_PLACES} more places" if len(places) > NAMED_PLACES else ""
-    products = (
-        "1 product is no layer and stays" if len(hidden) == 1 else f"{len(hidden)} products are no layers and stay"
-    )
-    return (f"{products} in {remainder}: {some}{more}.",)
+    told = "1 product is no layer and stays" if len(hidden) == 1 else f"{len(hidden)} products are no layers and stay"
+    return (f"{told} in {remainder}: {some}{more}.",)
 
 
 def _in_its_place(layer: LayerFacts, flow: DataFlow) -> LayerFacts:

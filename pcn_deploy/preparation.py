@@ -148,7 +148,7 @@ def prepare(
     from pcn_deploy.calibration.calibrators import AUTO, CALIBRATORS
     from pcn_deploy.calibration.choose import choose_calibrator
     from pcn_deploy.calibration.collect import calibrate
-    from pcn_deploy.calibration.facts import inspect_layers, note_hidden_products
+    from pcn_deploy.calibration.facts import note_hidden_products, survey
     from pcn_deploy.calibration.quantized import apply_scales, plan_scales
     from pcn_deploy.calibration.recovery import BEFORE, apply_after, apply_before
     from pcn_deploy.calibration.recovery.trial import Trials
@@ -179,10 +179,10 @@ def prepare(
     if exporting:
         exported = export_network(complete, options.transform.shape, options.batch, outputs=options.outputs)
     progress("Rewriting and planning", 3, 4)
-    layers = inspect_layers(deployed, torch.zeros(1, *options.transform.shape))
+    layers, hidden = survey(deployed, pair[:1].clone(), places=options.quantizes)
     notes = note_stretched(deployed, options.transform.shape)
     if options.quantizes:
-        notes += note_hidden_products(deployed, pair[:1], options.graph_type)
+        notes += note_hidden_products(hidden, options.graph_type)
     plan, magnitudes = _plan(deployed, layers, options, source)
     progress("Rewriting and planning", 4, 4)
     recovered: dict[str, int] = {}

@@ -69,9 +69,8 @@ def separate_all_attention(model: nn.Module) -> int:
     return len(found)
 
 
-def hidden_products(model: nn.Module, images: Tensor) -> list[Product]:
+def hidden_products(model: nn.Module, flow: DataFlow) -> list[Product]:
     """The products of an activation with a constant that no layer owns, so that none can be in 8 bits."""
-    flow = DataFlow(model, images[:1].clone(), places=True)
     return [product for product in flow.products if not is_plain_layer(model.get_submodule(product.path))]
 
 
@@ -84,7 +83,7 @@ def become(module: nn.Module, other: nn.Module) -> None:
 def _lift_once(model: nn.Module, image: Tensor, refused: set[str]) -> int:
     flow = DataFlow(model, image.clone())
     repeated = _callers_of_repeated(model, flow)
-    hidden = {product.path for product in flow.products if not is_plain_layer(model.get_submodule(product.path))}
+    hidden = {product.path for product in hidden_products(model, flow)}
     norms = {path for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
     hidden |= norms & flow.calls.keys()  # so that one that ends in an activation can be folded
     wanted = [path for path in sorted(hidden | repeated.keys()) if path not in refused and is_open(model, path)]

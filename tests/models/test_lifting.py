@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcn_deploy.calibration.collect import calibrate
-from pcn_deploy.calibration.facts import inspect_layers, note_hidden_products
+from pcn_deploy.calibration.facts import inspect_layers, note_hidden_products, survey
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.plan import make_plan
 from pcn_deploy.calibration.quantized import apply_scales, plan_scales
@@ -268,9 +268,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
 
 def products_of(model: nn.Module) -> tuple[list[str], list[str]]:
     """The layers that multiplied, and the modules of products that no layer owns."""
-    products = DataFlow(model, IMAGES[:1].clone()).products
-    owned = [each.path for each in products if is_plain_layer(model.get_submodule(each.path))]
-    return owned, [product.path for product in hidden_products(model, IMAGES)]
+    flow = DataFlow(model, IMAGES[:1].clone())
+    owned = [each.path for each in flow.products if is_plain_layer(model.get_submodule(each.path))]
+    return owned, [product.path for product in hidden_products(model, flow)]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -306,7 +306,7 @@ class Experts(Logits):
 def test_what_cannot_be_a_layer_is_named_with_its_line() -> None:
     deployed, _ = to_deploy(Experts().eval().requires_grad_(False), IMAGES)
     assert products_of(deployed) == (["point"], [""])
-    (note,) = note_hidden_products(deployed, IMAGES[:1], "fp16")
+    (note,) = note_hidden_products(survey(deployed, IMAGES[:1].clone(), places=True)[1], "fp16")
     assert note.startswith(f"1 product is no layer and stays in fp16: the network itself (class Experts), {__file__}:")
     assert "return torch.bmm(y, self.experts)" in note
 
