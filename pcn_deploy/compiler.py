@@ -160,7 +160,6 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     bundle.add(MEMBER, golden.to_npz())
     release_unused()
     _build_engines(bundle, backends, spec, options, progress)
-    return_freed()
     reports, proofs = _prove(bundle, backends, options.budget, judges, progress)
     if proofs:
         search = found.to_json() if found else None
@@ -295,6 +294,8 @@ def _build_engines(
     for backend in backends:
         artifact = backend.build(graphs, progress)
         bundle.add_engine(backend.target, backend.member, artifact.data, artifact.built_with)
+        del artifact
+        return_freed()
 
 
 def _prove(

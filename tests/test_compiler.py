@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from small_builds import images, needs_rtx, network, options
 
 import pcn_deploy
 from pcn_deploy import CompileResult, ImageSource
+from pcn_deploy.engines.base import Backend, EngineArtifact, GraphSource
 from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend
 from pcn_deploy.errors import CheckpointError, DataError, DependencyError, ModelError, OptionError
 from pcn_deploy.limits import BUDGETS
+from pcn_deploy.progress import Progress
 from pcn_deploy.sources import synthetic_images
 
 torch = pytest.importorskip("torch")
@@ -228,6 +231,21 @@ def test_each_step_reports_its_start_and_its_end() -> None:
         assert seen[0][0] == 0, step
         assert seen[-1][0] == seen[-1][1], step
         assert [done for done, _ in seen] == sorted(done for done, _ in seen), step
+
+
+def test_an_engine_is_let_go_before_the_next_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in the bundle, which keeps it on disk; two in memory would add up."""
+    built, alive, build = list[Any](), list[bool](), Backend.build
+
+    def watched(backend: Backend, source: GraphSource, progress: Progress) -> EngineArtifact:
+        alive.append(any(engine() for engine in built))
+        artifact = build(backend, source, progress)
+        built.append(weakref.ref(artifact))
+        return artifact
+
+    monkeypatch.setattr(Backend, "build", watched)
+    assert pcn_deploy.compile(network(), options(precision="fp32", targets=("cpu", "torchscript")))
+    assert alive == [False, False]
 
 
 def test_a_network_in_training_mode_is_built_in_evaluation_mode() -> None:
