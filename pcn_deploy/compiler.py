@@ -149,10 +149,8 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     if options.quantizes:
         with executing("torchscript"), get_backend("torchscript").open(bundle.read("model.ts"), spec) as simulation:
             golden = with_simulation(golden, simulation, progress)
-    forms = Forms(network.deployed, network.scales, options) if options.quantizes else None
-    if note := check_agreement(bundle, golden, spec, options, forms):
+    if note := check_agreement(bundle, golden, spec, options, Forms(network.deployed, network.scales, options)):
         bundle.manifest["notes"].append(note)
-    del forms
     advice: tuple[Attempt, ...] = ()
     if golden.simulated and not judge("", golden, golden.simulated[LOGITS], options.budget).passed:
         advice = advise(network, golden, options, progress)

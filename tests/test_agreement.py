@@ -69,6 +69,9 @@ def test_a_graph_that_fails_when_it_runs_is_named_with_its_own_words() -> None:
 class FakeForms:
     """A fake: a network whose answers in float32 are so far from those in float64 by rounding alone."""
 
+    scales = True
+    options = OPTIONS
+
     def __init__(self, right: Any, rounding: float) -> None:
         self._right, self._rounding = right, rounding
 
@@ -116,3 +119,62 @@ def test_rounding_explains_what_it_can(
         assert "the order of summation alone moves the INT8 answers" in check_agreement(
             built["bundle"], built["golden"], built["spec"], OPTIONS, forms
         )
+
+
+class Amplified(torch.nn.Module):
+    """Periodic functions of large numbers: FP16 cannot tell one period from another, float32 can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = torch.nn.Conv2d(3, 16, 3), torch.nn.Linear(16, 5)
+
+    def forward(self, x: Any) -> Any:
+        features = 1 + self.layer(x).mean((2, 3))
+        return self.head(torch.sin(3000 * features) + torch.cos(9000 * features))
+
+
+class Cancelling(torch.nn.Module):
+    """A variance by hand, about a mean that float32 has few digits beside."""
+
+    def __init__(self, mean: float) -> None:
+        super().__init__()
+        self.layer, self.head, self.mean = torch.nn.Conv2d(3, 16, 3), torch.nn.Linear(16, 5), mean
+
+    def forward(self, x: Any) -> Any:
+        features = self.layer(x) + self.mean
+        return self.head(features.square().mean((2, 3)) - features.mean((2, 3)).square())
+
+
+def test_rounding_to_fp16_that_the_network_enlarges_is_no_fault_of_a_graph() -> None:
+    """It fails as what it is: by the parity of the FP16 graph."""
+    torch.manual_seed(0)
+    result = pcn_deploy.compile(Amplified().eval(), options(precision="fp16"), calibration=images())
+    assert any("SQNR" in failure for failure in result.reports[0].failures)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("mean", [400.0, 3000.0])
+def test_a_network_whose_answers_are_its_own_rounding_is_told_so(mean: float, precision: str) -> None:
+    torch.manual_seed(0)
+    model = Cancelling(mean).eval()
+    try:
+        result = pcn_deploy.compile(model, options(precision=precision), calibration=images(16))
+    except ModelError as error:
+        assert "eager float32 and eager float64 agree to" in str(error)
+    else:
+        (note,) = [note for note in result.bundle.manifest["notes"] if "enlarges its own rounding" in note]
+        assert "in float32 and in float64 agree to" in note
+        assert not result
+
+
+def test_a_network_that_only_runs_in_float32_is_held_against_itself(
+    built: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **given: Any) -> Any:
+        raise TypeError("expected float32")
+
+    forms: Any = FakeForms(built["golden"].outputs["logits"], 60.0)
+    monkeypatch.setattr(FakeForms, "run", refuse)
+    wrong = with_member(built["bundle"], "model.onnx", built["model.onnx"])
+    with pytest.raises(ModelError, match=r"From the eager network .* the ONNX graph departs"):
+        check_agreement(wrong, built["golden"], built["spec"], OPTIONS, forms)
