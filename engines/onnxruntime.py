@@ -6,7 +6,7 @@ import importlib.util
 from typing import Any
 
 from pcn_deploy.engines.base import CLOSED, Array, Availability, Backend, EngineArtifact, GraphSource, Session
-from pcn_deploy.errors import BuildError, IncompatibleError, PcnDeployError
+from pcn_deploy.errors import BuildError, DependencyError, IncompatibleError, PcnDeployError
 from pcn_deploy.memory import large_blocks_returned
 from pcn_deploy.progress import Progress
 from pcn_deploy.specs import EngineSpec
@@ -42,7 +42,9 @@ class OnnxRuntimeBackend(Backend):
         graph = source.read_onnx()
         progress("Loading into ONNX Runtime", 0, 1)
         try:
-            _session(graph, optimise=False)
+            _session_of(graph, optimise=False)
+        except PcnDeployError:
+            raise
         except Exception as error:  # ONNX Runtime's exceptions share no public base
             msg = f"ONNX Runtime {onnxruntime.__version__} refuses the graph on the CPU: {error}"
             raise BuildError(msg) from error
@@ -56,10 +58,33 @@ class OnnxRuntimeBackend(Backend):
         import onnxruntime
 
         try:
-            return _OnnxRuntimeSession(_session(data), spec)
+            return _OnnxRuntimeSession(_session_of(data), spec)
+        except PcnDeployError:
+            raise
         except Exception as error:
             msg = f"ONNX Runtime {onnxruntime.__version__} cannot load the graph: {error}. Upgrade onnxruntime."
             raise IncompatibleError(msg) from error
+
+
+def _session_of(data: bytes, *, optimise: bool = True) -> Any:
+    """A session on a graph; BF16, for which there are no kernels, is computed in FP32 with every tensor rounded to it.
+
+    Raises:
+        DependencyError: If a BF16 graph cannot be rewritten so, as the library for that is missing.
+    """
+    try:
+        return _session(data, optimise=optimise)
+    except Exception as refusal:
+        try:
+            from pcn_deploy.graph.rounded import holds_bf16, round_to_types
+        except ModuleNotFoundError as error:
+            if "bfloat16" not in str(refusal) and "NOT_IMPLEMENTED" not in str(refusal):
+                raise refusal from None
+            purpose = "running what ONNX Runtime has no kernels for on the CPU, such as BF16,"
+            raise DependencyError.for_extra(error.name or "onnx", "compile", purpose) from error
+        if not holds_bf16(data):
+            raise
+        return _session(round_to_types(data), optimise=optimise)
 
 
 def _session(data: bytes, *, optimise: bool = True) -> Any:

@@ -103,8 +103,6 @@ def check_agreement(
     else:
         with torch.jit.optimized_execution(False):  # type: ignore[attr-defined] # slower, for one run
             scripted = _outputs("torchscript", bundle.read("model.ts"), spec, golden.images[few])
-    if options.graph_type == "bf16":  # ONNX Runtime has no BF16 on the CPU
-        return ""
     graph = bundle.read("model.onnx")
     found = least_sqnr_db(scripted, exported := _outputs("cpu", graph, spec, golden.images[few]))
     if found < AGREEMENT_DB and forms is not None and options.graph_type != "fp32":

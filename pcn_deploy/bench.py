@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pcn_deploy.bundle import Bundle
 from pcn_deploy.errors import OptionError
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine, check_finite
@@ -50,6 +51,13 @@ class Latency:
         }
 
 
+def stand_in(bundle: Bundle, target: str) -> str:
+    """Why the time of an engine would tell nothing, although it runs here; empty if it does tell."""
+    if target == "cpu" and bundle.manifest["remainder"] == "bf16":
+        return "BF16 is computed in FP32 here and rounded tensor by tensor: the time of that is not the time of BF16."
+    return ""
+
+
 def bench(
     engine: Engine,
     *,
@@ -71,9 +79,12 @@ def bench(
         The percentiles.
 
     Raises:
-        OptionError: If the batch is outside the engine's range, or the time is not above 0.
+        OptionError: If the batch is outside the engine's range, the time is not above 0, or it would be that of a
+            stand-in: see `stand_in`.
         ParityError: If the engine returns NaN or infinite values: its time would be that of no answer.
     """
+    if reason := stand_in(engine.bundle, engine.target):
+        raise OptionError(reason)
     allowed = engine.spec.batch
     if not allowed.min <= batch <= allowed.max or not 0 < seconds < math.inf:
         msg = f"Batch {batch} for {seconds} s: the engine takes batches {allowed} (MIN:OPT:MAX), and time is above 0."

@@ -105,7 +105,7 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
 
     Raises:
         DataError: If INT8 has no calibration images, or images are unusable.
-        OptionError: If an engine of this precision could not be proven on this machine.
+        OptionError: If a target cannot have an engine of this precision.
         ModelError: If the network cannot be exported or run at this resolution.
         DependencyError: If a library is missing; the message holds the pip line.
         BuildError: If a backend refuses the graph.
@@ -179,7 +179,6 @@ def _check_backends(backends: list[Backend], options: CompileOptions) -> None:
     for backend in backends:
         backend.check_can_build()
         backend.check_precision(options.precision)
-        executor(backend, options.graph_type)
 
 
 def _new_bundle(
@@ -307,7 +306,7 @@ def _prove(
     proofs: dict[str, BudgetProof] = {}
     by: dict[str, str] = {}
     for backend in backends:
-        by[backend.target] = executor(backend, bundle.manifest["remainder"])
+        by[backend.target] = executor(backend)
         if by[backend.target] in reports:
             continue
         reports[by[backend.target]] = prove(bundle, backend.target, budget, progress)

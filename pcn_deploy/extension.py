@@ -42,7 +42,7 @@ def add_engine(
     Raises:
         BundleError: If the bundle is corrupt, altered or of a newer schema.
         DependencyError: If the backend's library is missing.
-        OptionError: If an engine of this precision could not be proven on this machine.
+        OptionError: If the target has no engine of this precision.
         BuildError: If the backend refuses the graph.
         OutputError: If the output exists and may not be replaced, or cannot be written.
     """
@@ -51,7 +51,7 @@ def add_engine(
     overwrite = overwrite or output is None
     check_output(destination, overwrite=overwrite)
     check_target_precision(target, bundle.manifest["precision"])
-    executed_by = executor(backend, bundle.manifest["remainder"])
+    executed_by = executor(backend)
     source = GraphSource(
         onnx=partial(bundle.read, "model.onnx"),
         torchscript=bundle.read("model.ts") if backend.member == "model.ts" else b"",

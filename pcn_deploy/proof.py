@@ -78,7 +78,7 @@ def prove(bundle: Bundle, target: str, budget: ParityBudget | None = None, progr
     """
     budget = budget or ParityBudget(**bundle.manifest["parity_budget"])
     backend = get_backend(target)
-    with Engine.open(bundle, target, executed_by=executor(backend, bundle.manifest["remainder"])) as engine:
+    with Engine.open(bundle, target, executed_by=executor(backend)) as engine:
         report, spec = verify_golden(engine, budget, progress), engine.spec
     if backend.member == "model.ts":
         return report

@@ -15,7 +15,7 @@ from pcn_deploy.calibration.plan import in_fp32
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.engines.base import Backend, Session
 from pcn_deploy.engines.registry import get_backend
-from pcn_deploy.errors import DataError, DependencyError, OptionError, ParityError
+from pcn_deploy.errors import DataError, DependencyError, ParityError
 from pcn_deploy.specs import LOGITS, EngineSpec
 
 PREFERENCE = ("tensorrt", "tensorrt-rtx", "cpu", "torchscript")
@@ -165,27 +165,9 @@ def check_finite(outputs: dict[str, npt.NDArray[np.float32]], engine: Engine, im
             raise ParityError(msg)
 
 
-def executor(backend: Backend, graph_type: str) -> str:
-    """Which backend runs an engine on this machine: its own, or `cpu` with the same graph where that cannot run.
-
-    Args:
-        backend: The engine's own backend.
-        graph_type: Type of the graph outside Q/DQ: fp32, fp16 or bf16.
-
-    Returns:
-        Name of a target.
-
-    Raises:
-        OptionError: If ONNX Runtime would have to run BF16 on the CPU, for which it has no kernels.
-    """
-    name = backend.target if backend.availability().can_run else "cpu"
-    if name == "cpu" and graph_type == "bf16":
-        msg = (
-            f"BF16 for target {backend.target!r} cannot be proven here: ONNX Runtime has no BF16 kernels on the CPU. "
-            "Take --precision fp16 or fp32, or build on the device."
-        )
-        raise OptionError(msg)
-    return name
+def executor(backend: Backend) -> str:
+    """Which backend runs an engine on this machine: its own, or `cpu` with the same graph where that cannot run."""
+    return backend.target if backend.availability().can_run else "cpu"
 
 
 def load(path: str | Path, target: str | None = None) -> Engine:

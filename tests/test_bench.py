@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pcn_deploy.bench import Latency, bench
+from pcn_deploy.bundle import Bundle
 from pcn_deploy.errors import OptionError
 from pcn_deploy.specs import BatchRange, EngineSpec, TensorSpec
 
@@ -25,6 +26,7 @@ class FakeEngine:
 
     target: str = "cpu"
     spec: EngineSpec = SPEC
+    bundle: Bundle = field(default_factory=lambda: Bundle({"remainder": "fp32"}))
     seen: list[Any] = field(default_factory=list)
 
     def run_batch(self, images: Any) -> Any:

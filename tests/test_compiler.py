@@ -9,15 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from declared import run_declared
 from PIL import Image
 from small_builds import images, needs_rtx, network, options
 
 import pcn_deploy
-from pcn_deploy import CompileResult, ImageSource
+from pcn_deploy import CompileResult, Engine, ImageSource
 from pcn_deploy.engines.base import Backend, EngineArtifact, GraphSource
 from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend
-from pcn_deploy.errors import CheckpointError, DataError, DependencyError, ModelError, OptionError
+from pcn_deploy.errors import CheckpointError, DataError, DependencyError, ModelError
+from pcn_deploy.golden import GoldenSet
 from pcn_deploy.limits import BUDGETS
+from pcn_deploy.parity import least_sqnr_db
 from pcn_deploy.progress import Progress
 from pcn_deploy.sources import synthetic_images
 
@@ -129,11 +132,18 @@ def test_an_engine_that_cannot_run_here_is_proven_through_its_graph() -> None:
         assert result.bundle.read_json("parity/tensorrt-rtx.json")["executed_by"] == "cpu"
 
 
-def test_bf16_on_the_cpu_is_refused_before_any_work() -> None:
-    steps: list[str] = []
-    with pytest.raises(OptionError, match=r"BF16 .*no BF16 kernels on the CPU.*--precision fp16"):
-        pcn_deploy.compile(network(), options(precision="bf16"), progress=lambda step, *_: steps.append(step))
-    assert steps == []
+@pytest.mark.parametrize("target", ["cpu", pytest.param("tensorrt-rtx", marks=needs_rtx)])
+def test_bf16_is_proven_on_a_cpu(target: str) -> None:
+    """ONNX Runtime has no kernels for it there; each tensor is rounded to it."""
+    result = pcn_deploy.compile(network(), options(precision="bf16", targets=(target,)), calibration=images())
+    assert result
+    assert 25 < result.reports[0].metrics["sqnr_db"] < 60, "computed in BF16, not in FP16"
+    golden = GoldenSet.read(result.bundle, ["logits"])
+    with Engine.open(result.bundle, target, executed_by="cpu") as engine:
+        found = engine.predict(golden.images)
+    declared = run_declared(result.bundle.read("model.onnx"), golden.images)
+    assert least_sqnr_db([declared], [found]) > least_sqnr_db([golden.outputs["logits"]], [found]) - 6
+    np.testing.assert_array_less(np.abs(found - declared).max(), 2.0**-6 * np.abs(declared).max())
 
 
 def test_a_spoiled_engine_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from pcn_deploy.engines.base import Availability, Session
 from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend, _OnnxRuntimeSession
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.engines.torchscript import TorchScriptBackend
-from pcn_deploy.errors import BundleError, DataError, DependencyError, OptionError, ParityError
+from pcn_deploy.errors import BundleError, DataError, DependencyError, ParityError
 from pcn_deploy.runtime import PREFERENCE, check_finite, executor
 
 torch = pytest.importorskip("torch")
@@ -195,11 +195,9 @@ def test_an_engine_closes_once_and_again(path: Path, monkeypatch: pytest.MonkeyP
 
 def test_who_executes(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = TorchScriptBackend()
-    assert executor(backend, "bf16") == "torchscript"
+    assert executor(backend) == "torchscript"
     monkeypatch.setattr(TorchScriptBackend, "availability", lambda self: NOTHING)
-    assert executor(backend, "fp16") == "cpu"
-    with pytest.raises(OptionError, match=r"BF16 for target 'torchscript' cannot be proven here"):
-        executor(backend, "bf16")
+    assert executor(backend) == "cpu"
 
 
 @pytest.mark.parametrize(

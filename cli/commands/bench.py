@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pcn_deploy.bench import Latency, bench
+from pcn_deploy.bench import Latency, bench, stand_in
 from pcn_deploy.bundle import Bundle
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
@@ -39,8 +39,9 @@ def command(
     with display.progress_bars(quiet=quiet or as_json) as progress:
         for name in targets:
             state = get_backend(name).availability()
-            if not (state.can_run or target):
-                skipped[name] = state.detail
+            reason = stand_in(bundle, name) if state.can_run else state.detail
+            if reason and not target:
+                skipped[name] = reason.rstrip(".")
                 continue
             try:
                 with Engine.open(bundle, name) as engine:

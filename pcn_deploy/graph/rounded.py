@@ -26,6 +26,17 @@ _SMALL = 1024
 """Numbers of an initialiser that is widened here; larger ones are kept as they are and widened by the runtime."""
 
 
+def holds_bf16(data: bytes) -> bool:
+    """Whether a serialised graph makes or stores BF16 tensors; what is no graph does not."""
+    try:
+        graph = onnx.load_from_string(data).graph
+    except Exception:  # protobuf's own error
+        return False
+    kinds = {tensor.data_type for tensor in graph.initializer}
+    kinds |= {value.type.tensor_type.elem_type for value in graph.value_info}
+    return onnx.TensorProto.BFLOAT16 in kinds
+
+
 def round_to_types(data: bytes) -> bytes:
     """Make a graph that computes in float32 and rounds every FP16 and BF16 tensor to its type, half to even.
 

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from helpers import invoke, refused
+from small_builds import images, options
 
-pytest.importorskip("torch", reason="torch is not installed: pip install 'pcn-deploy[compile]'")
+import pcn_deploy
+from pcn_deploy import Engine
+from pcn_deploy.errors import DependencyError
+
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'pcn-deploy[compile]'")
 
 PRE_NORM_ATTENTION = """
 import torch
@@ -34,6 +43,31 @@ result = pcn_deploy.compile(Net(), options, calibration=[torch.randn(32, 3, 32, 
 assert result
 assert "stock" in result.reports[0].executions, result.reports[0].notes
 """
+
+
+@pytest.fixture(scope="module")
+def in_bf16() -> Any:
+    """A network without a convolution: ONNX Runtime refuses each operator in words of its own."""
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 5))
+    return pcn_deploy.compile(network.eval(), options(precision="bf16"), calibration=images(8)).bundle
+
+
+def test_bf16_needs_a_library_to_be_rewritten(in_bf16: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine.open(in_bf16, "cpu") as engine:
+        assert np.isfinite(engine.predict(images(3))).all()
+    monkeypatch.setitem(sys.modules, "pcn_deploy.graph.rounded", None)
+    with pytest.raises(
+        DependencyError,
+        match=r"no kernels for on the CPU, such as BF16, needs it\..*pip install 'pcn-deploy\[compile\]'",
+    ):
+        Engine.open(in_bf16, "cpu")
+
+
+def test_the_time_of_bf16_on_a_cpu_is_not_told(in_bf16: Any, tmp_path: Path) -> None:
+    path = in_bf16.save(tmp_path / "bf16.pcn")
+    refused(invoke("bench", path, "--target", "cpu", "--seconds", "0.01"), 2, "not the time of BF16")
+    refused(invoke("bench", path, "--seconds", "0.01"), 7, "not the time of BF16")
+    assert invoke("verify", path).exit_code == 0
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
