@@ -17,12 +17,17 @@ from torch import Tensor, nn
 
 from pcn_deploy.calibration.calibrators import WEIGHT_CALIBRATORS, check_weight_calibrator
 from pcn_deploy.calibration.plan import CODES, PrecisionPlan
+from pcn_deploy.calibration.scales import input_scale, stored_scales
 from pcn_deploy.calibration.weights import QMAX, weight_scales
 from pcn_deploy.errors import DataError
 from pcn_deploy.models.layers import ResidualAdd
 from pcn_deploy.models.sharing import share_weights
 
 QUANTIZABLE = (nn.Conv2d, nn.Linear, ResidualAdd)
+NOT_ROUNDED = ""
+"""In the place of `codes`: the layer takes its input as it is."""
+
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,8 @@ def plan_scales(
                 f"The range of {path} is {entry.input_amax}; expected a float32 above 0. Calibrate it or leave it out."
             )
             raise DataError(msg)
-        largest = np.float32(CODES[entry.precision])
-        scale = np.float32(entry.input_amax) / largest
-        stored = partial(_stored, path=path, remainder=plan.remainder)
+        scale = input_scale(entry.input_amax or 0, entry.precision, path, plan.remainder)
+        stored = partial(stored_scales, path=path, remainder=plan.remainder)
         weight = np.zeros(0, np.float32)
         if not isinstance(layer, ResidualAdd):
             if not layer.weight.isfinite().all():
@@ -85,34 +89,16 @@ def plan_scales(
             if entry.precision == "int8":
                 weight = weight_scales(layer.weight, weight_calibrator, stored)
             else:
+                largest = np.float32(CODES[entry.precision])
                 weight = stored(np.array([float(layer.weight.abs().max()) or 1.0], np.float32) / largest)
-        found[path] = Quantization(float(stored(np.array([scale]))[0]), weight, entry.precision)
+        found[path] = Quantization(scale, weight, entry.precision)
     return found
 
 
-def _stored(scales: npt.NDArray[np.float32], path: str, remainder: str) -> npt.NDArray[np.float32]:
-    """Scales as the graph holds them: above 0, finite, and in FP16 where the rest of the graph is."""
-    scales = np.maximum(scales, np.finfo(np.float32).tiny)
-    if remainder != "fp16":
-        return scales
-    if scales.max() > np.finfo(np.float16).max:
-        msg = (
-            f"{path} needs a scale of {scales.max():.3g}, beyond FP16: its values are too large. "
-            "Build with --remainder fp32, or mend the weights."
-        )
-        raise DataError(msg)
-    return round_up_to_fp16(scales)
-
-
-def round_up_to_fp16(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The smallest FP16 value above 0 that is not below each scale, so that nothing is clipped by the rounding."""
-    rounded = scales.astype(np.float16)
-    rounded = np.where(rounded < scales, np.nextafter(rounded, np.float16(np.inf)), rounded)
-    return rounded.astype(np.float32)
-
-
 def fake_quantize(x: Tensor, scale: float, codes: str) -> Tensor:
-    """Round a tensor to what its codes stand for: INT8 in [-128, 127], or E4M3 in [-448, 448]."""
+    """Round a tensor to what its codes stand for: INT8 in [-128, 127], or E4M3 in [-448, 448], or not at all."""
+    if codes == "":
+        return x
     if codes == "fp8":
         return round_to_e4m3(x / scale) * scale
     rounded: Tensor = torch.fake_quantize_per_tensor_affine(x, scale, 0, -128, 127)
@@ -185,6 +171,9 @@ class QuantResidualAdd(ResidualAdd):
         return branch + fake_quantize(identity, self.input_scale, self.codes)
 
 
+QUANTIZED = (QuantConv2d, QuantLinear, QuantResidualAdd)
+
+
 def _take_over(quantized: nn.Conv2d | nn.Linear, source: nn.Conv2d | nn.Linear, scales: Quantization) -> None:
     weight = quantize_weight(source.weight.detach(), torch.from_numpy(scales.weight), scales.codes)
     quantized.weight = nn.Parameter(weight, requires_grad=False)
@@ -233,3 +222,31 @@ def apply_scales(model: nn.Module, scales: dict[str, Quantization]) -> nn.Module
         quantized.set_submodule(path, replacement)
     quantized.eval()
     return quantized
+
+
+def with_stored_weights(quantized: nn.Module, plan: PrecisionPlan) -> nn.Module:
+    """A network whose parameters are what its graph stores, and whose activations nothing rounds.
+
+    Args:
+        quantized: The quantised module, or the deploy form where nothing is; left as it is. Parameters that are stored
+            as they are there are shared with the result.
+        plan: The types of what is not quantised.
+
+    Returns:
+        The network in evaluation mode. Weights of quantised layers are what their codes stand for, other parameters in
+        FP16 or BF16 are rounded to that.
+    """
+    stored, types = share_weights(quantized), plan.types()
+    rounded: dict[tuple[int, torch.dtype], nn.Parameter] = {}
+    for path, module in stored.named_modules():
+        has_codes = isinstance(module, QUANTIZED)
+        if has_codes:
+            module.codes = NOT_ROUNDED
+        kind = TYPES[types.get(path, plan.remainder)]
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype == torch.float32 != kind and not (has_codes and name == "weight"):
+                key = (id(parameter), kind)
+                if key not in rounded:
+                    rounded[key] = nn.Parameter(parameter.to(kind).float(), requires_grad=False)
+                setattr(module, name, rounded[key])
+    return stored.eval()

@@ -1,11 +1,13 @@
-"""Whether the two portable graphs compute the same, and which one departs where they do not."""
+"""Whether the deploy form and both portable graphs compute what they were made from, and which one departs if not."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,183 +17,237 @@ from pcn_deploy.engines.base import Array
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import ExecutionError, ModelError
 from pcn_deploy.golden import GoldenSet
+from pcn_deploy.graph.rounded import widen
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.parity import least_sqnr_db
+from pcn_deploy.preparation import Prepared
+from pcn_deploy.reference import run_together
 from pcn_deploy.specs import EngineSpec
+from pcn_deploy.widened import sqnr_of_images
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-    from pcn_deploy.calibration.quantized import Quantization
+    from pcn_deploy.calibration.plan import PrecisionPlan
 
 Images = npt.NDArray[np.float32]
+Network: TypeAlias = "nn.Module | Callable[[Tensor], Tensor | tuple[Tensor, ...]]"
 
-AGREEMENT_DB = 25.0
-"""Least SQNR between the TorchScript module and the ONNX graph: FP16 rounding alone leaves 64 dB and more, a graph
-that was unrolled wrongly in a trial had 17 dB."""
+EQUAL_DB = 80.0
+"""Least SQNR between two float32 executions of one function: they sum in other orders, and leave 100 dB and more. A
+graph that was unrolled wrongly in a trial had 17 dB."""
 
-EQUAL_DB = 60.0
-"""Least SQNR between a network in float32 and its graph without codes: they sum in other orders, and leave 100 dB."""
+ROUNDED_DB = 40.0
+"""The same of a graph whose weights and literals are rounded: FP16 literals alone, such as the scale of an attention,
+leave 50 dB on images where the network hangs on them."""
+
+NOTHING_DB = 20.0
+"""Where two executions of one network share less than that, its answers are their rounding, and tell of no form."""
+
+SHARPEST_DB = 100.0
+"""The most that is asked of a rounded graph without its rounding: 8 to 30 dB less than right ones have."""
 
 CHAOS_DB = 6.0
-"""How much further from float64 than eager float32 a right graph may be: both draw their rounding errors anew, on a few
-images (our choice)."""
+"""How much further apart two executions may be than one of them is from float64: 3 dB as both err, and as much again,
+as these are a few images."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Forms:
-    """A network from which its forms can be made again: the deploy form, and its scales where it is quantised."""
+    """A network in the forms that its graphs are made from.
 
-    deployed: nn.Module
-    scales: dict[str, Quantization]
-    options: CompileOptions
+    Attributes:
+        eager: The network as it was given, with all outputs.
+        unrounded: The deploy form before any recovery.
+        simulated: The quantised module, from which TorchScript is made; else the deploy form.
+        stored: The deploy form with the weights of the ONNX graph, and nothing else rounded.
+        floating: The same with the weights of the deploy form.
+    """
 
-    def graph(self, *, quantized: bool) -> bytes:
-        """Its ONNX graph in float32, with or without codes."""
-        from pcn_deploy.graph.export import serialise, to_onnx
+    eager: Network
+    unrounded: nn.Module
+    simulated: nn.Module
+    stored: nn.Module
+    floating: nn.Module
 
-        options, scales = self.options, self.scales if quantized else {}
-        shape = options.transform.shape
-        return serialise(to_onnx(self.deployed, shape, options.batch, scales, outputs=options.outputs))
+    @classmethod
+    def of(cls, eager: Network, network: Prepared, plan: PrecisionPlan) -> Forms:
+        """Those of a prepared network.
 
-    def run(self, images: Images, *, quantized: bool, double: bool = False) -> list[Array]:
-        """What PyTorch computes for it, without a graph, in float32 or float64."""
-        from contextlib import nullcontext
+        Args:
+            eager: What it was prepared from, with all outputs.
+            network: Deploy form and scales.
+            plan: With the types of everything that is not quantised.
+        """
+        from pcn_deploy.calibration.quantized import apply_scales, with_stored_weights
 
-        import torch
-        from torch import Tensor
+        simulated = apply_scales(network.deployed, network.scales)
+        stored = with_stored_weights(simulated, plan)
+        return cls(
+            eager=eager,
+            unrounded=network.unrounded,
+            simulated=simulated,
+            stored=stored,
+            floating=network.deployed,
+        )
 
-        from pcn_deploy.calibration.quantized import apply_scales
-        from pcn_deploy.graph.double import InDouble
 
-        network = apply_scales(self.deployed, self.scales) if quantized else self.deployed
-        with torch.no_grad(), InDouble() if double else nullcontext():
-            found = network(torch.from_numpy(images.copy()))
-        return [tensor.float().numpy() for tensor in ((found,) if isinstance(found, Tensor) else found)]
+def run(network: Network, images: Images, *, double: bool = False) -> list[Array]:
+    """What PyTorch computes, in float32 or float64: the outputs in their order, float32 `(N, ...)`.
+
+    Args:
+        network: In evaluation mode.
+        images: float32 `(N, C, H, W)`.
+        double: Whether to compute in float64.
+    """
+    from contextlib import nullcontext
+
+    import torch
+    from torch import Tensor
+
+    from pcn_deploy.graph.double import InDouble
+
+    with torch.no_grad(), InDouble() if double else nullcontext():
+        found = network(torch.from_numpy(images.copy()))
+    return [tensor.float().numpy() for tensor in ((found,) if isinstance(found, Tensor) else found)]
 
 
 def check_agreement(
-    bundle: Bundle, golden: GoldenSet, spec: EngineSpec, options: CompileOptions, forms: Forms | None = None
-) -> str:
-    """Run both portable graphs once: made by different roads from one module, they must compute the same.
+    bundle: Bundle, golden: GoldenSet, spec: EngineSpec, options: CompileOptions, forms: Forms
+) -> GoldenSet:
+    """Run every form of the network, in float32: each must compute what it was made from.
 
-    A rewrite or an unrolling gone wrong could hide below the budget of INT8; it cannot hide here. Rounding to FP16
-    may move many INT8 codes by one, or be enlarged by the network, which looks like an error; so a typed graph that
-    differs is judged in FP32. In a deep network one code that moves may move many others: then the order of summation
-    alone decides, which shows when the same module runs in float64. Such a graph must agree as far as that lets it, and
-    without codes entirely. A network that does so without any code is refused as what it is: float32 is not enough.
+    A rewrite or an unrolling gone wrong could hide below the budget of INT8; it cannot hide here. The ONNX graph is
+    compared with its rounding taken out but for that of the weights, and TorchScript with the module it was made from:
+    so neither FP16 nor codes that move by one look like an error. In a network that enlarges its own rounding the order
+    of summation alone decides, which shows when the same network runs in float64; and weights that the graph computes
+    before it rounds them, as a standardised one, differ from those of the network by that rounding. Such a form must
+    agree as far as these let it.
 
     Args:
         bundle: With both graphs.
         golden: The golden set; of an 8-bit graph with what its TorchScript module answers.
         spec: Their interface.
         options: What is built.
-        forms: The network; without it nothing can be judged but the graphs that are there.
+        forms: The network.
 
     Returns:
-        What the user should know; empty if they simply agree.
+        The golden set; of a rounded graph with what the network answers with its weights, and how far from that the
+        graph without rounding may be.
 
     Raises:
-        ModelError: If they compute different things, the message names the one that departs; or if the network itself
-            computes different things in float32 and float64.
+        ModelError: If one computes something else; the message names the one that departs.
     """
+    image = golden.images[:1]
+    answers = [golden.outputs[tensor.name][:1] for tensor in spec.outputs]
+    eager, module = partial(run, forms.eager, image), partial(run, forms.simulated, image)
+    _compare("deploy form", answers, run(forms.unrounded, image), "the eager network", partial(eager, double=True))
+    _check_scripted(bundle, golden, spec, forms)
+    graph = bundle.read("model.onnx")
+    if options.quantizes or options.graph_type != "fp32":
+        return _check_widened(widen(graph), golden, spec, forms)
+    exported = _outputs("cpu", graph, spec, [np.repeat(image, spec.batch.min, axis=0)])
+    _compare("ONNX graph", module(), exported, "its module", partial(module, double=True))
+    return golden
+
+
+def _check_scripted(bundle: Bundle, golden: GoldenSet, spec: EngineSpec, forms: Forms) -> None:
+    """Compare TorchScript with its module, on a batch that both run whole: their kernels are the same then."""
     import torch
 
-    few = np.arange(spec.batch.min) % len(golden.images)
+    count = len(golden.images) if golden.simulated else 1
+    chosen = next(run_together(count, spec.batch))
+    images, own = golden.images[chosen % count], chosen < count
     if golden.simulated:
-        scripted = [golden.simulated[tensor.name][few] for tensor in spec.outputs]
+        scripted = [golden.simulated[tensor.name][chosen[own]] for tensor in spec.outputs]
     else:
         with torch.jit.optimized_execution(False):  # type: ignore[attr-defined] # slower, for one run
-            scripted = _outputs("torchscript", bundle.read("model.ts"), spec, golden.images[few])
-    graph = bundle.read("model.onnx")
-    found = least_sqnr_db(scripted, exported := _outputs("cpu", graph, spec, golden.images[few]))
-    if found < AGREEMENT_DB and forms is not None and options.graph_type != "fp32":
-        graph = forms.graph(quantized=True)
-        found = least_sqnr_db(scripted, exported := _outputs("cpu", graph, spec, golden.images[few]))
-    if found >= AGREEMENT_DB:
-        return ""
-    with suppress(_Float32OnlyError):
-        if forms is not None:
-            return _explain(found, bundle.read("model.ts"), graph, golden, spec, forms)
-    expected = [golden.outputs[tensor.name][few] for tensor in spec.outputs]
-    away = (least_sqnr_db(expected, scripted), least_sqnr_db(expected, exported))
-    raise ModelError(_departure(found, *away, "the eager network"))
+            scripted = _outputs("torchscript", bundle.read("model.ts"), spec, [images])
+
+    def module(*, double: bool = False) -> list[Array]:
+        return [values[own] for values in run(forms.simulated, images, double=double)]
+
+    _compare("TorchScript graph", module(), scripted, "its module", partial(module, double=True))
 
 
-class _Float32OnlyError(Exception):
-    """The network's code insists on float32."""
+def _check_widened(graph: bytes, golden: GoldenSet, spec: EngineSpec, forms: Forms) -> GoldenSet:
+    """Compare the graph without its rounding with the network that has its weights, on every real image."""
+    batches = [image[None] for image in golden.images[~golden.edge]]
+    rows = [run(forms.stored, batch) for batch in batches]
+    expected = [np.concatenate(column) for column in zip(*rows, strict=True)]
+    found = _outputs("cpu", graph, spec, [np.repeat(batch, spec.batch.min, axis=0) for batch in batches])
+    apart = np.min([sqnr_of_images(*pair) for pair in zip(expected, found, strict=True)], axis=0)
+    if apart.min() < ROUNDED_DB:
+        worst = batches[int(apart.argmin())]
+        roundings = (partial(run, forms.stored, worst, double=True), partial(run, forms.floating, worst))
+        _explain("ONNX graph", float(apart.min()), "its module", run(forms.stored, worst), *roundings)
+    names = [tensor.name for tensor in spec.outputs]
+    limits = np.minimum(SHARPEST_DB, apart - CHAOS_DB)
+    return replace(golden, widened=dict(zip(names, expected, strict=True)), widened_db=limits)
 
 
-def _explain(found: float, script: bytes, graph: bytes, golden: GoldenSet, spec: EngineSpec, forms: Forms) -> str:
-    """Why two graphs in float32 differ, asked on all real images: a note if it is rounding, else an error."""
-    real = np.flatnonzero(~golden.edge)
-    chosen = real[np.arange(-(-len(real) // spec.batch.min) * spec.batch.min) % len(real)]
+def _compare(
+    form: str, expected: list[Array], found: list[Array], of_what: str, *roundings: Callable[[], list[Array]]
+) -> None:
+    """Refuse a form that is further from what it was made from than two float32 executions are.
 
-    def over(run: Callable[[Images], list[Array]]) -> list[Array]:
-        rows = [run(golden.images[part]) for part in chosen.reshape(-1, spec.batch.min)]
-        return [np.concatenate(column) for column in zip(*rows, strict=True)]
+    Args:
+        form: Its name.
+        expected: Outputs of what it was made from.
+        found: Its own.
+        of_what: What it was made from.
+        roundings: Further executions of what it was made from, which differ from `expected` by rounding alone.
 
-    def own(*, quantized: bool) -> tuple[list[Array], float]:
-        """What the network computes in float64, and how far from that it is in float32, in dB."""
-        try:
-            doubles = over(lambda images: forms.run(images, quantized=quantized, double=True))
-        except Exception as error:  # of the network's own code
-            raise _Float32OnlyError from error
-        return doubles, least_sqnr_db(doubles, over(lambda images: forms.run(images, quantized=quantized)))
-
-    def executed(target: str, graph: bytes) -> list[Array]:
-        return over(lambda images: _outputs(target, graph, spec, images))
-
-    expected, alone = own(quantized=True)
-    scripted = executed("torchscript", script)
-    exported = executed("cpu", graph)
-    away = (least_sqnr_db(expected, scripted), least_sqnr_db(expected, exported))
-    departure = _departure(found, *away, f"the {'quantised module' if forms.scales else 'network'} in float64")
-    if min(away) < alone - CHAOS_DB:
-        raise ModelError(departure)
-    if forms.scales:
-        plain = executed("cpu", forms.graph(quantized=False))
-        if least_sqnr_db(over(lambda images: forms.run(images, quantized=False)), plain) >= EQUAL_DB:
-            return (
-                f"the order of summation alone moves the {forms.options.precision.upper()} answers ({alone:.1f} dB "
-                "between float32 and float64): no two engines will agree better, so judge them by accuracy."
-            )
-        expected, alone = own(quantized=False)
-        if alone >= EQUAL_DB or least_sqnr_db(expected, plain) < alone - CHAOS_DB:
-            raise ModelError(departure)
-    raise ModelError(_not_enough(found, alone))
+    Raises:
+        ModelError: If rounding does not explain how far they are apart.
+    """
+    apart = least_sqnr_db(expected, found)
+    if apart < EQUAL_DB:
+        _explain(form, apart, of_what, expected, *roundings)
 
 
-def _not_enough(found: float, alone: float) -> str:
-    """Why two right graphs of a network differ."""
+def _explain(
+    form: str, apart: float, of_what: str, expected: list[Array], *roundings: Callable[[], list[Array]]
+) -> None:
+    explained = min(_explained(expected, execute) for execute in roundings)
+    least = explained - CHAOS_DB if explained >= NOTHING_DB else -math.inf
+    if apart < least:
+        raise ModelError(_departure(form, apart, of_what, explained))
+
+
+def _explained(expected: list[Array], execute: Callable[[], list[Array]]) -> float:
+    try:
+        return least_sqnr_db(expected, execute())
+    except Exception:  # the network's own code may insist on float32, or not be finite otherwise: no explanation
+        return math.inf
+
+
+_ASKS = {
+    "ONNX graph": "torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()",
+    "TorchScript graph": "torch.jit.is_scripting()",
+}
+"""By what a network may decide otherwise in a form."""
+
+
+def _departure(form: str, apart: float, of_what: str, explained: float) -> str:
+    if form not in _ASKS:
+        return (
+            f"The {form} departs: it is {apart:.1f} dB away from {of_what}, in float32, of which rounding explains "
+            f"{explained:.1f} dB. Please report it with the definition of the network."
+        )
     return (
-        f"The network enlarges its own rounding: eager float32 and eager float64 agree to {alone:.1f} dB only, and its "
-        f"graphs to {found:.1f} dB. No engine could be equal to it. Somewhere it takes the difference of nearly "
-        "equal numbers: write a variance as the mean of (x - mean)^2, not as E[x^2] - E[x]^2, and take large constants "
-        "off before squares, exponentials and periodic functions."
+        f"The {form} departs: it is {apart:.1f} dB away from {of_what}, in float32 and without any rounding of "
+        f"activations, of which rounding explains {explained:.1f} dB. Either the network decides by how it is run, "
+        f"such as {_ASKS[form]}, or the graph was made wrongly. Leave such decisions out; if there are none, please "
+        "report it with the definition."
     )
 
 
-def _departure(found: float, scripted: float, exported: float, of_what: str) -> str:
-    """Which graph is wrong, by how far each is from what both should be."""
-    graph, asks = ("TorchScript", "torch.jit.is_scripting()")
-    if exported <= scripted:
-        graph, asks = "ONNX", "torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()"
-    departs = f"the {graph} graph departs. Either the network decides by how it is run, such as {asks}, or the graph"
-    if max(scripted, exported) < AGREEMENT_DB:
-        departs = "both graphs depart. Either the network decides by how it is run, or each graph"
-    return (
-        f"TorchScript and ONNX were made from one module but differ ({found:.1f} dB). From {of_what} TorchScript is "
-        f"{scripted:.1f} dB away and ONNX {exported:.1f} dB: {departs} was made wrongly. Leave such decisions out; if "
-        "there are none, please report it with the definition."
-    )
-
-
-def _outputs(target: str, graph: bytes, spec: EngineSpec, images: Images) -> list[Array]:
-    """What a portable graph returns, in the order of its interface."""
+def _outputs(target: str, graph: bytes, spec: EngineSpec, batches: list[Images]) -> list[Array]:
+    """What a portable graph returns for the first image of each batch, in the order of its interface."""
     with executing(target), get_backend(target).open(graph, spec) as session:
-        found = session.run({spec.inputs[0].name: images})
-    return [found[tensor.name] for tensor in spec.outputs]
+        rows = [session.run({spec.inputs[0].name: batch}) for batch in batches]
+    return [np.concatenate([row[tensor.name][:1] for row in rows]) for tensor in spec.outputs]
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from pcn_deploy.parity import ParityReport
 from pcn_deploy.preparation import Prepared, in_evaluation_mode, prepare
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof import prove
-from pcn_deploy.reference import golden_set, with_simulation
+from pcn_deploy.reference import eager_outputs, golden_set, with_simulation
 from pcn_deploy.runtime import Engine, executor
 from pcn_deploy.sources import CalibrationImages, open_evaluation, open_sources, repeatable
 from pcn_deploy.specs import LOGITS, EngineSpec
@@ -144,13 +144,14 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
         "golden_calibrated": network.calibration is not None and unseen is None,
         "accuracy": "" if judges else why_not,
     }
-    del model  # no longer needed; the caller may keep it
     plan, spec = _add_graphs(bundle, network, golden, options, progress)
     if options.quantizes:
         with executing("torchscript"), get_backend("torchscript").open(bundle.read("model.ts"), spec) as simulation:
             golden = with_simulation(golden, simulation, progress)
-    if note := check_agreement(bundle, golden, spec, options, Forms(network.deployed, network.scales, options)):
-        bundle.manifest["notes"].append(note)
+    forms = Forms.of(eager_outputs(model, options), network, plan)
+    golden = check_agreement(bundle, golden, spec, options, forms)
+    bundle.manifest["judged"]["widened_images"] = len(golden.widened_db)
+    del forms, model  # the caller may keep it
     advice: tuple[Attempt, ...] = ()
     if golden.simulated and not judge("", golden, golden.simulated[LOGITS], options.budget).passed:
         advice = advise(network, golden, options, progress)

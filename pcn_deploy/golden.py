@@ -3,7 +3,8 @@
 Beside real images it holds edge images, which are made and not photographed: they reach the ends of what the transform
 can give, and have flat areas, where sums that a network divides by become zero. An 8-bit graph was not calibrated on
 such images and may clip there, as intended; so of 8-bit graphs the set also holds what their simulation answers, and
-what an engine answers to edge images is compared with that. docs/parity.md has the measurements behind it.
+what an engine answers to edge images is compared with that. Of rounded graphs it holds what the network answers with
+their weights and no other rounding. docs/parity.md has the measurements behind it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ Array = npt.NDArray[np.float32]
 MEMBER = "golden.npz"
 NOISE = "standard normal noise"
 """Where images come from that stand in for real ones."""
-_SIMULATED = "simulated_"
+_SIMULATED, _WIDENED = "simulated_", "widened_"
+_LIMITS = "least_widened_db"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,9 @@ class GoldenSet:
         edge: Whether each image is an edge image, `(N,)`.
         outputs: Of the trained network, by name, `(N, ...)`.
         simulated: Of the simulation of an 8-bit graph in FP32; empty for other graphs and in bundles of 0.1.0.
+        widened: Of the network with the weights of a rounded graph, for the real images, by name, `(M, ...)`; empty for
+            FP32 and in bundles of 0.1.0.
+        widened_db: Least SQNR in dB of a graph without its rounding for each of these images, `(M,)`.
         rounding: Whether the network answers an image with nothing but its own rounding, `(N,)`: of an engine it is
             only asked that its answer is finite. All false if not given.
     """
@@ -50,6 +55,8 @@ class GoldenSet:
     edge: npt.NDArray[np.bool_]
     outputs: dict[str, Array]
     simulated: dict[str, Array] = field(default_factory=dict)
+    widened: dict[str, Array] = field(default_factory=dict)
+    widened_db: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     rounding: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
 
     def __post_init__(self) -> None:
@@ -66,6 +73,8 @@ class GoldenSet:
         arrays: dict[str, npt.NDArray[Any]] = {"images": self.images, **self.outputs}
         arrays |= {"names": np.array(self.names), "edge": self.edge, "rounding": self.rounding}
         arrays |= {f"{_SIMULATED}{name}": values for name, values in self.simulated.items()}
+        arrays |= {f"{_WIDENED}{name}": values for name, values in self.widened.items()}
+        arrays |= {_LIMITS: self.widened_db} if self.widened else {}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type] # numpy's stub takes allow_pickle for an array
         return buffer.getvalue()
@@ -94,11 +103,15 @@ class GoldenSet:
             edge=arrays.get("edge", np.zeros(count, np.bool_)),
             outputs={name: arrays[name] for name in outputs},
             simulated={name: arrays[_SIMULATED + name] for name in outputs if _SIMULATED + name in arrays},
+            widened={name: arrays[_WIDENED + name] for name in outputs if _WIDENED + name in arrays},
+            widened_db=arrays.get(_LIMITS, np.zeros(0)),
             rounding=arrays.get("rounding", np.zeros(count, np.bool_)),
         )
         lengths = {len(found.names), len(found.edge), len(found.rounding), *map(len, found.outputs.values())}
         lengths |= set(map(len, found.simulated.values()))
-        if lengths != {count} or {found.edge.dtype, found.rounding.dtype} != {np.dtype(np.bool_)}:
+        widened = {*map(len, found.widened.values()), *([len(found.widened_db)] if found.widened else ())}
+        fits = lengths == {count} and widened <= {int((~found.edge).sum())}
+        if not fits or {found.edge.dtype, found.rounding.dtype} != {np.dtype(np.bool_)}:
             msg = f"The arrays of the golden set do not fit its {count} images. Build the bundle again."
             raise BundleError(msg)
         return found

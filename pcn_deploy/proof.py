@@ -21,6 +21,7 @@ from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine, executor
 from pcn_deploy.specs import EngineSpec
 from pcn_deploy.verification import verify_golden
+from pcn_deploy.widened import has_widened, verify_widened
 
 GRAPH = "model.onnx"
 
@@ -32,6 +33,7 @@ class Execution:
     Attributes:
         name: What reports call it.
         applies: Whether it says something of a bundle with this manifest (`precision`, `remainder`).
+        judge: Compares what the session answers with what the golden set holds.
         open: Opens a session on the bytes of the graph. A `StockSessionError` from it or its session is noted, and
             does not fail the verdict.
     """
@@ -39,6 +41,7 @@ class Execution:
     name: str
     applies: Callable[[dict[str, Any]], bool]
     open: Callable[[bytes, EngineSpec], Session]
+    judge: Callable[[Engine, ParityBudget, Progress], ParityReport] = verify_golden
 
 
 def _open_rounded(data: bytes, spec: EngineSpec) -> Session:
@@ -50,7 +53,14 @@ def _open_rounded(data: bytes, spec: EngineSpec) -> Session:
     return get_backend("cpu").open(rounded, spec)
 
 
+def _open_widened(data: bytes, spec: EngineSpec) -> Session:
+    from pcn_deploy.graph.rounded import widen
+
+    return get_backend("cpu").open(widen(data), spec)
+
+
 EXECUTIONS: tuple[Execution, ...] = (
+    Execution(name="widened", applies=has_widened, open=_open_widened, judge=verify_widened),
     Execution(name="rounded", applies=lambda manifest: manifest["remainder"] != "fp32", open=_open_rounded),
     # ONNX Runtime has no BF16 on the CPU
     Execution(name="stock", applies=lambda manifest: manifest["remainder"] != "bf16", open=open_stock),
@@ -87,7 +97,8 @@ def prove(bundle: Bundle, target: str, budget: ParityBudget | None = None, progr
             return_freed()  # the session before has held all weights
             try:
                 with Engine(bundle, target, execution.name, execution.open(bundle.read(GRAPH), spec)) as engine:
-                    report = report.with_execution(verify_golden(engine, budget, _named(progress, execution.name)))
+                    seen = execution.judge(engine, budget, _named(progress, execution.name))
+                    report = report.with_execution(seen)
             except StockSessionError as error:
                 report = replace(report, notes=(*report.notes, str(error)))
     return report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +94,9 @@ def golden_set(
     if own_db < REPRODUCED_DB:
         notes += [
             f"the trained network enlarges its own rounding: its answers to {names[0]} in float32 and in float64 agree "
-            f"to {own_db:.1f} dB only. No engine can be closer to it, and FP16 rounds 8192 times as much as float32."
+            f"to {own_db:.1f} dB only. No engine can be closer to it, and FP16 rounds 8192 times as much as float32. "
+            "Somewhere it takes the difference of nearly equal numbers: write a variance as the mean of (x - mean)^2, "
+            "and take large constants off before squares, exponentials and periodic functions."
         ]
     return golden, notes
 
@@ -113,11 +115,10 @@ def with_simulation(golden: GoldenSet, simulation: Session, progress: Progress) 
     rows: dict[str, list[Array]] = {name: [] for name in outputs}
     step, count, allowed = "Simulated reference", len(golden.images), simulation.spec.batch
     with torch.jit.optimized_execution(False):  # type: ignore[attr-defined] # for a few runs it costs more than it saves
-        for chosen in _batches(count, allowed):
-            progress(step, chosen.start, count, "images")
-            filled = np.arange(chosen.start, max(chosen.stop, chosen.start + allowed.min)) % count
-            for name, values in simulation.run({given.name: golden.images[filled]}).items():
-                rows[name].append(values[: len(chosen)])
+        for chosen in run_together(count, allowed):
+            progress(step, int(chosen[0]), count, "images")
+            for name, values in simulation.run({given.name: golden.images[chosen % count]}).items():
+                rows[name].append(values[chosen < count])
     progress(step, count, count, "images")
     return replace(golden, simulated={name: np.concatenate(values) for name, values in rows.items()})
 
@@ -158,18 +159,26 @@ def _real_images(options: CompileOptions, source: ImageSource | None) -> dict[st
     return {sample.name.removeprefix(root): sample.image for sample in source.subset(count)}
 
 
-def _batches(count: int, allowed: BatchRange) -> Iterator[range]:
-    """Images that are run together, where a network takes several: fewer runs, and work for more than one core."""
+def run_together(count: int, allowed: BatchRange) -> Iterator[npt.NDArray[np.intp]]:
+    """Images that are run together, where a network takes several: fewer runs, and work for more than one core.
+
+    Args:
+        count: Number of images.
+        allowed: Least and most that the network takes; a batch that is too short is filled up with others.
+
+    Yields:
+        Indices of images; those beyond the last image fill up.
+    """
     size = max(allowed.min, min(allowed.max, TOGETHER))
     for start in range(0, count, size):
-        yield range(start, min(start + size, count))
+        yield np.arange(start, max(min(start + size, count), start + allowed.min))
 
 
 def _eager_rows(model: nn.Module, images: list[Array], options: CompileOptions, progress: Progress) -> list[Row]:
     """The outputs of the network, one image at a time: engines that run several are held against that."""
     import torch
 
-    forward = _forward(model, options)
+    forward = eager_outputs(model, options)
     rows: list[Row] = []
     with torch.inference_mode():
         for image in images:
@@ -186,18 +195,18 @@ def _rows_in_double(model: nn.Module, images: list[Array], options: CompileOptio
 
     from pcn_deploy.graph.double import InDouble
 
-    forward = _forward(model, options)
+    forward = eager_outputs(model, options)
     rows: list[Row] = []
     with torch.inference_mode(), InDouble():
-        for chosen in _batches(len(images), options.batch):
-            batch = torch.tensor(np.stack(images[chosen.start : chosen.stop]))
-            outputs = [values.numpy() for values in forward(batch)]
-            rows += [tuple(values[index : index + 1] for values in outputs) for index in range(len(chosen))]
+        for chosen in run_together(len(images), options.batch):
+            outputs = [values.numpy() for values in forward(torch.tensor(np.stack(images)[chosen % len(images)]))]
+            own = np.flatnonzero(chosen < len(images))
+            rows += [tuple(values[index : index + 1] for values in outputs) for index in own]
     return rows
 
 
-def _forward(model: nn.Module, options: CompileOptions) -> Callable[[Tensor], Iterable[Tensor]]:
-    """The network with every output that is asked for."""
+def eager_outputs(model: nn.Module, options: CompileOptions) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """The network as a function from images `(N, C, H, W)` to all outputs that are built, logits first."""
     from pcn_deploy.models.attention_map import with_attention_map
 
     return with_attention_map(model) if options.with_attention_map else lambda images: (model(images),)

@@ -137,7 +137,7 @@ def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = sil
     """
     names = [tensor.name for tensor in engine.spec.outputs]
     golden = GoldenSet.read(engine.bundle, names)
-    found = _outputs(engine, golden.images, progress)
+    found = engine_outputs(engine, golden.images, progress)
     meters = {name: _compared(golden, ~golden.edge, golden.outputs[name], found[name], name) for name in names}
     report = meters[LOGITS].report(
         target=engine.target,
@@ -200,8 +200,8 @@ def simulation_limit(golden: GoldenSet, budget: ParityBudget, remainder: str) ->
     return replace(budget, sqnr_db=min(noise - TWICE_DB, BUDGETS[remainder].sqnr_db))
 
 
-def _outputs(engine: Engine, images: Images, progress: Progress) -> dict[str, Images]:
-    """All outputs for all images."""
+def engine_outputs(engine: Engine, images: Images, progress: Progress) -> dict[str, Images]:
+    """All outputs of an engine for all images `(N, C, H, W)`, by name."""
     size, step = engine.spec.batch.max, f"Proving {engine.target}"
     batches = []
     progress(step, 0, len(images), "images")

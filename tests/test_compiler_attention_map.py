@@ -10,12 +10,14 @@ from small_builds import RTX_IS_HERE, images, needs_rtx, network, options
 
 import pcn_deploy
 from pcn_deploy import Bundle, CompileResult, Transform, compiler
-from pcn_deploy.agreement import check_agreement
+from pcn_deploy.agreement import Forms, check_agreement
 from pcn_deploy.engines.onnxruntime import _OnnxRuntimeSession
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import ModelError
 from pcn_deploy.golden import GoldenSet
 from pcn_deploy.limits import BUDGETS
+from pcn_deploy.models.attention_map import output_attention_map
+from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.progress import silent
 from pcn_deploy.specs import EngineSpec
 
@@ -61,7 +63,8 @@ def test_the_golden_set_holds_the_map_of_the_eager_network(mapped: dict[str, Com
     golden = mapped["int8"].bundle.read_arrays("golden.npz")
     assert set(golden) == {
         *("images", "names", "edge", "rounding", "logits", "attention_map"),
-        *("simulated_logits", "simulated_attention_map"),
+        *("simulated_logits", "simulated_attention_map", "widened_logits", "widened_attention_map"),
+        "least_widened_db",
     }
     model, seen = network(), []
     model.blocks_token_only[0].register_forward_hook(lambda _module, _inputs, output: seen.append(output[1]))
@@ -95,14 +98,16 @@ def test_graphs_whose_maps_differ_are_refused(
     bundle, real = mapped["fp32"].bundle, _OnnxRuntimeSession._run_impl
     spec = EngineSpec.from_json(bundle.manifest["interface"])
     chosen, golden = options(precision="fp32"), GoldenSet.read(bundle, [tensor.name for tensor in spec.outputs])
-    check_agreement(bundle, golden, spec, chosen)
+    deployed = output_attention_map(to_deploy(network(), torch.from_numpy(golden.images[:1]))[0], (3, 32, 48))
+    forms = Forms(eager=deployed, unrounded=deployed, simulated=deployed, stored=deployed, floating=deployed)
+    check_agreement(bundle, golden, spec, chosen, forms)
     monkeypatch.setattr(
         _OnnxRuntimeSession,
         "_run_impl",
         lambda self, inputs: {**(found := real(self, inputs)), "attention_map": 1.1 * found["attention_map"]},
     )
-    with pytest.raises(ModelError, match=r"differ \(\d\d\.\d dB\)"):
-        check_agreement(bundle, golden, spec, chosen)
+    with pytest.raises(ModelError, match=r"The ONNX graph departs: it is \d\d\.\d dB away"):
+        check_agreement(bundle, golden, spec, chosen, forms)
 
 
 def test_a_network_of_the_user_with_its_pooling_replaced() -> None:

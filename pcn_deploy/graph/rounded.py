@@ -1,7 +1,9 @@
-"""A typed graph as a float32 one in which every tensor is rounded to the type that it was declared in.
+"""A typed graph as a float32 one: with every tensor rounded to the type that it was declared in, or with none rounded.
 
 ONNX Runtime has few FP16 kernels on the CPU: it computes in FP32 from one to the next, so that neither an overflow nor
 an underflow of what the graph declares as FP16 can be seen, and it has none for BF16. A device stores what it declares.
+Where nothing is rounded but the weights, a graph must equal its module to float32, so that a small fault shows that
+rounding would hide.
 """
 
 from __future__ import annotations
@@ -51,24 +53,49 @@ def round_to_types(data: bytes) -> bytes:
         The serialised graph of the same interface, without FP16 and BF16 but for the casts that round.
     """
     model = ir.from_proto(_with_types(onnx.load_from_string(data)))
-    graph = model.graph
-    for node in list(graph.all_nodes()):
+    for node in list(model.graph.all_nodes()):
         if node.op_type in _SQUARING and node.outputs[0].dtype in HALVES:
             _spell_out(node)
-    halves = {value: value.dtype for node in graph.all_nodes() for value in node.outputs if value.dtype in HALVES}
+    nodes = list(model.graph.all_nodes())
+    halves = _widen_all(model.graph)
+    for node in nodes:
+        for value in node.outputs:
+            if value in halves and node.op_type not in _EXACT:
+                _round(node, value, halves[value])
+    rounded: bytes = ir.to_proto(model).SerializeToString()
+    return rounded
+
+
+def widen(data: bytes) -> bytes:
+    """Make a graph that computes in float32 and rounds no activation: it has no codes but those of weights.
+
+    Args:
+        data: A serialised graph, Q/DQ allowed, whose inputs and outputs are float32.
+
+    Returns:
+        The serialised graph of the same interface. Weights are what their codes, or their FP16 or BF16, stand for.
+    """
+    model = ir.from_proto(_with_types(onnx.load_from_string(data)))
+    _widen_all(model.graph)
+    for node in list(model.graph.all_nodes()):
+        codes = node.inputs[0].producer() if node.op_type == "DequantizeLinear" and node.inputs[0] else None
+        if codes is not None and codes.op_type == "QuantizeLinear" and codes.inputs[0] is not None:
+            ir.convenience.replace_all_uses_with(node.outputs[0], codes.inputs[0], replace_graph_outputs=True)
+    widened: bytes = ir.to_proto(model).SerializeToString()
+    return widened
+
+
+def _widen_all(graph: ir.Graph) -> dict[ir.Value, ir.DataType]:
+    """Make all FP16 and BF16 float32, in place; returns what each computed tensor was."""
     nodes = list(graph.all_nodes())
+    halves = {value: value.dtype for node in nodes for value in node.outputs if value.dtype in HALVES}
     for node in nodes:
         _widen_attributes(node)
     for value in list(graph.initializers.values()):
         _widen_initializer(graph, value)
     for value in halves:
         value.type = ir.TensorType(ir.DataType.FLOAT)
-    for node in nodes:
-        for value in node.outputs:
-            if value in halves and node.op_type not in _EXACT:
-                _round(node, value, ir.DataType(halves[value]))
-    rounded: bytes = ir.to_proto(model).SerializeToString()
-    return rounded
+    return {value: ir.DataType(kind) for value, kind in halves.items() if kind is not None}
 
 
 def _with_types(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -23,8 +23,8 @@ from pcn_deploy.calibration.quantized import (
     QuantLinear,
     apply_scales,
     plan_scales,
-    round_up_to_fp16,
 )
+from pcn_deploy.calibration.scales import round_up_to_fp16
 from pcn_deploy.errors import DataError, OptionError
 from pcn_deploy.graph.torchscript import to_torchscript
 from pcn_deploy.models.deploy import to_deploy

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from pcn_deploy.calibration.quantized import round_up_to_fp16
+from pcn_deploy.calibration.scales import round_up_to_fp16
 from pcn_deploy.calibration.weights import SHARES, squared_error, weight_scales
 
 Floats = npt.NDArray[np.float32]

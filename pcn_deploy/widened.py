@@ -1,0 +1,120 @@
+"""The sharpest part of the verdict on a rounded graph: with its rounding taken out it must equal the network.
+
+Rounding hides small faults: an INT8 engine that is right may be 20 dB from the network it was made from. But what a
+graph computes in float32, from its own weights and without activation codes, is that of the same network with these
+weights up to the order of summation; and the activation codes that were taken out must be those that were planned.
+numpy and ONNX only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from pcn_deploy.calibration.plan import PrecisionPlan
+from pcn_deploy.calibration.scales import input_scales
+from pcn_deploy.golden import GoldenSet
+from pcn_deploy.limits import ParityBudget
+from pcn_deploy.metrics import centred
+from pcn_deploy.parity import ParityMeter, ParityReport
+from pcn_deploy.progress import Progress, silent
+from pcn_deploy.runtime import Engine
+from pcn_deploy.specs import LOGITS
+from pcn_deploy.verification import engine_outputs
+
+Array = npt.NDArray[np.float32]
+
+
+def has_widened(manifest: dict[str, Any]) -> bool:
+    """Whether a bundle with this manifest can be judged so: its graph rounds, and it is not of 0.1.0."""
+    return bool(manifest.get("judged", {}).get("widened_images"))
+
+
+def verify_widened(engine: Engine, budget: ParityBudget, progress: Progress = silent) -> ParityReport:
+    """Judge a widened graph, and the codes of the graph that it was made from.
+
+    Args:
+        engine: Executes `graph.rounded.widen` of the bundle's graph.
+        budget: Of the bundle; of it only what has no limit here is kept.
+        progress: Told the number of images done.
+
+    Returns:
+        The report: on every real image the noise of each output must be so far below the mean power of that output as
+        the golden set says.
+
+    Raises:
+        BundleError: If the golden set was altered.
+    """
+    names = [tensor.name for tensor in engine.spec.outputs]
+    golden = GoldenSet.read(engine.bundle, names)
+    expected = golden.widened
+    found = engine_outputs(engine, golden.images[~golden.edge], progress)
+    meter = ParityMeter(LOGITS)
+    meter.update(expected[LOGITS], found[LOGITS])
+    apart = np.min([sqnr_of_images(expected[name], found[name]) for name in names], axis=0)
+    worst = int((apart - golden.widened_db).argmin())
+    limit, failures = float(golden.widened_db[worst]), []
+    if apart[worst] < limit:
+        failures.append(f"SQNR {apart[worst]:.1f} dB of {golden.names[worst]} is below {limit:.1f} dB")
+    plan = PrecisionPlan.from_json(json.loads(engine.bundle.read("plan.json")))
+    return ParityReport(
+        target=engine.target,
+        executed_by=engine.executed_by,
+        images=len(apart),
+        data="golden",
+        metrics=meter.metrics(),
+        budget=replace(budget, sqnr_db=limit),
+        failures=(*failures, *unlike_plan(engine.bundle.read("model.onnx"), plan)),
+    )
+
+
+def sqnr_of_images(expected: Array, found: Array) -> npt.NDArray[np.float64]:
+    """Mean power of what is expected, over the noise of each image, in dB.
+
+    An image to which a network answers little has no less noise than another one, so it is not compared with its own.
+
+    Args:
+        expected: `(N, ...)`; of `(N, K)`, such as logits, the differences in a row count.
+        found: The same of an engine.
+
+    Returns:
+        `(N,)`, minus infinity where an answer is not finite.
+    """
+    wanted, seen = (values.reshape(len(values), -1).astype(np.float64) for values in (expected, found))
+    if expected.ndim == 2:
+        wanted, seen = centred(wanted), centred(seen)
+    noise = np.square(seen - wanted).mean(1)
+    noise = np.where(np.isfinite(noise), noise, np.inf)
+    power = max(float(np.square(wanted).mean()), np.finfo(np.float64).tiny)
+    ratios: npt.NDArray[np.float64] = 10 * np.log10(power / np.maximum(noise, power * 1e-20))
+    return ratios
+
+
+def unlike_plan(graph: bytes, plan: PrecisionPlan) -> list[str]:
+    """What the activation codes of a graph are that was not planned, one sentence each.
+
+    Args:
+        graph: A serialised ONNX graph.
+        plan: With ranges.
+    """
+    planned, model = input_scales(plan), onnx.load_from_string(graph).graph
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.initializer}
+    quantizing = [node for node in model.node if node.op_type == "QuantizeLinear"]
+    codes = {node.output[0] for node in quantizing}
+    dequantizing = [node for node in model.node if node.op_type == "DequantizeLinear" and node.input[0] in codes]
+    sentences, found = [], set()
+    for node in (*quantizing, *dequantizing):
+        wanted = planned.get(node.name.rpartition(".")[0], math.nan)
+        scale, zero = (values.get(name, np.array(math.nan)).astype(np.float64) for name in node.input[1:3])
+        if not np.isclose(scale, wanted, rtol=1e-6, atol=0).all() or (zero != 0).any():
+            seen = f"{scale.flat[0]:.6g} and zero point {zero.flat[0]:.6g}"
+            sentences.append(f"{node.name} has scale {seen}, planned are {wanted:.6g} and 0")
+        found.add(wanted)
+    missing = [path for path, scale in planned.items() if scale not in found]
+    return sentences + [f"nothing has the planned scale of {path}" for path in missing]
