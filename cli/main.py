@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import sys
 from importlib import import_module
@@ -21,6 +23,9 @@ from pcn_deploy.errors import (
     PcnDeployError,
     ProcessError,
 )
+
+# At its end Python looks through all objects for cycles, several times: of torch and its exporter that takes a second.
+atexit.register(gc.freeze)
 
 COMMANDS = {
     "models": "List architectures: parameters, GMACs, checkpoints they load.",

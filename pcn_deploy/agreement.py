@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.bundle import Bundle
-from pcn_deploy.engines.base import Array
+from pcn_deploy.engines.base import Array, Session
+from pcn_deploy.engines.onnxruntime import open_plain
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import ExecutionError, ModelError
 from pcn_deploy.golden import GoldenSet
@@ -146,7 +147,8 @@ def check_agreement(
     graph = bundle.read("model.onnx")
     if options.quantizes or options.graph_type != "fp32":
         return _check_widened(widen(graph), golden, spec, forms)
-    exported = _outputs("cpu", graph, spec, [np.repeat(image, spec.batch.min, axis=0)])
+    with executing("cpu"), open_plain(graph, spec) as session:
+        exported = _outputs(session, [np.repeat(image, spec.batch.min, axis=0)])
     _compare("ONNX graph", module(), exported, "its module", partial(module, double=True))
     return golden
 
@@ -161,8 +163,9 @@ def _check_scripted(bundle: Bundle, golden: GoldenSet, spec: EngineSpec, forms: 
     if golden.simulated:
         scripted = [golden.simulated[tensor.name][chosen[own]] for tensor in spec.outputs]
     else:
-        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined] # slower, for one run
-            scripted = _outputs("torchscript", bundle.read("model.ts"), spec, [images])
+        module_ts, slower = bundle.read("model.ts"), torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
+        with slower, executing("torchscript"), get_backend("torchscript").open(module_ts, spec) as session:
+            scripted = _outputs(session, [images])
 
     def module(*, double: bool = False) -> list[Array]:
         return [values[own] for values in run(forms.simulated, images, double=double)]
@@ -172,13 +175,14 @@ def _check_scripted(bundle: Bundle, golden: GoldenSet, spec: EngineSpec, forms: 
 
 def _check_widened(graph: bytes, golden: GoldenSet, spec: EngineSpec, forms: Forms) -> GoldenSet:
     """Compare the graph without its rounding with the network that has its weights, on every real image."""
-    batches = [image[None] for image in golden.images[~golden.edge]]
-    rows = [run(forms.stored, batch) for batch in batches]
-    expected = [np.concatenate(column) for column in zip(*rows, strict=True)]
-    found = _outputs("cpu", graph, spec, [np.repeat(batch, spec.batch.min, axis=0) for batch in batches])
+    images = golden.images[~golden.edge]
+    rows = [run(forms.stored, images[chosen % len(images)]) for chosen in run_together(len(images), spec.batch)]
+    expected = [np.concatenate(column)[: len(images)] for column in zip(*rows, strict=True)]
+    with executing("cpu"), open_plain(graph, spec) as session:
+        found = _outputs(session, [np.repeat(image[None], spec.batch.min, axis=0) for image in images])
     apart = np.min([sqnr_of_images(*pair) for pair in zip(expected, found, strict=True)], axis=0)
     if apart.min() < ROUNDED_DB:
-        worst = batches[int(apart.argmin())]
+        worst = images[[int(apart.argmin())]]
         roundings = (partial(run, forms.stored, worst, double=True), partial(run, forms.floating, worst))
         _explain("ONNX graph", float(apart.min()), "its module", run(forms.stored, worst), *roundings)
     names = [tensor.name for tensor in spec.outputs]
@@ -243,11 +247,10 @@ def _departure(form: str, apart: float, of_what: str, explained: float) -> str:
     )
 
 
-def _outputs(target: str, graph: bytes, spec: EngineSpec, batches: list[Images]) -> list[Array]:
+def _outputs(session: Session, batches: list[Images]) -> list[Array]:
     """What a portable graph returns for the first image of each batch, in the order of its interface."""
-    with executing(target), get_backend(target).open(graph, spec) as session:
-        rows = [session.run({spec.inputs[0].name: batch}) for batch in batches]
-    return [np.concatenate([row[tensor.name][:1] for row in rows]) for tensor in spec.outputs]
+    rows = [session.run({session.spec.inputs[0].name: batch}) for batch in batches]
+    return [np.concatenate([row[tensor.name][:1] for row in rows]) for tensor in session.spec.outputs]
 
 
 @contextmanager

@@ -11,11 +11,12 @@ from typing import Any
 
 from pcn_deploy.bundle import Bundle
 from pcn_deploy.engines.base import Session
+from pcn_deploy.engines.onnxruntime import open_plain
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.engines.stock import open_stock
 from pcn_deploy.errors import StockSessionError
 from pcn_deploy.limits import ParityBudget
-from pcn_deploy.memory import release_unused, return_freed
+from pcn_deploy.memory import return_freed
 from pcn_deploy.parity import ParityReport
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine, executor
@@ -47,16 +48,13 @@ class Execution:
 def _open_rounded(data: bytes, spec: EngineSpec) -> Session:
     from pcn_deploy.graph.rounded import round_to_types
 
-    rounded = round_to_types(data)
-    del data
-    release_unused()  # a graph refers to itself, and holds its weights
-    return get_backend("cpu").open(rounded, spec)
+    return get_backend("cpu").open(round_to_types(data), spec)
 
 
 def _open_widened(data: bytes, spec: EngineSpec) -> Session:
     from pcn_deploy.graph.rounded import widen
 
-    return get_backend("cpu").open(widen(data), spec)
+    return open_plain(widen(data), spec)
 
 
 EXECUTIONS: tuple[Execution, ...] = (

@@ -200,9 +200,9 @@ def simulation_limit(golden: GoldenSet, budget: ParityBudget, remainder: str) ->
     return replace(budget, sqnr_db=min(noise - TWICE_DB, BUDGETS[remainder].sqnr_db))
 
 
-def engine_outputs(engine: Engine, images: Images, progress: Progress) -> dict[str, Images]:
-    """All outputs of an engine for all images `(N, C, H, W)`, by name."""
-    size, step = engine.spec.batch.max, f"Proving {engine.target}"
+def engine_outputs(engine: Engine, images: Images, progress: Progress, size: int | None = None) -> dict[str, Images]:
+    """All outputs of an engine for all images `(N, C, H, W)`, by name; by default as many at once as it takes."""
+    size, step = size or engine.spec.batch.max, f"Proving {engine.target}"
     batches = []
     progress(step, 0, len(images), "images")
     for start in range(0, len(images), size):

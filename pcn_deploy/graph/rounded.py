@@ -62,8 +62,7 @@ def round_to_types(data: bytes) -> bytes:
         for value in node.outputs:
             if value in halves and node.op_type not in _EXACT:
                 _round(node, value, halves[value])
-    rounded: bytes = ir.to_proto(model).SerializeToString()
-    return rounded
+    return _serialised(model)
 
 
 def widen(data: bytes) -> bytes:
@@ -81,8 +80,15 @@ def widen(data: bytes) -> bytes:
         codes = node.inputs[0].producer() if node.op_type == "DequantizeLinear" and node.inputs[0] else None
         if codes is not None and codes.op_type == "QuantizeLinear" and codes.inputs[0] is not None:
             ir.convenience.replace_all_uses_with(node.outputs[0], codes.inputs[0], replace_graph_outputs=True)
-    widened: bytes = ir.to_proto(model).SerializeToString()
-    return widened
+    return _serialised(model)
+
+
+def _serialised(model: ir.Model) -> bytes:
+    """The bytes of a model, which holds no weights afterwards: it refers to itself, and is freed late."""
+    data: bytes = ir.to_proto(model).SerializeToString()
+    for value in model.graph.initializers.values():
+        value.const_value = None
+    return data
 
 
 def _widen_all(graph: ir.Graph) -> dict[ir.Value, ir.DataType]:
