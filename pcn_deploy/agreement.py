@@ -115,7 +115,7 @@ def run(network: Network, images: Images, *, double: bool = False) -> list[Array
 
 def check_agreement(
     bundle: Bundle, golden: GoldenSet, spec: EngineSpec, options: CompileOptions, forms: Forms
-) -> GoldenSet:
+) -> tuple[GoldenSet, dict[str, Array]]:
     """Run every form of the network, in float32: each must compute what it was made from.
 
     A rewrite or an unrolling gone wrong could hide below the budget of INT8; it cannot hide here. The ONNX graph is
@@ -134,7 +134,7 @@ def check_agreement(
 
     Returns:
         The golden set; of a rounded graph with what the network answers with its weights, and how far from that the
-        graph without rounding may be.
+        graph without rounding may be. And what that answers to the real images, by name; nothing of an FP32 graph.
 
     Raises:
         ModelError: If one computes something else; the message names the one that departs.
@@ -150,7 +150,7 @@ def check_agreement(
     with executing("cpu"), open_plain(graph, spec) as session:
         exported = _outputs(session, [np.repeat(image, spec.batch.min, axis=0)])
     _compare("ONNX graph", module(), exported, "its module", partial(module, double=True))
-    return golden
+    return golden, {}
 
 
 def _check_scripted(bundle: Bundle, golden: GoldenSet, spec: EngineSpec, forms: Forms) -> None:
@@ -173,7 +173,9 @@ def _check_scripted(bundle: Bundle, golden: GoldenSet, spec: EngineSpec, forms: 
     _compare("TorchScript graph", module(), scripted, "its module", partial(module, double=True))
 
 
-def _check_widened(graph: bytes, golden: GoldenSet, spec: EngineSpec, forms: Forms) -> GoldenSet:
+def _check_widened(
+    graph: bytes, golden: GoldenSet, spec: EngineSpec, forms: Forms
+) -> tuple[GoldenSet, dict[str, Array]]:
     """Compare the graph without its rounding with the network that has its weights, on every real image."""
     images = golden.images[~golden.edge]
     rows = [run(forms.stored, images[chosen % len(images)]) for chosen in run_together(len(images), spec.batch)]
@@ -187,7 +189,8 @@ def _check_widened(graph: bytes, golden: GoldenSet, spec: EngineSpec, forms: For
         _explain("ONNX graph", float(apart.min()), "its module", run(forms.stored, worst), *roundings)
     names = [tensor.name for tensor in spec.outputs]
     limits = np.minimum(SHARPEST_DB, apart - CHAOS_DB)
-    return replace(golden, widened=dict(zip(names, expected, strict=True)), widened_db=limits)
+    wanted = dict(zip(names, expected, strict=True))
+    return replace(golden, widened=wanted, widened_db=limits), dict(zip(names, found, strict=True))
 
 
 def _compare(

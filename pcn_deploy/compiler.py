@@ -149,7 +149,7 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
         with executing("torchscript"), get_backend("torchscript").open(bundle.read("model.ts"), spec) as simulation:
             golden = with_simulation(golden, simulation, progress)
     forms = Forms.of(eager_outputs(model, options), network, plan)
-    golden = check_agreement(bundle, golden, spec, options, forms)
+    golden, widened = check_agreement(bundle, golden, spec, options, forms)
     bundle.manifest["judged"]["widened_images"] = len(golden.widened_db)
     del forms, model  # the caller may keep it
     advice: tuple[Attempt, ...] = ()
@@ -159,7 +159,7 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     bundle.add(MEMBER, golden.to_npz())
     release_unused()
     _build_engines(bundle, backends, spec, options, progress)
-    reports, proofs = _prove(bundle, backends, options.budget, judges, progress)
+    reports, proofs = _prove(bundle, backends, options.budget, judges, widened, progress)
     if proofs:
         search = found.to_json() if found else None
         bundle.add_json("budget.json", {"search": search, "proofs": [proof.to_json() for proof in proofs]})
@@ -297,7 +297,12 @@ def _build_engines(
 
 
 def _prove(
-    bundle: Bundle, backends: list[Backend], budget: ParityBudget, judges: Judges | None, progress: Progress
+    bundle: Bundle,
+    backends: list[Backend],
+    budget: ParityBudget,
+    judges: Judges | None,
+    widened: dict[str, Array],
+    progress: Progress,
 ) -> tuple[tuple[ParityReport, ...], tuple[BudgetProof, ...]]:
     """Run every engine on the golden set and on the images that judge the accuracy, if there are any.
 
@@ -310,7 +315,7 @@ def _prove(
         by[backend.target] = executor(backend)
         if by[backend.target] in reports:
             continue
-        reports[by[backend.target]] = prove(bundle, backend.target, budget, progress)
+        reports[by[backend.target]] = prove(bundle, backend.target, budget, progress, widened)
         if judges is not None:
             with Engine.open(bundle, backend.target, executed_by=by[backend.target]) as engine:
                 proofs[engine.executed_by] = prove_budget(engine, judges, progress)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pcn_deploy.bundle import Bundle
-from pcn_deploy.engines.base import Session
+from pcn_deploy.engines.base import Array, Session
 from pcn_deploy.engines.onnxruntime import open_plain
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.engines.stock import open_stock
@@ -22,7 +22,7 @@ from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine, executor
 from pcn_deploy.specs import EngineSpec
 from pcn_deploy.verification import verify_golden
-from pcn_deploy.widened import has_widened, verify_widened
+from pcn_deploy.widened import WIDENED, has_widened, judge_widened, verify_widened
 
 GRAPH = "model.onnx"
 
@@ -58,7 +58,7 @@ def _open_widened(data: bytes, spec: EngineSpec) -> Session:
 
 
 EXECUTIONS: tuple[Execution, ...] = (
-    Execution(name="widened", applies=has_widened, open=_open_widened, judge=verify_widened),
+    Execution(name=WIDENED, applies=has_widened, open=_open_widened, judge=verify_widened),
     Execution(name="rounded", applies=lambda manifest: manifest["remainder"] != "fp32", open=_open_rounded),
     # ONNX Runtime has no BF16 on the CPU
     Execution(name="stock", applies=lambda manifest: manifest["remainder"] != "bf16", open=open_stock),
@@ -66,7 +66,13 @@ EXECUTIONS: tuple[Execution, ...] = (
 """In every build, beside the engine of each target that is made from the graph."""
 
 
-def prove(bundle: Bundle, target: str, budget: ParityBudget | None = None, progress: Progress = silent) -> ParityReport:
+def prove(
+    bundle: Bundle,
+    target: str,
+    budget: ParityBudget | None = None,
+    progress: Progress = silent,
+    widened: dict[str, Array] | None = None,
+) -> ParityReport:
     """Judge one engine of a bundle in all the ways that a build does.
 
     Where the engine cannot run on this machine, ONNX Runtime runs the graph it was built from.
@@ -76,6 +82,7 @@ def prove(bundle: Bundle, target: str, budget: ParityBudget | None = None, progr
         target: The engine.
         budget: What is still parity; by default what the bundle was built for.
         progress: Told the number of images done.
+        widened: What the widened graph answers to the real images, by name, where that was asked already.
 
     Returns:
         The report of the engine; it fails where any execution does.
@@ -90,8 +97,10 @@ def prove(bundle: Bundle, target: str, budget: ParityBudget | None = None, progr
         report, spec = verify_golden(engine, budget, progress), engine.spec
     if backend.member == "model.ts":
         return report
+    if widened:
+        report = report.with_execution(judge_widened(bundle, target, budget, widened))
     for execution in EXECUTIONS:
-        if execution.applies(bundle.manifest):
+        if execution.name not in report.executions and execution.applies(bundle.manifest):
             return_freed()  # the session before has held all weights
             try:
                 with Engine(bundle, target, execution.name, execution.open(bundle.read(GRAPH), spec)) as engine:

@@ -8,7 +8,6 @@ numpy and ONNX only.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from pcn_deploy.bundle import Bundle
 from pcn_deploy.calibration.plan import PrecisionPlan
 from pcn_deploy.calibration.scales import input_scales
 from pcn_deploy.golden import GoldenSet
@@ -29,6 +29,8 @@ from pcn_deploy.specs import LOGITS
 from pcn_deploy.verification import engine_outputs
 
 Array = npt.NDArray[np.float32]
+WIDENED = "widened"
+"""What reports call this execution."""
 
 
 def has_widened(manifest: dict[str, Any]) -> bool:
@@ -51,26 +53,41 @@ def verify_widened(engine: Engine, budget: ParityBudget, progress: Progress = si
     Raises:
         BundleError: If the golden set was altered.
     """
-    names = [tensor.name for tensor in engine.spec.outputs]
-    golden = GoldenSet.read(engine.bundle, names)
-    expected = golden.widened
+    golden = GoldenSet.read(engine.bundle, [tensor.name for tensor in engine.spec.outputs])
     found = engine_outputs(engine, golden.images[~golden.edge], progress, size=1)  # more take more memory
+    return judge_widened(engine.bundle, engine.target, budget, found)
+
+
+def judge_widened(bundle: Bundle, target: str, budget: ParityBudget, found: dict[str, Array]) -> ParityReport:
+    """Judge what a widened graph has answered to the real images of the golden set; as `verify_widened`.
+
+    Args:
+        bundle: Holds the graph, its plan and the golden set.
+        target: The engine that was made from the graph.
+        budget: Of the bundle.
+        found: The outputs by name, `(M, ...)`.
+
+    Raises:
+        BundleError: If the golden set was altered.
+    """
+    golden = GoldenSet.read(bundle, found)
+    expected = golden.widened
     meter = ParityMeter(LOGITS)
     meter.update(expected[LOGITS], found[LOGITS])
-    apart = np.min([sqnr_of_images(expected[name], found[name]) for name in names], axis=0)
+    apart = np.min([sqnr_of_images(expected[name], values) for name, values in found.items()], axis=0)
     worst = int((apart - golden.widened_db).argmin())
     limit, failures = float(golden.widened_db[worst]), []
     if apart[worst] < limit:
         failures.append(f"SQNR {apart[worst]:.1f} dB of {golden.names[worst]} is below {limit:.1f} dB")
-    plan = PrecisionPlan.from_json(json.loads(engine.bundle.read("plan.json")))
+    plan = PrecisionPlan.from_json(bundle.read_json("plan.json"))
     return ParityReport(
-        target=engine.target,
-        executed_by=engine.executed_by,
+        target=target,
+        executed_by=WIDENED,
         images=len(apart),
         data="golden",
         metrics=meter.metrics(),
         budget=replace(budget, sqnr_db=limit),
-        failures=(*failures, *unlike_plan(engine.bundle.read("model.onnx"), plan)),
+        failures=(*failures, *unlike_plan(bundle.read("model.onnx"), plan)),
     )
 
 

@@ -52,7 +52,7 @@ def with_member(bundle: Any, name: str, data: bytes) -> Any:
 
 
 def check(built: dict[str, Any], bundle: Any, forms: Forms) -> GoldenSet:
-    return check_agreement(bundle, built["golden"], built["spec"], OPTIONS, forms)
+    return check_agreement(bundle, built["golden"], built["spec"], OPTIONS, forms)[0]
 
 
 def test_what_was_built_agrees(built: dict[str, Any]) -> None:

@@ -85,7 +85,7 @@ def test_a_spoiled_map_fails(mapped: dict[str, CompileResult], monkeypatch: pyte
     bundle = Bundle(dict(built.manifest), {name: built.read(name) for name in built.manifest["members"]})
     monkeypatch.setattr(_OnnxRuntimeSession, "_run_impl", spoiled)
     backends = [get_backend(name) for name in ("cpu", "torchscript")]
-    reports, _ = compiler._prove(bundle, backends, BUDGETS["fp32"], None, silent)
+    reports, _ = compiler._prove(bundle, backends, BUDGETS["fp32"], None, {}, silent)
     assert [bool(report) for report in reports] == [False, True]
     assert reports[0].failures
     assert all(failure.startswith("attention map: ") for failure in reports[0].failures)
