@@ -44,6 +44,7 @@ def ours(network: nn.Module, resolution: int) -> None:
             result["seconds"] = round(time.perf_counter() - started, 1)
             result["passed"] = bool(built)
             result |= count_products(onnx.load_from_string(built.bundle.read("model.onnx")))
+            result["vectors"] = sum("matrix times vector" in entry.reason for entry in built.plan.entries)
             with Engine.open(built.bundle, "cpu") as engine:
                 result["db"] = sqnr_db(reference(network, unseen), np.asarray(engine(unseen)))
         except PcnDeployError as error:
