@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 import pcn_deploy
+from pcn_deploy.distance import least_sqnr_db
 from pcn_deploy.engines.base import GraphSource
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.engines.stock import open_stock
 from pcn_deploy.errors import StockSessionError
 from pcn_deploy.models.registry import create_model, find_model
-from pcn_deploy.parity import least_sqnr_db
 from pcn_deploy.specs import EngineSpec
 
 CASES = (("int8", "fp16"), ("int8", "fp32"), ("fp8", "fp16"), ("fp8", "fp32"))

@@ -104,7 +104,7 @@ def sqnr_db(reference: nn.Module, quantized: nn.Module, source: ImageSource) -> 
     meter = ParityMeter()
     with torch.inference_mode():
         for images, _ in source.batches(BATCH):
-            expected, answered = (_logits(network, torch.from_numpy(images)) for network in (reference, quantized))
+            expected, answered = (_logits(network, torch.tensor(images)) for network in (reference, quantized))
             meter.update(expected.numpy(), answered.numpy())
     return meter.metrics()["sqnr_db"]
 

@@ -150,7 +150,7 @@ def _observe(model: nn.Module, observers: dict[str, AmaxObserver], source: Image
     def run(images: Images) -> None:
         nonlocal varied
         varied = varied or bool((images.max((2, 3)) != images.min((2, 3))).any())
-        model(torch.from_numpy(images))
+        model(torch.tensor(images))
 
     with hooked(handles), torch.inference_mode():
         _pass(source, progress, "Calibrating", run)

@@ -60,7 +60,7 @@ def observe_magnitudes(model: nn.Module, images: npt.NDArray[np.float32]) -> dic
     observer = _Observer(model)
     hooks = (hook for path, module in model.named_modules() for hook in observer.follow(path, module))
     with hooked(hooks), torch.no_grad(), observer:
-        model(torch.from_numpy(images))
+        model(torch.tensor(images))
     return observer.found
 
 

@@ -224,6 +224,12 @@ def apply_scales(model: nn.Module, scales: dict[str, Quantization]) -> nn.Module
     return quantized
 
 
+def _holds(kind: torch.dtype, parameter: Tensor) -> bool:
+    """Whether a type holds a parameter, rounded: what becomes zero or infinite in it stays FP32 in a graph."""
+    rounded = parameter.to(kind)
+    return bool((rounded.isfinite() & ((rounded == 0) == (parameter == 0))).all())
+
+
 def with_stored_weights(quantized: nn.Module, plan: PrecisionPlan) -> nn.Module:
     """A network whose parameters are what its graph stores, and whose activations nothing rounds.
 
@@ -244,7 +250,8 @@ def with_stored_weights(quantized: nn.Module, plan: PrecisionPlan) -> nn.Module:
             module.codes = NOT_ROUNDED
         kind = TYPES[types.get(path, plan.remainder)]
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dtype == torch.float32 != kind and not (has_codes and name == "weight"):
+            coded = has_codes and name == "weight"
+            if parameter.dtype == torch.float32 != kind and not coded and _holds(kind, parameter):
                 key = (id(parameter), kind)
                 if key not in rounded:
                     rounded[key] = nn.Parameter(parameter.to(kind).float(), requires_grad=False)

@@ -50,7 +50,7 @@ class Simulation:
         for path, switch in self._switches.items():
             switch.rounds_input, switch.rounds_weight = path in inputs, path in weights
         with torch.inference_mode():
-            outputs: Any = self._network(torch.from_numpy(images))
+            outputs: Any = self._network(torch.tensor(images))
         logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs[0]
         found: Logits = logits.numpy()
         return found

@@ -50,7 +50,7 @@ class Attempt:
 
 def judge(words: str, golden: GoldenSet, found: Array, budget: ParityBudget) -> Attempt:
     """What the real images of a golden set say of logits `(N, K)` to all of its images."""
-    meter = ParityMeter()
+    meter = ParityMeter(live=golden.live)
     meter.update(golden.outputs[LOGITS][~golden.edge], found[~golden.edge])
     natural = natural_db(golden.images[~golden.edge], NATURAL_DB["int8"])
     report = meter.report(target="", executed_by="", data="", budget=budget, natural_db=natural)
@@ -142,6 +142,6 @@ def _logits(network: object, images: Array) -> Array:
     import torch
 
     with torch.inference_mode():
-        outputs = network(torch.from_numpy(images))  # type: ignore[operator]
+        outputs = network(torch.tensor(images))  # type: ignore[operator]
     logits: Array = (outputs if isinstance(outputs, torch.Tensor) else outputs[0]).numpy()
     return logits

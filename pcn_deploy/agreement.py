@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.bundle import Bundle
+from pcn_deploy.distance import Live, least_sqnr_db, sqnr_of_images
 from pcn_deploy.engines.base import Array, Session
 from pcn_deploy.engines.onnxruntime import open_plain
 from pcn_deploy.engines.registry import get_backend
@@ -20,11 +21,9 @@ from pcn_deploy.errors import ExecutionError, ModelError
 from pcn_deploy.golden import GoldenSet
 from pcn_deploy.graph.rounded import widen
 from pcn_deploy.options import CompileOptions
-from pcn_deploy.parity import least_sqnr_db
 from pcn_deploy.preparation import Prepared
 from pcn_deploy.reference import run_together
 from pcn_deploy.specs import EngineSpec
-from pcn_deploy.widened import sqnr_of_images
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -142,14 +141,21 @@ def check_agreement(
     image = golden.images[:1]
     answers = [golden.outputs[tensor.name][:1] for tensor in spec.outputs]
     eager, module = partial(run, forms.eager, image), partial(run, forms.simulated, image)
-    _compare("deploy form", answers, run(forms.unrounded, image), "the eager network", partial(eager, double=True))
+    _compare(
+        "deploy form",
+        answers,
+        run(forms.unrounded, image),
+        "the eager network",
+        golden.live,
+        partial(eager, double=True),
+    )
     _check_scripted(bundle, golden, spec, forms)
     graph = bundle.read("model.onnx")
     if options.quantizes or options.graph_type != "fp32":
         return _check_widened(widen(graph), golden, spec, forms)
     with executing("cpu"), open_plain(graph, spec) as session:
         exported = _outputs(session, [np.repeat(image, spec.batch.min, axis=0)])
-    _compare("ONNX graph", module(), exported, "its module", partial(module, double=True))
+    _compare("ONNX graph", module(), exported, "its module", golden.live, partial(module, double=True))
     return golden, {}
 
 
@@ -170,7 +176,7 @@ def _check_scripted(bundle: Bundle, golden: GoldenSet, spec: EngineSpec, forms: 
     def module(*, double: bool = False) -> list[Array]:
         return [values[own] for values in run(forms.simulated, images, double=double)]
 
-    _compare("TorchScript graph", module(), scripted, "its module", partial(module, double=True))
+    _compare("TorchScript graph", module(), scripted, "its module", golden.live, partial(module, double=True))
 
 
 def _check_widened(
@@ -182,11 +188,11 @@ def _check_widened(
     expected = [np.concatenate(column)[: len(images)] for column in zip(*rows, strict=True)]
     with executing("cpu"), open_plain(graph, spec) as session:
         found = _outputs(session, [np.repeat(image[None], spec.batch.min, axis=0) for image in images])
-    apart = np.min([sqnr_of_images(*pair) for pair in zip(expected, found, strict=True)], axis=0)
-    if apart.min() < ROUNDED_DB:
+    apart = np.min([sqnr_of_images(*pair, golden.live) for pair in zip(expected, found, strict=True)], axis=0)
+    if not apart.min() >= ROUNDED_DB:  # NaN is not
         worst = images[[int(apart.argmin())]]
         roundings = (partial(run, forms.stored, worst, double=True), partial(run, forms.floating, worst))
-        _explain("ONNX graph", float(apart.min()), "its module", run(forms.stored, worst), *roundings)
+        _explain("ONNX graph", float(apart.min()), "its module", run(forms.stored, worst), golden.live, *roundings)
     names = [tensor.name for tensor in spec.outputs]
     limits = np.minimum(SHARPEST_DB, apart - CHAOS_DB)
     wanted = dict(zip(names, expected, strict=True))
@@ -194,7 +200,12 @@ def _check_widened(
 
 
 def _compare(
-    form: str, expected: list[Array], found: list[Array], of_what: str, *roundings: Callable[[], list[Array]]
+    form: str,
+    expected: list[Array],
+    found: list[Array],
+    of_what: str,
+    live: Live,
+    *roundings: Callable[[], list[Array]],
 ) -> None:
     """Refuse a form that is further from what it was made from than two float32 executions are.
 
@@ -203,28 +214,34 @@ def _compare(
         expected: Outputs of what it was made from.
         found: Its own.
         of_what: What it was made from.
+        live: The logits that are compared, `(K,)`.
         roundings: Further executions of what it was made from, which differ from `expected` by rounding alone.
 
     Raises:
         ModelError: If rounding does not explain how far they are apart.
     """
-    apart = least_sqnr_db(expected, found)
+    apart = least_sqnr_db(expected, found, live=live)
     if apart < EQUAL_DB:
-        _explain(form, apart, of_what, expected, *roundings)
+        _explain(form, apart, of_what, expected, live, *roundings)
 
 
 def _explain(
-    form: str, apart: float, of_what: str, expected: list[Array], *roundings: Callable[[], list[Array]]
+    form: str,
+    apart: float,
+    of_what: str,
+    expected: list[Array],
+    live: Live,
+    *roundings: Callable[[], list[Array]],
 ) -> None:
-    explained = min(_explained(expected, execute) for execute in roundings)
+    explained = min(_explained(expected, live, execute) for execute in roundings)
     least = explained - CHAOS_DB if explained >= NOTHING_DB else -math.inf
     if apart < least:
         raise ModelError(_departure(form, apart, of_what, explained))
 
 
-def _explained(expected: list[Array], execute: Callable[[], list[Array]]) -> float:
+def _explained(expected: list[Array], live: Live, execute: Callable[[], list[Array]]) -> float:
     try:
-        return least_sqnr_db(expected, execute())
+        return least_sqnr_db(expected, execute(), live=live)
     except Exception:  # the network's own code may insist on float32, or not be finite otherwise: no explanation
         return math.inf
 

@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.errors import BundleError
+from pcn_deploy.metrics import live_classes
+from pcn_deploy.specs import LOGITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -67,6 +69,11 @@ class GoldenSet:
     def judged_edge(self) -> npt.NDArray[np.bool_]:
         """The edge images whose answers are compared, `(N,)`."""
         return self.edge & ~self.rounding
+
+    @property
+    def live(self) -> npt.NDArray[np.bool_]:
+        """The classes that are candidates for an answer to a real image, `(K,)`; see `metrics.live_classes`."""
+        return live_classes(self.outputs[LOGITS][~self.edge])
 
     def to_npz(self) -> bytes:
         """As the bundle holds it: compressed, since edge images are nearly nothing then."""

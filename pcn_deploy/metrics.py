@@ -22,6 +22,29 @@ _NOTHING = 1e-8
 one step of FP16. Weights that nobody trained do that; there is nothing to tell apart, and nothing to judge."""
 
 
+_FAR = 100.0
+"""A class is no candidate if it stays so many times further below the answer than any class moves between images, and
+than the candidates are large."""
+
+
+def live_classes(logits: Logits) -> npt.NDArray[np.bool_]:
+    """The classes that are candidates for an answer, `(K,)`: those that a network masks, as with -1e9, are not.
+
+    A mask is as large as no error is: beside it none would be seen.
+
+    Args:
+        logits: Of several images, `(N, K)`, finite.
+    """
+    rows = logits.astype(np.float64)
+    moves = float(rows.std(0).max(initial=0.0))
+    if len(rows) < 2 or moves == 0:
+        return np.ones(rows.shape[1], np.bool_)
+    below = rows.max(1).min() - rows.max(0)
+    scale = max(moves, float(np.abs(rows[:, below <= _FAR * moves]).max(initial=0.0)))
+    found: npt.NDArray[np.bool_] = below <= _FAR * scale
+    return found
+
+
 def answers(logits: Logits) -> npt.NDArray[np.int64]:
     """The class of the largest logit of each row, `(N,)`; `NO_CLASS` where the row is not finite.
 

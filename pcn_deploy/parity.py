@@ -24,7 +24,7 @@ import numpy.typing as npt
 from pcn_deploy.calibration.bound import PairedCounts, drop_failures, judge_drop
 from pcn_deploy.errors import DataError
 from pcn_deploy.exact import ExactSum, ExactVector
-from pcn_deploy.limits import ALIKE, CHANGES_DB, TOLERATED, ParityBudget, untold
+from pcn_deploy.limits import ALIKE, TOLERATED, ParityBudget, changes_limit, untold
 from pcn_deploy.metrics import Logits, answers, as_json, centred, cosine, power_of_changes, sqnr_db
 from pcn_deploy.specs import ATTENTION_MAP, LOGITS
 
@@ -139,10 +139,12 @@ class ParityMeter:
 
     Args:
         output: Name of the output that is compared, for messages.
+        live: Which of the K logits are compared, `(K,)`, as `metrics.live_classes` tells; by default all. The others
+            only count where one of them is the engine's answer.
     """
 
-    def __init__(self, output: str = LOGITS) -> None:
-        self.output = output
+    def __init__(self, output: str = LOGITS, live: npt.NDArray[np.bool_] | None = None) -> None:
+        self.output, self._live = output, live
         self._labelled = 0
         self._cosines: list[float] = []
         self._worst: tuple[float, str] = (math.inf, "")
@@ -196,12 +198,18 @@ class ParityMeter:
     def _compare(self, ref: npt.NDArray[np.float64], out: npt.NDArray[np.float64], name: Name) -> None:
         finite = np.isfinite(out)
         self._broken += [name(index) for index in np.flatnonzero(~finite.all(1)).tolist()]
+        self._agree += int((ref.argmax(1) == answers(out)).sum())
+        stray = np.zeros(len(ref))
+        if self._live is not None:
+            wrong = ~self._live & (answers(out)[:, None] == np.arange(out.shape[1]))
+            stray = (np.where(wrong, ref - out, 0.0) ** 2).sum(1)
+            ref, out, finite = ref[:, self._live], out[:, self._live], finite[:, self._live]
         error = np.where(finite, ref - out, np.inf)
         self._signal.add((ref**2).sum(1))
-        self._noise.add((error**2).sum(1))
+        self._noise.add((error**2).sum(1) + stray)
         if self.output == LOGITS:
             differences = centred(ref)
-            noise = (centred(np.where(finite, error, 0.0)) ** 2).sum(1)
+            noise = (centred(np.where(finite, error, 0.0)) ** 2).sum(1) + stray
             self._centred_signal.add((differences**2).sum(1))
             self._centred_noise.add(np.where(finite.all(1), noise, np.inf))
             self._class_sums.add(differences)
@@ -211,7 +219,6 @@ class ParityMeter:
         least = min(cosines, default=math.inf)
         if least <= self._worst[0]:
             self._worst = min(self._worst, (least, min(name(i) for i, one in enumerate(cosines) if one == least)))
-        self._agree += int((ref.argmax(1) == answers(out)).sum())
 
     def _compare_with(
         self, labels: npt.NDArray[np.int64], ref: npt.NDArray[np.float64], out: npt.NDArray[np.float64]
@@ -360,7 +367,7 @@ class ParityMeter:
             which = f"the worst image, {self._worst[1]}," if judged == self._worst[0] else "an image too many"
             found.append(f"cosine {judged:.5f} of {which} is below {budget.cosine_min}")
         sqnr, differences = metrics["sqnr_db"], metrics.get("sqnr_differences_db", math.inf)
-        changes, least = metrics.get("sqnr_changes_db", math.inf), min(CHANGES_DB, budget.sqnr_db)
+        changes, least = metrics.get("sqnr_changes_db", math.inf), changes_limit(budget)
         if sqnr < budget.sqnr_db:
             found.append(f"SQNR {sqnr:.1f} dB is below {budget.sqnr_db:.1f} dB")
         elif differences < budget.sqnr_db:
@@ -380,20 +387,3 @@ def listed(names: Iterable[str]) -> str:
     every = sorted(names)
     more = f" and {len(every) - NAMED} more" if len(every) > NAMED else ""
     return ", ".join(every[:NAMED]) + more
-
-
-def least_sqnr_db(expected: Iterable[Logits], found: Iterable[Logits]) -> float:
-    """The least SQNR, in dB, between two lists of outputs `(N, ...)`, each compared with its counterpart.
-
-    Of outputs `(N, K)`, such as logits, that of the differences in a row counts too.
-
-    Raises:
-        DataError: If shapes differ, or what is expected is not finite.
-    """
-    ratios = []
-    for first, second in zip(expected, found, strict=True):
-        meter = ParityMeter(LOGITS if first.ndim == 2 else "output")
-        meter.update(first, second)
-        metrics = meter.metrics()
-        ratios.append(min(metrics["sqnr_db"], metrics.get("sqnr_differences_db", math.inf)))
-    return min(ratios)

@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.distance import least_sqnr_db
 from pcn_deploy.engines.base import Session
 from pcn_deploy.errors import DataError
 from pcn_deploy.golden import GoldenSet, edge_images
 from pcn_deploy.limits import BUDGETS, GUARD_DB
 from pcn_deploy.metrics import centred
 from pcn_deploy.options import CompileOptions
-from pcn_deploy.parity import least_sqnr_db
 from pcn_deploy.progress import Progress
 from pcn_deploy.sources import synthetic_images
 from pcn_deploy.specs import BatchRange

@@ -88,7 +88,8 @@ def verify(
     source.check_transform(engine.transform, "the bundle")
     expected = eager_copy(reference) if hasattr(reference, "state_dict") else reference
     current().check_equal(engine=engine.bundle.engine(engine.target)["sha256"])
-    meter, labelling, done, step = ParityMeter(), LabelCheck(source), 0, f"Verifying {engine.target}"
+    live = GoldenSet.read(engine.bundle, [tensor.name for tensor in engine.spec.outputs]).live
+    meter, labelling, done, step = ParityMeter(live=live), LabelCheck(source), 0, f"Verifying {engine.target}"
     progress(step, 0, len(source), "images")
     for images, labels in shared_batches(source, engine.spec.batch.max):
         logits = expected(images)
@@ -215,7 +216,10 @@ def _compared(
     golden: GoldenSet, chosen: npt.NDArray[np.bool_], expected: Images, found: Images, output: str
 ) -> ParityMeter:
     """Some of the golden images, compared."""
-    meter, names = ParityMeter(output), [name for name, one in zip(golden.names, chosen, strict=True) if one]
+    meter, names = (
+        ParityMeter(output, golden.live if output == LOGITS else None),
+        [name for name, one in zip(golden.names, chosen, strict=True) if one],
+    )
     meter.update(expected[chosen], found[chosen], name=names.__getitem__)
     return meter
 
@@ -239,7 +243,7 @@ def eager(model: Any) -> Reference:
 
     def forward(images: Images) -> npt.NDArray[np.float32]:
         with torch.inference_mode():
-            logits: npt.NDArray[np.float32] = model(torch.from_numpy(images)).numpy()
+            logits: npt.NDArray[np.float32] = model(torch.tensor(images)).numpy()
         return logits
 
     return forward

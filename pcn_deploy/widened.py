@@ -19,9 +19,9 @@ import onnx
 from pcn_deploy.bundle import Bundle
 from pcn_deploy.calibration.plan import PrecisionPlan
 from pcn_deploy.calibration.scales import input_scales
+from pcn_deploy.distance import sqnr_of_images
 from pcn_deploy.golden import GoldenSet
 from pcn_deploy.limits import ParityBudget
-from pcn_deploy.metrics import centred
 from pcn_deploy.parity import ParityMeter, ParityReport
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine
@@ -72,9 +72,9 @@ def judge_widened(bundle: Bundle, target: str, budget: ParityBudget, found: dict
     """
     golden = GoldenSet.read(bundle, found)
     expected = golden.widened
-    meter = ParityMeter(LOGITS)
+    meter = ParityMeter(LOGITS, golden.live)
     meter.update(expected[LOGITS], found[LOGITS])
-    apart = np.min([sqnr_of_images(expected[name], values) for name, values in found.items()], axis=0)
+    apart = np.min([sqnr_of_images(expected[name], values, golden.live) for name, values in found.items()], axis=0)
     worst = int((apart - golden.widened_db).argmin())
     limit, failures = float(golden.widened_db[worst]), []
     if apart[worst] < limit:
@@ -89,28 +89,6 @@ def judge_widened(bundle: Bundle, target: str, budget: ParityBudget, found: dict
         budget=replace(budget, sqnr_db=limit),
         failures=(*failures, *unlike_plan(bundle.read("model.onnx"), plan)),
     )
-
-
-def sqnr_of_images(expected: Array, found: Array) -> npt.NDArray[np.float64]:
-    """Mean power of what is expected, over the noise of each image, in dB.
-
-    An image to which a network answers little has no less noise than another one, so it is not compared with its own.
-
-    Args:
-        expected: `(N, ...)`; of `(N, K)`, such as logits, the differences in a row count.
-        found: The same of an engine.
-
-    Returns:
-        `(N,)`, minus infinity where an answer is not finite.
-    """
-    wanted, seen = (values.reshape(len(values), -1).astype(np.float64) for values in (expected, found))
-    if expected.ndim == 2:
-        wanted, seen = centred(wanted), centred(seen)
-    noise = np.square(seen - wanted).mean(1)
-    noise = np.where(np.isfinite(noise), noise, np.inf)
-    power = max(float(np.square(wanted).mean()), np.finfo(np.float64).tiny)
-    ratios: npt.NDArray[np.float64] = 10 * np.log10(power / np.maximum(noise, power * 1e-20))
-    return ratios
 
 
 def unlike_plan(graph: bytes, plan: PrecisionPlan) -> list[str]:

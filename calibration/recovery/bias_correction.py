@@ -82,7 +82,7 @@ def _one_batch(source: ImageSource) -> Tensor:
         values *= size
     count = max(1, min(IMAGES, VALUES // values))
     images, _ = next(source.subset(count).batches(count))
-    return torch.from_numpy(images)
+    return torch.tensor(images)
 
 
 def _channel_mean(output: Tensor, layer: nn.Module) -> Tensor:

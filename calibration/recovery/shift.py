@@ -147,7 +147,7 @@ def _watch(
     progress(step, 0, len(source), "images")
     with hooked(handles), torch.inference_mode():
         for images, _ in source.batches(BATCH):
-            model(torch.from_numpy(images))
+            model(torch.tensor(images))
             done += len(images)
             progress(step, done, len(source), "images")
     progress(step, len(source), len(source), "images")

@@ -123,7 +123,7 @@ class Trials:
         errors, squares = [], []
         with torch.inference_mode():
             for images, _ in self.judging.batches(BATCH):
-                expected, found = (_logits(net, torch.from_numpy(images)) for net in (self._reference, quantized))
+                expected, found = (_logits(net, torch.tensor(images)) for net in (self._reference, quantized))
                 errors.append((found - expected).square().sum(1))
                 squares.append(expected.square().sum(1))
         return torch.cat(errors).numpy(), torch.cat(squares).numpy()

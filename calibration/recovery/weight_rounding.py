@@ -113,7 +113,7 @@ def _second_moments(quantized: nn.Module, paths: list[str], source: ImageSource)
     handles = (quantized.get_submodule(path).register_forward_pre_hook(hook(path)) for path in paths)
     with hooked(handles), torch.inference_mode():
         for images, _ in source.batches(BATCH):
-            quantized(torch.from_numpy(images))
+            quantized(torch.tensor(images))
     return {path: moment for path, moment in moments.items() if float(moment.diagonal().sum()) > 0}
 
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pcn_deploy.distance import least_sqnr_db
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.diagnosis import obstacle, output_error, running_error
 from pcn_deploy.graph.double import InDouble
 from pcn_deploy.graph.places import place_of_module
 from pcn_deploy.models.reparametrization import is_reparametrization
-from pcn_deploy.parity import least_sqnr_db
 
 HEADLINE = "The network cannot be compiled"
 EQUAL_DB = 100.0

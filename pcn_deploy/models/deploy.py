@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel
 
+from pcn_deploy.distance import least_sqnr_db
 from pcn_deploy.models.additions import separate_additions
 from pcn_deploy.models.aggregation import Aggregation, AttentionPool2d, TokenBlock
 from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d, RelativeSelfAttention2d
@@ -27,7 +28,6 @@ from pcn_deploy.models.lifting import become, lift_products
 from pcn_deploy.models.patchconvnet import PatchConvNet, TrunkBlock
 from pcn_deploy.models.reparametrization import fuse_reparametrizations
 from pcn_deploy.models.sharing import share_weights
-from pcn_deploy.parity import least_sqnr_db
 
 log = logging.getLogger(__name__)
 

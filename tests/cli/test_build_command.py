@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -343,14 +344,15 @@ def test_calibration_images_that_are_not_there(weights: Path, out: Path, tmp_pat
 
 
 def test_a_failed_parity_writes_nothing(weights: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pcn_deploy import verification
+    from pcn_deploy import proof, verification
 
     def spoiled(engine: Any, *rest: Any) -> Any:
         real = engine.outputs
         engine.outputs = lambda images: {"logits": real(images)["logits"][:, ::-1]}
         return verification.verify_golden(engine, *rest)
 
-    monkeypatch.setattr("pcn_deploy.proof.verify_golden", spoiled)
+    monkeypatch.setattr(proof, "verify_golden", spoiled)
+    monkeypatch.setattr(proof, "EXECUTIONS", tuple(replace(each, judge=spoiled) for each in proof.EXECUTIONS))
     result = invoke("patchconvnet", "--weights", weights, *SMALL, "-o", out, "--json")
     assert result.exit_code == 3
     found = json.loads(result.stdout)
