@@ -86,7 +86,7 @@ def verify(
         raise DataError(msg)
     source = data if isinstance(data, ImageSource) else ImageSource(data, engine.transform, limit=limit)
     source.check_transform(engine.transform, "the bundle")
-    expected = eager_copy(reference) if hasattr(reference, "state_dict") else reference
+    expected = eager_copy(reference) if hasattr(reference, "state_dict") else _checked(reference)
     current().check_equal(engine=engine.bundle.engine(engine.target)["sha256"])
     live = GoldenSet.read(engine.bundle, [tensor.name for tensor in engine.spec.outputs]).live
     meter, labelling, done, step = ParityMeter(live=live), LabelCheck(source), 0, f"Verifying {engine.target}"
@@ -238,12 +238,35 @@ def eager_copy(model: Any) -> Reference:
 
 
 def eager(model: Any) -> Reference:
-    """A torch network as a function from numpy images `(N, C, H, W)` to logits `(N, K)`."""
+    """A torch network as a function from numpy images `(N, C, H, W)` to logits `(N, K)`.
+
+    Raises, when it is called:
+        DataError: If the network does not take float32, or returns no logits.
+    """
     import torch
 
-    def forward(images: Images) -> npt.NDArray[np.float32]:
+    def forward(images: Images) -> Any:
         with torch.inference_mode():
-            logits: npt.NDArray[np.float32] = model(torch.tensor(images)).numpy()
-        return logits
+            try:
+                return model(torch.tensor(images))
+            except Exception as error:  # the network's own code
+                msg = f"The reference cannot run on float32 images ({error}). Give it as it was trained, in float32."
+                raise DataError(msg) from error
 
-    return forward
+    return _checked(forward)
+
+
+def _checked(reference: Callable[[Images], Any]) -> Reference:
+    """A reference whose logits are numpy's `(N, K)`, whatever it returns them as; else it is refused in words."""
+
+    def logits(images: Images) -> npt.NDArray[np.floating[Any]]:
+        found = reference(images)
+        if hasattr(found, "detach"):
+            found = found.detach().cpu().float().numpy()
+        if not isinstance(found, np.ndarray) or found.ndim != 2:
+            what = f"shape {found.shape}" if isinstance(found, np.ndarray) else f"a {type(found).__name__}"
+            msg = f"The reference returned {what}; expected logits (N, K), as of network(images)[0] for a tuple."
+            raise DataError(msg)
+        return found
+
+    return logits

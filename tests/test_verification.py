@@ -299,3 +299,24 @@ def test_a_broken_image_is_named(path: Path, folder: Path) -> None:
         report = pcn_deploy.verify(engine, folder, reference=network())
     (failure,) = [failure for failure in report.failures if "NaN" in failure]
     assert failure == f"NaN or infinite logits for {folder / '1' / '2.png'}"
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        (lambda images: (np.zeros((len(images), 3)),), r"returned a tuple; expected logits \(N, K\)"),
+        (lambda images: np.zeros(len(images)), r"returned shape \(4,\)"),
+        (torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3)).half(), "cannot run on float32 images"),
+    ],
+)
+def test_a_reference_that_gives_no_logits_is_refused_in_words(path: Path, reference: Any, words: str) -> None:
+    with pcn_deploy.load(path, "cpu") as engine:
+        given = np.random.default_rng(3).standard_normal((4, *engine.transform.shape)).astype(np.float32)
+        with pytest.raises(DataError, match=words):
+            pcn_deploy.verify(engine, [given], reference=reference)
+
+
+def test_a_reference_may_return_a_tensor(path: Path) -> None:
+    with pcn_deploy.load(path, "cpu") as engine:
+        given = np.random.default_rng(3).standard_normal((4, *engine.transform.shape)).astype(np.float32)
+        assert pcn_deploy.verify(engine, [given], reference=lambda images: torch.from_numpy(engine.predict(images)))
