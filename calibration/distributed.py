@@ -225,15 +225,29 @@ def _several() -> bool:
     return dist is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+@contextmanager
+def _printing_to_stderr() -> Iterator[None]:
+    """Gloo of torch 2.9 says on standard output that it connects, where results and JSON have their place."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def _connect() -> tuple[_Group, Callable[[], None]]:
     """A group of its own for each `join`; the default group, which cannot be made twice, is left to later ones."""
     import torch.distributed as dist
 
     try:
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=TIMEOUT)
-            atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
-        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        with _printing_to_stderr():
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", timeout=TIMEOUT)
+                atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+            group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
         msg = f"The other processes cannot be reached ({error}). Start them with torchrun, or unset WORLD_SIZE."
         raise ProcessError(msg) from error

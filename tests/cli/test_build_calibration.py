@@ -159,5 +159,6 @@ def test_all_processes_exit_with_the_code_of_the_first(given: list[Any], tmp_pat
     (_, first), other = (process.communicate(timeout=240) for process in started)
     assert [process.returncode for process in started] == [3, 3], first
     assert "Parity failed" in first
-    assert other == ("", "")
+    assert other[0] == ""
+    assert not [line for line in other[1].splitlines() if not line.startswith("[Gloo]")], "torch 2.9 says so there"
     assert list(tmp_path.iterdir()) == []
