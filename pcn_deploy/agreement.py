@@ -19,7 +19,6 @@ from pcn_deploy.engines.onnxruntime import open_plain
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import ExecutionError, ModelError
 from pcn_deploy.golden import GoldenSet
-from pcn_deploy.graph.rounded import widen
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.preparation import Prepared
 from pcn_deploy.reference import run_together
@@ -48,8 +47,11 @@ SHARPEST_DB = 100.0
 """The most that is asked of a rounded graph without its rounding: 8 to 30 dB less than right ones have."""
 
 CHAOS_DB = 6.0
-"""How much further apart two executions may be than one of them is from float64: 3 dB as both err, and as much again,
-as these are a few images."""
+"""How much of its SQNR a graph may lose from one execution to another: twice the noise, as elsewhere, in amplitude."""
+
+ORDER_DB = 15.0
+"""How much further apart two libraries may be than one of them is from float64: plain sums err more than pairwise ones,
+8 dB more in a variance that is taken as E[x^2] - E[x]^2 by both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +140,8 @@ def check_agreement(
     Raises:
         ModelError: If one computes something else; the message names the one that departs.
     """
+    from pcn_deploy.graph.rounded import widen
+
     image = golden.images[:1]
     answers = [golden.outputs[tensor.name][:1] for tensor in spec.outputs]
     eager, module = partial(run, forms.eager, image), partial(run, forms.simulated, image)
@@ -234,7 +238,7 @@ def _explain(
     *roundings: Callable[[], list[Array]],
 ) -> None:
     explained = min(_explained(expected, live, execute) for execute in roundings)
-    least = explained - CHAOS_DB if explained >= NOTHING_DB else -math.inf
+    least = explained - ORDER_DB if explained >= NOTHING_DB else -math.inf
     if apart < least:
         raise ModelError(_departure(form, apart, of_what, explained))
 

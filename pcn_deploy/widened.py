@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 
 from pcn_deploy.bundle import Bundle
 from pcn_deploy.calibration.plan import PrecisionPlan
@@ -98,6 +97,8 @@ def unlike_plan(graph: bytes, plan: PrecisionPlan) -> list[str]:
         graph: A serialised ONNX graph.
         plan: With ranges.
     """
+    import onnx
+
     planned, model = input_scales(plan), onnx.load_from_string(graph).graph
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.initializer}
     quantizing = [node for node in model.node if node.op_type == "QuantizeLinear"]

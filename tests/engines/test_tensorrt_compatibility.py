@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +60,7 @@ def test_a_valid_engine_passes() -> None:
 
 
 def test_a_suboptimal_engine_passes_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="pcn_deploy")  # whatever level a command has set before
     verdict("SUBOPTIMAL", 4)
     assert "may be slow: it needs a newer CUDA driver" in caplog.text
 
