@@ -47,7 +47,7 @@ _CALLBACK = re.compile(r"EMA|SWA|Averag|ExponentialMoving")
 _FAIRSEQ = "extra_state.ema"
 _TIMM = ("state_dict_ema", "model_ema")
 
-_INNER = ("module", "ema_model", "state_dict", "model")
+_INNER = ("module", "ema_model", "state_dict", "model", "shadow")
 _WRAPPERS = ("_orig_mod.", "module.", "ema_model.", "module.", "_orig_mod.", "module.")
 _SPELLINGS: tuple[Callable[[str], str], ...] = (
     lambda name: name,

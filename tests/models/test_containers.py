@@ -105,6 +105,7 @@ BOTH: dict[str, Callable[[], dict[str, Any]]] = {
         }
     },
     "RT-DETR": lambda: {"model": RAW, "ema": {"module": AVERAGE, "updates": 12, "warmups": 100}},
+    "a shadow": lambda: {"model": RAW, "ema": {"updates": 5, "shadow": AVERAGE}},
     "BasicSR": lambda: {"params": RAW, "params_ema": AVERAGE},
     "a callback": lambda: {
         "state_dict": under("net.", RAW),
