@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -169,6 +170,7 @@ def cell(result: Result | None, precision: str) -> str:
         return "not run"
     wrong = result.get("refusal") or result.get("failure")
     if wrong:
+        wrong = re.sub(r"\S*/site-packages/", "", wrong)  # where this machine keeps its packages
         return f"{'refused' if 'refusal' in result else 'FAILED'}: {wrong[:110]}".replace("|", "\\|")
     verdict = "" if result.get("passed", True) else ", parity failed"
     numbers = f"{result['seconds']:.0f} s{'†' if result.get('jobs', 1) > 1 else ''}, {result['db']:.1f} dB"

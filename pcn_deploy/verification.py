@@ -18,7 +18,7 @@ from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.labels import LabelCheck
 from pcn_deploy.errors import DataError
 from pcn_deploy.golden import NOISE, GoldenSet
-from pcn_deploy.limits import ALIKE_DB, BUDGETS, CHANGES_DB, GUARD_DB, NATURAL_DB, ParityBudget
+from pcn_deploy.limits import ALIKE_DB, BUDGETS, GUARD_DB, NATURAL_DB, ParityBudget, changes_limit
 from pcn_deploy.metrics import alike
 from pcn_deploy.parity import ParityMeter, ParityReport
 from pcn_deploy.progress import Progress, silent
@@ -100,7 +100,7 @@ def verify(
     progress(step, len(source), len(source), "images")
     labelling.of_all_processes().check(int(engine.spec.outputs[0].shape[-1]))
     meter, natural = of_all_processes(meter), NATURAL_DB[engine.bundle.manifest["precision"]]
-    if meter.metrics().get("sqnr_changes_db", CHANGES_DB) < CHANGES_DB:
+    if meter.metrics().get("sqnr_changes_db", math.inf) < changes_limit(budget):
         natural = natural_db(np.stack([sample.image for sample in source.subset(SAMPLE)]), natural)
     report = meter.report(
         target=engine.target,
@@ -216,10 +216,8 @@ def _compared(
     golden: GoldenSet, chosen: npt.NDArray[np.bool_], expected: Images, found: Images, output: str
 ) -> ParityMeter:
     """Some of the golden images, compared."""
-    meter, names = (
-        ParityMeter(output, golden.live if output == LOGITS else None),
-        [name for name, one in zip(golden.names, chosen, strict=True) if one],
-    )
+    meter = ParityMeter(output, golden.live if output == LOGITS else None)
+    names = [name for name, one in zip(golden.names, chosen, strict=True) if one]
     meter.update(expected[chosen], found[chosen], name=names.__getitem__)
     return meter
 
