@@ -43,7 +43,11 @@ def each(reference: Logits, found: Logits) -> str:
 def measure(task: Task, precision: str, calibrator: str) -> str:
     """One row."""
     options = CompileOptions(
-        precision=precision, calibrator=calibrator, transform=task.transform, batch=BatchRange(min=1, opt=1, max=64)
+        precision=precision,
+        targets=("cpu", "torchscript"),
+        calibrator=calibrator,
+        transform=task.transform,
+        batch=BatchRange(min=1, opt=1, max=64),
     )
     bundle = pcn_deploy.compile(task.network, options, calibration=task.calibration[:128]).bundle
     spec = EngineSpec.from_json(bundle.manifest["interface"])

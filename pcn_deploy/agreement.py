@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from pcn_deploy.bundle import Bundle
 from pcn_deploy.distance import Live, least_sqnr_db, sqnr_of_images
@@ -21,16 +20,13 @@ from pcn_deploy.errors import ExecutionError, ModelError
 from pcn_deploy.golden import GoldenSet
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.preparation import Prepared
-from pcn_deploy.reference import run_together
+from pcn_deploy.reference import Images, Network, run, run_together
 from pcn_deploy.specs import EngineSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from pcn_deploy.calibration.plan import PrecisionPlan
-
-Images = npt.NDArray[np.float32]
-Network: TypeAlias = "nn.Module | Callable[[Tensor], Tensor | tuple[Tensor, ...]]"
 
 EQUAL_DB = 80.0
 """Least SQNR between two float32 executions of one function: they sum in other orders, and leave 100 dB and more. A
@@ -94,26 +90,6 @@ class Forms:
         )
 
 
-def run(network: Network, images: Images, *, double: bool = False) -> list[Array]:
-    """What PyTorch computes, in float32 or float64: the outputs in their order, float32 `(N, ...)`.
-
-    Args:
-        network: In evaluation mode.
-        images: float32 `(N, C, H, W)`.
-        double: Whether to compute in float64.
-    """
-    from contextlib import nullcontext
-
-    import torch
-    from torch import Tensor
-
-    from pcn_deploy.graph.double import InDouble
-
-    with torch.no_grad(), InDouble() if double else nullcontext():
-        found = network(torch.from_numpy(images.copy()))
-    return [tensor.float().numpy() for tensor in ((found,) if isinstance(found, Tensor) else found)]
-
-
 def check_agreement(
     bundle: Bundle, golden: GoldenSet, spec: EngineSpec, options: CompileOptions, forms: Forms
 ) -> tuple[GoldenSet, dict[str, Array]]:
@@ -153,7 +129,8 @@ def check_agreement(
         golden.live,
         partial(eager, double=True),
     )
-    _check_scripted(bundle, golden, spec, forms)
+    if options.scripts:
+        _check_scripted(bundle, golden, spec, forms)
     graph = bundle.read("model.onnx")
     if options.quantizes or options.graph_type != "fp32":
         return _check_widened(widen(graph), golden, spec, forms)
@@ -167,19 +144,12 @@ def _check_scripted(bundle: Bundle, golden: GoldenSet, spec: EngineSpec, forms: 
     """Compare TorchScript with its module, on a batch that both run whole: their kernels are the same then."""
     import torch
 
-    count = len(golden.images) if golden.simulated else 1
-    chosen = next(run_together(count, spec.batch))
-    images, own = golden.images[chosen % count], chosen < count
-    if golden.simulated:
-        scripted = [golden.simulated[tensor.name][chosen[own]] for tensor in spec.outputs]
-    else:
-        module_ts, slower = bundle.read("model.ts"), torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
-        with slower, executing("torchscript"), get_backend("torchscript").open(module_ts, spec) as session:
-            scripted = _outputs(session, [images])
-
-    def module(*, double: bool = False) -> list[Array]:
-        return [values[own] for values in run(forms.simulated, images, double=double)]
-
+    chosen = next(run_together(len(golden.images), spec.batch))
+    images = golden.images[chosen % len(golden.images)]
+    module, slower = partial(run, forms.simulated, images), torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
+    with slower, executing("torchscript"), get_backend("torchscript").open(bundle.read("model.ts"), spec) as session:
+        answers = session.run({spec.inputs[0].name: images})
+    scripted = [answers[tensor.name] for tensor in spec.outputs]
     _compare("TorchScript graph", module(), scripted, "its module", golden.live, partial(module, double=True))
 
 

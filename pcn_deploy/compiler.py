@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pcn_deploy.advice import Attempt, advise, judge, remainder_in_fp32
-from pcn_deploy.agreement import Forms, check_agreement, executing
+from pcn_deploy.agreement import Forms, check_agreement
 from pcn_deploy.budget import (
     NOT_LABELLED,
     BudgetProof,
@@ -145,10 +145,9 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
         "accuracy": "" if judges else why_not,
     }
     plan, spec = _add_graphs(bundle, network, golden, options, progress)
-    if options.quantizes:
-        with executing("torchscript"), get_backend("torchscript").open(bundle.read("model.ts"), spec) as simulation:
-            golden = with_simulation(golden, simulation, progress)
     forms = Forms.of(eager_outputs(model, options), network, plan)
+    if options.quantizes:
+        golden = with_simulation(golden, forms.simulated, spec, progress)
     golden, widened = check_agreement(bundle, golden, spec, options, forms)
     bundle.manifest["judged"]["widened_images"] = len(golden.widened_db)
     del forms, model  # the caller may keep it
@@ -225,7 +224,7 @@ def _recovery(network: Prepared) -> dict[str, Any]:
 def _add_graphs(
     bundle: Bundle, network: Prepared, golden: GoldenSet, options: CompileOptions, progress: Progress
 ) -> tuple[PrecisionPlan, EngineSpec]:
-    """Add the TorchScript module, the typed ONNX graph, and the plan with the nodes of that graph that stay FP32.
+    """Add the TorchScript module where a target runs it, the typed ONNX graph, and the plan with its nodes in FP32.
 
     Returns:
         The plan, and the interface of both graphs.
@@ -239,10 +238,11 @@ def _add_graphs(
     from pcn_deploy.graph.torchscript import to_torchscript
     from pcn_deploy.graph.typed import reduce_precision
 
-    progress("Scripting", 0, 1)
-    quantized = apply_scales(network.deployed, network.scales)
-    bundle.add("model.ts", to_torchscript(quantized, torch.from_numpy(golden.images[:2]), options.batch))
-    progress("Scripting", 1, 1)
+    if options.scripts:
+        progress("Scripting", 0, 1)
+        quantized = apply_scales(network.deployed, network.scales)
+        bundle.add("model.ts", to_torchscript(quantized, torch.from_numpy(golden.images[:2]), options.batch))
+        progress("Scripting", 1, 1)
     graph = to_onnx(
         network.deployed,
         options.transform.shape,
@@ -286,7 +286,7 @@ def _build_engines(
 ) -> None:
     graphs = GraphSource(
         onnx=partial(bundle.read, "model.onnx"),
-        torchscript=bundle.read("model.ts") if "torchscript" in options.targets else b"",
+        torchscript=bundle.read("model.ts") if options.scripts else b"",
         spec=spec,
     )
     for backend in backends:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pcn_deploy.bundle import Bundle, check_output
 from pcn_deploy.engines.base import GraphSource
 from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.errors import BundleError
 from pcn_deploy.limits import ParityBudget
 from pcn_deploy.options import check_target_precision
 from pcn_deploy.parity import ParityReport
@@ -51,6 +52,9 @@ def add_engine(
     overwrite = overwrite or output is None
     check_output(destination, overwrite=overwrite)
     check_target_precision(target, bundle.manifest["precision"])
+    if backend.member == "model.ts" and backend.member not in bundle:
+        msg = f"{path} holds no TorchScript module: build it again from the network with --target {target}."
+        raise BundleError(msg)
     executed_by = executor(backend)
     source = GraphSource(
         onnx=partial(bundle.read, "model.onnx"),

@@ -158,6 +158,11 @@ class CompileOptions:
         return self.quantizes and self.max_drop is not None
 
     @property
+    def scripts(self) -> bool:
+        """Whether the bundle holds a TorchScript module: only where a target runs it."""
+        return "torchscript" in self.targets
+
+    @property
     def quantizes(self) -> bool:
         """Whether the precision is of 8 bits."""
         return self.precision in CODES

@@ -6,14 +6,13 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.distance import least_sqnr_db
-from pcn_deploy.engines.base import Session
 from pcn_deploy.errors import DataError
 from pcn_deploy.golden import GoldenSet, edge_images
 from pcn_deploy.limits import BUDGETS, GUARD_DB
@@ -21,12 +20,14 @@ from pcn_deploy.metrics import centred
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.progress import Progress
 from pcn_deploy.sources import synthetic_images
-from pcn_deploy.specs import BatchRange
+from pcn_deploy.specs import BatchRange, EngineSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Array = npt.NDArray[np.float32]
+Images = npt.NDArray[np.float32]
+Network: TypeAlias = "nn.Module | Callable[[Tensor], Tensor | tuple[Tensor, ...]]"
 Row = tuple[npt.NDArray[np.floating[Any]], ...]
 """The outputs for one image, logits first."""
 
@@ -40,6 +41,26 @@ cores, four at a time take two thirds of the time of one by one, and eight no le
 
 FAINT = 1e-4
 """Share of the size of the logits of real images, less their means, below which those of an edge image are nothing."""
+
+
+def run(network: Network, images: Images, *, double: bool = False) -> list[Array]:
+    """What PyTorch computes, in float32 or float64: the outputs in their order, float32 `(N, ...)`.
+
+    Args:
+        network: In evaluation mode.
+        images: float32 `(N, C, H, W)`.
+        double: Whether to compute in float64.
+    """
+    from contextlib import nullcontext
+
+    import torch
+    from torch import Tensor
+
+    from pcn_deploy.graph.double import InDouble
+
+    with torch.no_grad(), InDouble() if double else nullcontext():
+        found = network(torch.from_numpy(images.copy()))
+    return [tensor.float().numpy() for tensor in ((found,) if isinstance(found, Tensor) else found)]
 
 
 def golden_set(
@@ -101,26 +122,23 @@ def golden_set(
     return golden, notes
 
 
-def with_simulation(golden: GoldenSet, simulation: Session, progress: Progress) -> GoldenSet:
+def with_simulation(golden: GoldenSet, simulation: nn.Module, spec: EngineSpec, progress: Progress) -> GoldenSet:
     """The golden set with what the simulation of an 8-bit graph answers.
 
     Args:
         golden: The set.
         simulation: The module with fake quantisation.
+        spec: The interface of the graph.
         progress: Told the number of images done.
     """
-    import torch
-
-    (given,), outputs = simulation.spec.inputs, [tensor.name for tensor in simulation.spec.outputs]
-    rows: dict[str, list[Array]] = {name: [] for name in outputs}
-    step, count, allowed = "Simulated reference", len(golden.images), simulation.spec.batch
-    with torch.jit.optimized_execution(False):  # type: ignore[attr-defined] # for a few runs it costs more than it saves
-        for chosen in run_together(count, allowed):
-            progress(step, int(chosen[0]), count, "images")
-            for name, values in simulation.run({given.name: golden.images[chosen % count]}).items():
-                rows[name].append(values[chosen < count])
+    rows: list[list[Array]] = []
+    step, count = "Simulated reference", len(golden.images)
+    for chosen in run_together(count, spec.batch):
+        progress(step, int(chosen[0]), count, "images")
+        rows.append([values[chosen < count] for values in run(simulation, golden.images[chosen % count])])
     progress(step, count, count, "images")
-    return replace(golden, simulated={name: np.concatenate(values) for name, values in rows.items()})
+    columns = zip(spec.outputs, zip(*rows, strict=True), strict=True)
+    return replace(golden, simulated={tensor.name: np.concatenate(values) for tensor, values in columns})
 
 
 def _rounding(
@@ -138,12 +156,21 @@ def _rounding(
     least = FAINT * float(np.sqrt(np.mean([size(int(index)) ** 2 for index in np.flatnonzero(~edge)])))
     faint = {index for index in chosen if 0 < size(index) < least}  # none at all is exact
     try:
-        first, *doubles = _rows_in_double(model, [images[index] for index in (0, *chosen)], options)
+        first, *doubles = _rows_in_double(model, np.stack([images[index] for index in (0, *chosen)]), options)
     except Exception:  # the network's own code may insist on float32: nothing to compare with
         return sorted(faint), math.inf
     unlike = {index for index, row in zip(chosen, doubles, strict=True) if not _reproduced(rows[index], row)}
     own_db = least_sqnr_db(first, rows[0]) if all(np.isfinite(row).all() for row in first) else -math.inf
     return sorted(faint | unlike), own_db
+
+
+def _rows_in_double(model: nn.Module, images: Images, options: CompileOptions) -> Iterator[Row]:
+    """The outputs of the network computed in float64, for each image."""
+    forward, count = eager_outputs(model, options), len(images)
+    for chosen in run_together(count, options.batch):
+        outputs = run(forward, images[chosen % count], double=True)
+        for index in np.flatnonzero(chosen < count):
+            yield tuple(values[[index]] for values in outputs)
 
 
 def _reproduced(found: Row, exact: Row) -> bool:
@@ -186,22 +213,6 @@ def _eager_rows(model: nn.Module, images: list[Array], options: CompileOptions, 
             outputs = forward(torch.tensor(image[None]))  # a copy: the network may write into it
             rows.append(tuple(values.numpy() for values in outputs))
     progress("Eager reference", len(images), len(images), "images")
-    return rows
-
-
-def _rows_in_double(model: nn.Module, images: list[Array], options: CompileOptions) -> list[Row]:
-    """The outputs of the network in float64, for each image."""
-    import torch
-
-    from pcn_deploy.graph.double import InDouble
-
-    forward = eager_outputs(model, options)
-    rows: list[Row] = []
-    with torch.inference_mode(), InDouble():
-        for chosen in run_together(len(images), options.batch):
-            outputs = [values.numpy() for values in forward(torch.tensor(np.stack(images)[chosen % len(images)]))]
-            own = np.flatnonzero(chosen < len(images))
-            rows += [tuple(values[index : index + 1] for values in outputs) for index in own]
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the command line share."""
+"""What the tests of the command line and of the verbs behind it share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from click.testing import CliRunner, Result
 
+from pcn_deploy import Bundle
 from pcn_deploy.cli.main import main
 
 
@@ -22,3 +23,9 @@ def refused(result: Result, code: int, *words: str) -> None:
     for word in ("Error: ", *words):
         assert word in " ".join(result.stderr.split()), result.stderr
     assert result.stdout == ""
+
+
+def with_engines_of(bundle: Bundle, *targets: str) -> Bundle:
+    """The bundle, its engines of other targets gone; their members stay."""
+    bundle.manifest["engines"] = [bundle.engine(target) for target in targets]
+    return bundle

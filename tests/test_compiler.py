@@ -65,8 +65,8 @@ def test_precisions_are_truly_different(results: dict[str, CompileResult]) -> No
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_the_bundle_holds_what_the_design_says(results: dict[str, CompileResult], precision: str) -> None:
     bundle = results[precision].bundle
-    expected = {"model.onnx", "model.ts", "golden.npz", "plan.json", "parity/cpu.json"}
-    expected |= set() if precision == "fp16" else {"parity/torchscript.json"}
+    expected = {"model.onnx", "golden.npz", "plan.json", "parity/cpu.json"}
+    expected |= set() if precision == "fp16" else {"model.ts", "parity/torchscript.json"}
     assert set(bundle.manifest["members"]) == expected | ({"calibration.json"} if precision == "int8" else set())
     assert [entry["member"] for entry in bundle.engines] == ["model.onnx", "model.ts"][
         : 1 if precision == "fp16" else 2
@@ -235,7 +235,8 @@ def test_each_step_reports_its_start_and_its_end() -> None:
     def progress(step: str, done: int, total: int, unit: str = "", /) -> None:
         calls.setdefault(step, []).append((done, total))
 
-    pcn_deploy.compile(network(), options(precision="int8"), calibration=images(), progress=progress)
+    chosen = options(precision="int8", targets=("cpu", "torchscript"))
+    pcn_deploy.compile(network(), chosen, calibration=images(), progress=progress)
     assert {"Calibrating", "Scripting", "Exporting to ONNX", "Proving cpu"} <= set(calls)
     for step, seen in calls.items():
         assert seen[0][0] == 0, step
@@ -285,4 +286,4 @@ def test_graphs_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
     other = torchscript.to_torchscript(network(seed=7), torch.from_numpy(images(1)))
     monkeypatch.setattr(torchscript, "to_torchscript", lambda *_: other)
     with pytest.raises(ModelError, match="The TorchScript graph departs"):
-        pcn_deploy.compile(network(), options(precision="fp32"))
+        pcn_deploy.compile(network(), options(precision="fp32", targets=("torchscript",)))

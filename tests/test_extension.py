@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import with_engines_of
 
 import pcn_deploy
 from pcn_deploy import BatchRange, Bundle, CompileOptions, Transform
@@ -22,13 +23,17 @@ pytest.importorskip("torch")
 
 
 def built(seed: int = 0) -> Bundle:
+    """With the engine of `cpu`, and a TorchScript module that no engine is made of yet."""
     network = pcn_deploy.create_model(
         "patchconvnet", random_weights=True, width=32, depth=1, patch=4, num_classes=3, layer_scale=0.5, seed=seed
     )
     options = CompileOptions(
-        precision="fp32", transform=Transform(resolution=(32, 32)), batch=BatchRange(min=1, opt=1, max=2)
+        precision="fp32",
+        targets=("cpu", "torchscript"),
+        transform=Transform(resolution=(32, 32)),
+        batch=BatchRange(min=1, opt=1, max=2),
     )
-    return pcn_deploy.compile(network, options).bundle
+    return with_engines_of(pcn_deploy.compile(network, options).bundle, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +112,14 @@ def test_a_failing_build_changes_nothing(path: Path, original: Path, monkeypatch
     with pytest.raises(BuildError):
         add_engine(path, "torchscript")
     assert path.read_bytes() == original.read_bytes()
+
+
+def test_a_bundle_without_torchscript_says_how_to_get_it(path: Path) -> None:
+    bundle = Bundle.open(path)
+    members = {name: bundle.read(name) for name in bundle.manifest["members"] if name != "model.ts"}
+    Bundle({**bundle.manifest, "members": {}}, members).save(path, overwrite=True)
+    with pytest.raises(BundleError, match=r"no TorchScript module: build it again .* --target torchscript"):
+        add_engine(path, "torchscript")
 
 
 def test_bad_input(path: Path, tmp_path: Path) -> None:

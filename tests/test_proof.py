@@ -219,7 +219,7 @@ def test_edge_images_are_the_ends_of_the_transform() -> None:
 
 def test_an_8_bit_graph_is_held_against_its_simulation() -> None:
     """Scales of two bits less stay within the budget of INT8, and are not what was built."""
-    chosen = options(precision="int8", remainder="fp32")
+    chosen = options(precision="int8", remainder="fp32", targets=("cpu", "torchscript"))
     bundle = pcn_deploy.compile(network(), chosen, calibration=images()).bundle
     golden = GoldenSet.read(bundle, ["logits"])
     assert prove(bundle, "cpu")

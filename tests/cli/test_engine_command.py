@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import invoke, refused
+from helpers import invoke, refused, with_engines_of
 
 import pcn_deploy
 from pcn_deploy import BatchRange, Bundle, CompileOptions, Transform
@@ -26,11 +26,11 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     options = CompileOptions(
         precision="fp32",
-        targets=("cpu",),
+        targets=("cpu", "torchscript"),
         transform=Transform(resolution=(32, 32)),
         batch=BatchRange(min=1, opt=1, max=4),
     )
-    bundle = pcn_deploy.compile(network, options).bundle
+    bundle = with_engines_of(pcn_deploy.compile(network, options).bundle, "cpu")
     return bundle.save(tmp_path_factory.mktemp("bundle") / "tiny.pcn")
 
 
@@ -51,9 +51,7 @@ def test_an_engine_is_added(path: Path) -> None:
 
 
 def test_an_engine_is_added_to_a_bundle_with_the_attention_map(path_with_map: Path) -> None:
-    bundle = Bundle.open(path_with_map)
-    bundle.manifest["engines"] = [bundle.engine("cpu")]
-    bundle.save(path_with_map, overwrite=True)
+    with_engines_of(Bundle.open(path_with_map), "cpu").save(path_with_map, overwrite=True)
     result = invoke("engine", path_with_map, "--target", "torchscript")
     assert result.exit_code == 0, result.output
     assert "attention map" in result.stdout
