@@ -172,7 +172,9 @@ def parity_rows(reports: list[dict[str, Any]]) -> list[list[str]]:
             f"{metrics['top1_agreement']:.2f}",
             f"{metrics['top1_drop']:+.2f}" if "top1_drop" in metrics else "-",
         ]
-        rows.append(_parity_row(target + executed, report, "", passed=report["passed"]) + top1)
+        row = _parity_row(target + executed, report, "", passed=report["passed"])
+        row[1] += " (constant)" if report["constant"] else ""
+        rows.append(row + top1)
         for name, seen in report["executions"].items():
             passed = not any(failure.startswith(f"{name}: ") for failure in report["failures"])
             rows.append(

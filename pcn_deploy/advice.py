@@ -12,12 +12,12 @@ import numpy.typing as npt
 
 from pcn_deploy.errors import DataError
 from pcn_deploy.golden import GoldenSet
-from pcn_deploy.limits import NATURAL_DB, ParityBudget
+from pcn_deploy.limits import ParityBudget
+from pcn_deploy.noise_floor import NoiseFloor, natural_db
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.parity import ParityMeter
 from pcn_deploy.progress import Progress
 from pcn_deploy.specs import LOGITS
-from pcn_deploy.verification import natural_db
 
 if TYPE_CHECKING:
     from pcn_deploy.preparation import Prepared
@@ -52,8 +52,8 @@ def judge(words: str, golden: GoldenSet, found: Array, budget: ParityBudget) -> 
     """What the real images of a golden set say of logits `(N, K)` to all of its images."""
     meter = ParityMeter(live=golden.live)
     meter.update(golden.outputs[LOGITS][~golden.edge], found[~golden.edge])
-    natural = natural_db(golden.images[~golden.edge], NATURAL_DB["int8"])
-    report = meter.report(target="", executed_by="", data="", budget=budget, natural_db=natural)
+    floor = NoiseFloor(natural_db=natural_db(golden.images[~golden.edge], "int8"))
+    report = meter.report(target="", executed_by="", data="", budget=budget, floor=floor)
     return Attempt(words=words, sqnr_db=report.metrics["sqnr_db"], passed=bool(report))
 
 

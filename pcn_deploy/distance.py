@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.metrics import Logits, centred
+from pcn_deploy.metrics import Logits, centred, power_of_changes
 from pcn_deploy.parity import ParityMeter
 from pcn_deploy.specs import LOGITS
 
@@ -35,9 +35,10 @@ def least_sqnr_db(expected: Iterable[Logits], found: Iterable[Logits], *, live: 
 
 
 def sqnr_of_images(expected: Array, found: Array, live: Live) -> npt.NDArray[np.float64]:
-    """Mean power of what is expected, over the noise of each image, in dB.
+    """Mean power of what is expected, over the noise of each image, in dB; of logits, of what the images change in it.
 
     An image to which a network answers little has no less noise than another one, so it is not compared with its own.
+    What every image gets alike, such as a large constant, would make every error look small.
 
     Args:
         expected: `(N, ...)`; of `(N, K)`, such as logits, the differences in a row count.
@@ -52,6 +53,10 @@ def sqnr_of_images(expected: Array, found: Array, live: Live) -> npt.NDArray[np.
         wanted, seen = centred(wanted[:, live]), centred(seen[:, live])
     noise = np.square(seen - wanted).mean(1)
     noise = np.where(np.isfinite(noise), noise, np.inf)
-    power = max(float(np.square(wanted).mean()), np.finfo(np.float64).tiny)
+    power = float(np.square(wanted).sum())
+    if expected.ndim == 2:
+        changes = power_of_changes(power, float(np.square(wanted.sum(0)).sum()), len(wanted))
+        power = min(power, changes or power)
+    power = max(power / wanted.size, np.finfo(np.float64).tiny)
     ratios: npt.NDArray[np.float64] = 10 * np.log10(power / np.maximum(noise, power * 1e-20))
     return ratios

@@ -10,6 +10,7 @@ their weights and no other rounding. docs/parity.md has the measurements behind 
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ NOISE = "standard normal noise"
 """Where images come from that stand in for real ones."""
 _SIMULATED, _WIDENED = "simulated_", "widened_"
 _LIMITS = "least_widened_db"
+_NOISE = "float32_noise"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,8 @@ class GoldenSet:
         widened_db: Least SQNR in dB of a graph without its rounding for each of these images, `(M,)`.
         rounding: Whether the network answers an image with nothing but its own rounding, `(N,)`: of an engine it is
             only asked that its answer is finite. All false if not given.
+        float32_noise: Mean power of the rounding in the logits of a real image, less the mean of their row, when the
+            network runs in float32: against float64. NaN if unknown, as in bundles of 0.1.0.
     """
 
     images: Array
@@ -60,6 +64,7 @@ class GoldenSet:
     widened: dict[str, Array] = field(default_factory=dict)
     widened_db: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     rounding: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    float32_noise: float = math.nan
 
     def __post_init__(self) -> None:
         if not len(self.rounding):
@@ -79,6 +84,7 @@ class GoldenSet:
         """As the bundle holds it: compressed, since edge images are nearly nothing then."""
         arrays: dict[str, npt.NDArray[Any]] = {"images": self.images, **self.outputs}
         arrays |= {"names": np.array(self.names), "edge": self.edge, "rounding": self.rounding}
+        arrays[_NOISE] = np.array(self.float32_noise)
         arrays |= {f"{_SIMULATED}{name}": values for name, values in self.simulated.items()}
         arrays |= {f"{_WIDENED}{name}": values for name, values in self.widened.items()}
         arrays |= {_LIMITS: self.widened_db} if self.widened else {}
@@ -113,6 +119,7 @@ class GoldenSet:
             widened={name: arrays[_WIDENED + name] for name in outputs if _WIDENED + name in arrays},
             widened_db=arrays.get(_LIMITS, np.zeros(0)),
             rounding=arrays.get("rounding", np.zeros(count, np.bool_)),
+            float32_noise=float(arrays.get(_NOISE, np.array(math.nan)).ravel()[0]),
         )
         lengths = {len(found.names), len(found.edge), len(found.rounding), *map(len, found.outputs.values())}
         lengths |= set(map(len, found.simulated.values()))

@@ -15,20 +15,6 @@ GUARD_DB = {"fp32": 20.0}
 """How much more SQNR than its budget a golden set must have where a CPU executes the graph: right graphs have 110 dB
 there, and few images must tell of a wrong one. A GPU may round FP32 to fewer bits."""
 
-NATURAL_DB = {"fp32": 80.0, "fp16": 60.0, "bf16": 42.0, "int8": 60.0, "fp8": 60.0}
-"""SQNR that rounding leaves of the logits, less some for deep networks: right engines have 110 dB in FP32, 65 to 74 in
-FP16 and 18 dB less in BF16. What images change less than that, a precision cannot tell; 8-bit engines as FP16."""
-
-ALIKE_DB = -15.0
-"""Images whose pixels change less than this, relative to their power, hardly differ: noise of 3 of 255 on one scene has
--26 dB, photographs -3 to 0 dB."""
-
-ALIKE = (
-    "the images hardly differ to the network, less than its precision can tell apart: the accuracy on what they change "
-    "was not judged. Give more varied images."
-)
-"""Note of a report whose SQNR of the changes is low, and no failure."""
-
 TOLERATED = 1.0
 """Percent of the images of a large set, at most, whose cosine may be below the limit."""
 
@@ -85,17 +71,3 @@ def budget_for(precision: str, max_drop: float | None = None) -> ParityBudget:
 def changes_limit(budget: ParityBudget) -> float:
     """Least SQNR, in dB, of what the images change: 40 of FP32, 20 of FP16, 6 of BF16 and 8 bits by default."""
     return min(max(CHANGES_DB, budget.sqnr_db - LESS_DB), budget.sqnr_db)
-
-
-def untold(metrics: dict[str, float], budget: ParityBudget, natural_db: float) -> bool:
-    """Whether the SQNR of the changes is too low to pass, but no fault of an engine.
-
-    Args:
-        metrics: Of a meter.
-        budget: What is still parity.
-        natural_db: SQNR that rounding leaves in its precision.
-    """
-    changes, differences = (metrics.get(f"sqnr_{name}_db", math.inf) for name in ("changes", "differences"))
-    if changes >= changes_limit(budget):
-        return False
-    return differences >= natural_db or changes - differences < -natural_db

@@ -17,10 +17,8 @@ SQNR_CEILING_DB = 200.0
 NO_CLASS = -1
 """The answer of a row that holds NaN or infinity: no class is the largest."""
 
-_NOTHING = 1e-8
-"""Share of the power of the logits below which the images change nothing: one part in 10,000 of their size, less than
-one step of FP16. Weights that nobody trained do that; there is nothing to tell apart, and nothing to judge."""
-
+_NOTHING = 1e-14
+"""Share of the power of the logits below which the images change nothing: less than the last bit of float32."""
 
 _FAR = 100.0
 """A class is no candidate if it stays so many times further below the answer than any class moves between images, and
@@ -86,6 +84,12 @@ def alike(images: Logits, least_db: float) -> bool:
     power = float(np.square(rows).sum())
     changes = power_of_changes(power, float(np.square(rows.sum(0)).sum()), len(rows))
     return changes is None or sqnr_db(changes, power) < least_db
+
+
+def power_of_noise(reference: Logits, found: Logits) -> float:
+    """Mean power of the errors in the differences of a row, of two sets of logits `(N, K)`."""
+    error = centred(reference.astype(np.float64)) - centred(found.astype(np.float64))
+    return float(np.square(error).sum(1).mean())
 
 
 def as_json(value: float) -> float:

@@ -24,8 +24,9 @@ import numpy.typing as npt
 from pcn_deploy.calibration.bound import PairedCounts, drop_failures, judge_drop
 from pcn_deploy.errors import DataError
 from pcn_deploy.exact import ExactSum, ExactVector
-from pcn_deploy.limits import ALIKE, TOLERATED, ParityBudget, changes_limit, untold
+from pcn_deploy.limits import TOLERATED, ParityBudget, changes_limit
 from pcn_deploy.metrics import Logits, answers, as_json, centred, cosine, power_of_changes, sqnr_db
+from pcn_deploy.noise_floor import UNMEASURED, NoiseFloor
 from pcn_deploy.specs import ATTENTION_MAP, LOGITS
 
 NAMED = 5
@@ -55,6 +56,7 @@ class ParityReport:
         task: What the labels tell of the drop: `proven` within the budget, `broken`, `open`; empty without labels.
         worst_image: Name of the image with the least cosine.
         executions: Metrics of further executions of the same graph, by their name; their failures are among `failures`.
+        constant: Whether the reference answers the same to every image, so that nothing else was judged.
         notes: What does not fail the verdict, but has to be known, such as an execution that another program refused.
     """
 
@@ -69,6 +71,7 @@ class ParityReport:
     task: str = ""
     worst_image: str = ""
     executions: dict[str, dict[str, float]] = field(default_factory=dict)
+    constant: bool = False
     notes: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
@@ -130,6 +133,7 @@ def report_from_json(data: dict[str, Any]) -> ParityReport:
         task=str(data.get("task", "")),  # this and the others are not in bundles of 0.1.0
         worst_image=str(data.get("worst_image", "")),
         executions=dict(data.get("executions", {})),
+        constant=bool(data.get("constant", False)),
         notes=tuple(data.get("notes", ())),
     )
 
@@ -290,9 +294,8 @@ class ParityMeter:
             "non_finite": float(len(self._broken)),
         }
         if self.output == LOGITS:
-            power, noise = float(self._centred_signal), float(self._centred_noise)
-            found["sqnr_differences_db"] = sqnr_db(power, noise)
-            changes = power_of_changes(power, self._class_sums.sum_of_squares(), images)
+            noise, changes = float(self._centred_noise), self._changes()
+            found["sqnr_differences_db"] = sqnr_db(float(self._centred_signal), noise)
             if changes is not None:
                 found["sqnr_changes_db"] = sqnr_db(changes, noise)
         if self._labelled:
@@ -302,6 +305,11 @@ class ParityMeter:
             found |= {"top1_lost": float(counts.lost), "top1_gained": float(counts.gained)}
             found["top1_drop_bound"] = counts.drop_bound
         return found
+
+    def _changes(self) -> float | None:
+        """Power of what all images together change; None where they change nothing."""
+        sums = self._class_sums.sum_of_squares()
+        return power_of_changes(float(self._centred_signal), sums, len(self._cosines))
 
     def report(
         self,
@@ -314,7 +322,7 @@ class ParityMeter:
         tolerant: bool = False,
         to_prove: bool = False,
         changes: bool = True,
-        natural_db: float = math.inf,
+        floor: NoiseFloor = UNMEASURED,
     ) -> ParityReport:
         """Judge the numbers so far against a budget.
 
@@ -328,18 +336,24 @@ class ParityMeter:
                 the budget allows less of them to change their answer.
             to_prove: Whether the labels must prove the drop within the budget; else they must not show it broken.
             changes: Whether what the images change is judged: noise tells nothing of that.
-            natural_db: SQNR that rounding leaves: an engine with as much, or changes below it, get a note, no failure.
+            floor: What rounding leaves of it.
         """
-        metrics = {name: value for name, value in self.metrics().items() if changes or name != "sqnr_changes_db"}
+        metrics, power, images = self.metrics(), self._changes(), len(self._cosines)
+        if not changes:
+            metrics.pop("sqnr_changes_db", None)
+        elif power is not None and not math.isnan(floor.power):
+            metrics["changes_kept_db"] = floor.kept_db(power / images)
         share = min(budget.top1_drop, TOLERATED) if tolerant else 0.0
         metrics["cosine_judged"] = sorted(self._cosines)[int(len(self._cosines) * share / 100)]
-        notes = (ALIKE,) if untold(metrics, budget, natural_db) else ()
-        judged = {name: value for name, value in metrics.items() if not (notes and name == "sqnr_changes_db")}
+        least = floor.least_changes_db(metrics, budget)
+        constant = self.output == LOGITS and power is None and images > 1
+        notes = (floor.nothing,) if constant else floor.notes(metrics, budget, least)
         task, failures = "", []
         if self._labelled:
             task = judge_drop(self.counts, budget.top1_drop)
             failures = drop_failures(self.counts, budget.top1_drop, to_prove=to_prove)
-        failures += self.failures(judged, budget)
+        failures += self.failures(metrics, budget, least)
+        failures += floor.failures(float(self._centred_noise) / images) if constant and not failures else []
         if attention is not None:
             seen = attention.metrics()
             metrics |= {f"{ATTENTION_MAP}_{name}": seen[name] for name in ("cosine_min", "sqnr_db", "max_abs_error")}
@@ -347,18 +361,19 @@ class ParityMeter:
         return ParityReport(
             target=target,
             executed_by=executed_by,
-            images=len(self._cosines),
+            images=images,
             data=data,
             metrics=metrics,
             budget=budget,
             failures=tuple(failures),
             task=task,
             worst_image=self._worst[1],
+            constant=constant,
             notes=notes,
         )
 
-    def failures(self, metrics: dict[str, float], budget: ParityBudget) -> list[str]:
-        """One sentence per limit that the numbers break; where they are no numbers, only that."""
+    def failures(self, metrics: dict[str, float], budget: ParityBudget, least: float | None = None) -> list[str]:
+        """One sentence per limit that the numbers break, of the changes `least`; if they are no numbers, only that."""
         if self._broken:
             return [f"NaN or infinite {self.output} for {listed(self._broken)}"]
         found = []
@@ -367,19 +382,17 @@ class ParityMeter:
             which = f"the worst image, {self._worst[1]}," if judged == self._worst[0] else "an image too many"
             found.append(f"cosine {judged:.5f} of {which} is below {budget.cosine_min}")
         sqnr, differences = metrics["sqnr_db"], metrics.get("sqnr_differences_db", math.inf)
-        changes, least = metrics.get("sqnr_changes_db", math.inf), changes_limit(budget)
+        changes, least = metrics.get("sqnr_changes_db", math.inf), changes_limit(budget) if least is None else least
         if sqnr < budget.sqnr_db:
-            found.append(f"SQNR {sqnr:.1f} dB is below {budget.sqnr_db:.1f} dB")
-        elif differences < budget.sqnr_db:
+            return [*found, f"SQNR {sqnr:.1f} dB is below {budget.sqnr_db:.1f} dB"]
+        if differences < budget.sqnr_db:
             common, what, got, limit = "all logits of an image", "their differences", differences, budget.sqnr_db
         elif changes < least:
             common, what, got, limit = "all images", "what the image changes", changes, least
-        if sqnr >= budget.sqnr_db and min(differences - budget.sqnr_db, changes - least) < 0:
-            found.append(
-                f"SQNR {sqnr:.1f} dB is that of what {common} have in common; that of {what}, {got:.1f} dB, is below "
-                f"{limit:.1f} dB"
-            )
-        return found
+        else:
+            return found
+        shared = f"SQNR {sqnr:.1f} dB is that of what {common} have in common"
+        return [*found, f"{shared}; that of {what}, {got:.1f} dB, is below {limit:.1f} dB"]
 
 
 def listed(names: Iterable[str]) -> str:

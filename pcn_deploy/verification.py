@@ -18,8 +18,8 @@ from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.labels import LabelCheck
 from pcn_deploy.errors import DataError
 from pcn_deploy.golden import NOISE, GoldenSet
-from pcn_deploy.limits import ALIKE_DB, BUDGETS, GUARD_DB, NATURAL_DB, ParityBudget, changes_limit
-from pcn_deploy.metrics import alike
+from pcn_deploy.limits import BUDGETS, GUARD_DB, ParityBudget
+from pcn_deploy.noise_floor import ON_CPU, NoiseFloor
 from pcn_deploy.parity import ParityMeter, ParityReport
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 Images = npt.NDArray[np.float32]
-ON_CPU = ("cpu", "stock", "torchscript")
-"""What executes a graph of FP32 in FP32."""
-
 SAMPLE = 8
 """Images that tell whether those of a set differ."""
 
@@ -88,8 +85,10 @@ def verify(
     source.check_transform(engine.transform, "the bundle")
     expected = eager_copy(reference) if hasattr(reference, "state_dict") else _checked(reference)
     current().check_equal(engine=engine.bundle.engine(engine.target)["sha256"])
-    live = GoldenSet.read(engine.bundle, [tensor.name for tensor in engine.spec.outputs]).live
-    meter, labelling, done, step = ParityMeter(live=live), LabelCheck(source), 0, f"Verifying {engine.target}"
+    golden = GoldenSet.read(engine.bundle, [tensor.name for tensor in engine.spec.outputs])
+    if not hasattr(reference, "state_dict"):  # nothing is known of its rounding
+        golden = replace(golden, float32_noise=math.nan)
+    meter, labelling, done, step = ParityMeter(live=golden.live), LabelCheck(source), 0, f"Verifying {engine.target}"
     progress(step, 0, len(source), "images")
     for images, labels in shared_batches(source, engine.spec.batch.max):
         logits = expected(images)
@@ -99,17 +98,15 @@ def verify(
         progress(step, done, len(source), "images")
     progress(step, len(source), len(source), "images")
     labelling.of_all_processes().check(int(engine.spec.outputs[0].shape[-1]))
-    meter, natural = of_all_processes(meter), NATURAL_DB[engine.bundle.manifest["precision"]]
-    if meter.metrics().get("sqnr_changes_db", math.inf) < changes_limit(budget):
-        natural = natural_db(np.stack([sample.image for sample in source.subset(SAMPLE)]), natural)
-    report = meter.report(
+    some = np.stack([sample.image for sample in source.subset(SAMPLE)])
+    report = of_all_processes(meter).report(
         target=engine.target,
         executed_by=engine.executed_by,
         data=source.name,
         budget=budget,
         tolerant=True,
         to_prove=to_prove,
-        natural_db=natural,
+        floor=NoiseFloor.of(golden, some, engine.bundle.manifest, engine.executed_by),
     )
     return replace(report, unreadable=len(source.unreadable), notes=(*report.notes, *source.notes))
 
@@ -140,14 +137,15 @@ def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = sil
     golden = GoldenSet.read(engine.bundle, names)
     found = engine_outputs(engine, golden.images, progress)
     meters = {name: _compared(golden, ~golden.edge, golden.outputs[name], found[name], name) for name in names}
+    floor = NoiseFloor.of(golden, golden.images[~golden.edge], engine.bundle.manifest, engine.executed_by)
     report = meters[LOGITS].report(
         target=engine.target,
         executed_by=engine.executed_by,
         data="golden",
         budget=budget,
         attention=meters.get(ATTENTION_MAP),
-        changes=engine.bundle.manifest.get("golden") != NOISE,
-        natural_db=natural_db(golden.images[~golden.edge], NATURAL_DB[engine.bundle.manifest["precision"]]),
+        changes=floor.judges_noise() or engine.bundle.manifest.get("golden") != NOISE,
+        floor=floor,
     )
     guard = GUARD_DB.get(engine.bundle.manifest["precision"], 0.0) if engine.executed_by in ON_CPU else 0.0
     if budget.sqnr_db <= report.metrics["sqnr_db"] < budget.sqnr_db + guard:
@@ -173,16 +171,6 @@ def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = sil
         failure = f"edge images: NaN or infinite outputs for {', '.join(broken)}"
         report = replace(report, failures=(*report.failures, failure))
     return report
-
-
-def natural_db(images: Images, natural: float) -> float:
-    """The SQNR from which on an engine need not tell images apart: none where they hardly differ themselves.
-
-    Args:
-        images: `(N, C, H, W)`, transformed.
-        natural: What rounding leaves in the precision of the engine.
-    """
-    return -math.inf if alike(images, ALIKE_DB) else natural
 
 
 def simulation_limit(golden: GoldenSet, budget: ParityBudget, remainder: str) -> ParityBudget:

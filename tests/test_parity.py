@@ -17,8 +17,9 @@ from hypothesis.extra.numpy import arrays
 
 from pcn_deploy.calibration.plan import PRECISIONS
 from pcn_deploy.errors import DataError, OptionError
-from pcn_deploy.limits import ALIKE, BUDGETS, NATURAL_DB, ParityBudget, budget_for
+from pcn_deploy.limits import BUDGETS, ParityBudget, budget_for
 from pcn_deploy.metrics import SQNR_CEILING_DB
+from pcn_deploy.noise_floor import ALIKE, NoiseFloor, natural_db
 from pcn_deploy.parity import ParityMeter, ParityReport, report_from_json
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -291,7 +292,11 @@ def test_changes_that_a_precision_cannot_tell_are_noted(
     meter = ParityMeter()
     meter.update(reference, reference + noise * rng.standard_normal((40, 100)))
     report = meter.report(
-        target="cpu", executed_by="cpu", data="test", budget=BUDGETS[precision], natural_db=NATURAL_DB[precision]
+        target="cpu",
+        executed_by="cpu",
+        data="test",
+        budget=BUDGETS[precision],
+        floor=NoiseFloor(natural_db=natural_db(np.eye(4, dtype=np.float32), precision)),
     )
     assert bool(report) == passed, report.failures
     assert report.notes == ((ALIKE,) if noted else ())

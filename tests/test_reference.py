@@ -56,5 +56,5 @@ def test_every_image_has_its_own_simulation(batch: BatchRange) -> None:
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 def test_every_image_has_its_own_answer_in_double(batch: BatchRange) -> None:
     rows = list(_rows_in_double(nn.Flatten(), IMAGES, options(precision="fp32", batch=batch)))
-    assert len(rows) == len(IMAGES)
+    assert [row[0].dtype for row in rows] == [np.float64] * len(IMAGES)
     np.testing.assert_array_equal(np.concatenate([row[0] for row in rows]), IMAGES.reshape(len(IMAGES), -1))

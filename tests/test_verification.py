@@ -104,7 +104,9 @@ def test_the_network_and_its_function_give_the_same_numbers(path: Path) -> None:
     with pcn_deploy.load(path, "cpu") as engine:
         one = pcn_deploy.verify(engine, [images(4)], reference=network())
         other = pcn_deploy.verify(engine, [images(4)], reference=eager)
-    assert one.metrics == other.metrics
+    measured = one.metrics.pop("changes_kept_db")
+    assert measured > 100
+    assert one.metrics == other.metrics, "of a function, nobody knows how it rounds"
 
 
 @pytest.mark.parametrize("data", ["golden", "images"])
@@ -234,7 +236,7 @@ def test_right_maps_do_not_make_up_for_wrong_logits(path_with_map: Path) -> None
 def test_golden_maps_that_are_none(path_with_map: Path) -> None:
     golden = Bundle.open(path_with_map).read_arrays("golden.npz")["attention_map"]
     words = (
-        r"holds \['edge', 'images', 'logits', 'names', 'rounding'\] instead of \['attention_map', 'images', 'logits'\]"
+        r"holds \['edge', 'float32_noise', 'images', .*'rounding'\] instead of \['attention_map', 'images', 'logits'\]"
     )
     with (
         pcn_deploy.load(with_golden(path_with_map, attention_map=None), "cpu") as engine,

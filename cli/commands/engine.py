@@ -38,6 +38,8 @@ def command(
     else:
         rows = display.parity_rows([report.to_json()])
         display.print_table("Parity with the eager network", display.PARITY_COLUMNS, rows)
+        for text in report.notes:
+            display.note(text, quiet=quiet)
     if not report:
         message = f"Parity failed, so {output or file} was left as it is: {display.failures([report])}."
         raise ParityError(message)

@@ -94,7 +94,7 @@ def _verify(
             display.note(text, quiet=quiet)
         to_prove = max_drop is not None
         report = verify(engine, source, reference=reference, budget=budget, to_prove=to_prove, progress=progress)
-    for text in source.notes if source else ():
+    for text in report.notes:
         if text not in early:
             display.note(text, quiet=quiet)
     return report

@@ -32,6 +32,7 @@ METRICS = {
     "top1_agreement",
     "non_finite",
 }
+CHANGES = {"sqnr_changes_db", "changes_kept_db"}
 LABELLED = {"top1_reference", "top1_engine", "top1_drop", "top1_drop_bound", "top1_lost", "top1_gained"}
 
 
@@ -49,7 +50,7 @@ def test_json_keeps_its_keys(path: Path, target: str) -> None:
     assert result.stderr == ""
     found = json.loads(result.stdout)
     assert (found["passed"], found["target"], found["images"]) == (True, target, 8)
-    assert set(found["metrics"]) == METRICS | {"edge_cosine_min", "edge_sqnr_db"}
+    assert set(found["metrics"]) == METRICS | CHANGES | {"edge_cosine_min", "edge_sqnr_db"}
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_labelled_images_with_the_weights(from_weights: tuple[Path, Path], folde
     result = invoke("verify", bundle, "--data", folder, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert set(found["metrics"]) == METRICS | LABELLED | {"sqnr_changes_db"}
+    assert set(found["metrics"]) == METRICS | LABELLED | CHANGES
     assert (found["images"], found["data"]) == (6, str(folder))
     assert "top-1: eager" in invoke("verify", bundle, "--data", folder).stdout
     assert json.loads(invoke("verify", bundle, "--data", folder, "--images", 3, "--json").stdout)["images"] == 3

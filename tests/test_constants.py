@@ -1,0 +1,147 @@
+"""Networks whose logits hold a constant that dwarfs what the image changes: a wrong graph must not hide behind it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper, numpy_helper
+from small_builds import images, options
+from torch import nn
+
+import pcn_deploy
+from pcn_deploy import Bundle
+from pcn_deploy.cli.display import parity_rows
+from pcn_deploy.golden import GoldenSet
+from pcn_deploy.noise_floor import CONSTANT, SAME
+from pcn_deploy.parity import report_from_json
+from pcn_deploy.proof import prove
+
+
+class Small(nn.Module):
+    """Features, their difference with a branch, and a head of `classes` logits whose bias is `constant`."""
+
+    def __init__(self, constant: tuple[float, ...]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+        self.head = nn.Linear(8, len(constant))
+        self.head.bias.data = torch.tensor(constant)
+
+    def forward(self, x: Any) -> Any:
+        return self.head((torch.relu(self.first(x)) - torch.sigmoid(self.second(x))).mean((2, 3)))
+
+
+def dropped_relu(graph: Any) -> None:
+    (node,) = [node for node in graph.node if node.op_type == "Relu"]
+    node.op_type = "Identity"
+
+
+def swapped_inputs(graph: Any) -> None:
+    (node,) = [node for node in graph.node if node.op_type == "Sub"]
+    node.input[0], node.input[1] = node.input[1], node.input[0]
+
+
+def scaled_features(graph: Any) -> None:
+    (node,) = [node for node in graph.node if node.op_type == "ReduceMean"]
+    name, made = node.output[0], f"{node.output[0]}.unscaled"
+    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    number = np.array(0.9, helper.tensor_dtype_to_np_dtype(kinds.get(name, onnx.TensorProto.FLOAT)))
+    graph.initializer.append(numpy_helper.from_array(number, "scale"))
+    node.output[0] = made
+    at = list(graph.node).index(node) + 1
+    graph.node.insert(at, helper.make_node("Mul", [made, "scale"], [name], name="scaling"))
+
+
+WRONG = [dropped_relu, swapped_inputs, scaled_features]
+CONSTANTS = [(1e4,), (0.0, 1e4), (1e3, 1e3, -1e3)]
+
+
+def mutated(bundle: Bundle, change: Any) -> Bundle:
+    model = onnx.load_from_string(bundle.read("model.onnx"))
+    change(model.graph)
+    onnx.checker.check_model(model)
+    bundle.add_engine("cpu", "model.onnx", model.SerializeToString(), {})
+    return bundle
+
+
+@pytest.mark.parametrize("calibrated", [True, False], ids=["images", "noise"])
+@pytest.mark.parametrize("constant", CONSTANTS, ids=str)
+def test_fp32(constant: tuple[float, ...], tmp_path: Path, *, calibrated: bool) -> None:
+    result = pcn_deploy.compile(
+        Small(constant).eval(), options(precision="fp32"), calibration=images() if calibrated else None
+    )
+    assert result, result.reports[0].failures
+    result.bundle.save(tmp_path / "right.pcn")
+    for change in WRONG:
+        report = prove(mutated(Bundle.open(tmp_path / "right.pcn"), change), "cpu")
+        assert not report, (change.__name__, report.metrics, report.notes)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("constant", CONSTANTS, ids=str)
+def test_rounded(constant: tuple[float, ...], precision: str, tmp_path: Path) -> None:
+    result = pcn_deploy.compile(Small(constant).eval(), options(precision=precision), calibration=images())
+    assert result, result.reports[0].failures
+    result.bundle.save(tmp_path / "right.pcn")
+    for change in WRONG:
+        report = prove(mutated(Bundle.open(tmp_path / "right.pcn"), change), "cpu")
+        assert not report, (change.__name__, report.metrics, report.executions, report.notes)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_an_answer_that_no_image_changes_is_no_judgement(precision: str) -> None:
+    """As of a head that starts with zeros: it builds, and every report says that nothing was judged."""
+    network = Small((1.0, 2.0)).eval()
+    nn.init.zeros_(network.head.weight)
+    result = pcn_deploy.compile(network, options(precision=precision), calibration=images())
+    assert result, result.reports[0].failures
+    (report,) = result.reports
+    assert report.constant
+    assert CONSTANT in report.notes
+    assert CONSTANT in result.bundle.manifest["notes"]
+    assert parity_rows([report.to_json()])[0][1] == "passed (constant)"
+    assert report_from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+def test_a_constant_that_swallows_the_image_is_no_judgement() -> None:
+    """One step of float32 is 1/16 at a million: there is no more than that to hold an engine against."""
+    result = pcn_deploy.compile(Small((1e6,)).eval(), options(precision="fp32"), calibration=images())
+    assert result
+    assert result.reports[0].constant
+    report = prove(mutated(result.bundle, dropped_relu), "cpu")
+    assert any("the engine is" in failure and "dB more off it than rounding" in failure for failure in report.failures)
+
+
+def test_what_float32_itself_loses_is_said() -> None:
+    result = pcn_deploy.compile(Small((2e3,)).eval(), options(precision="fp32"), calibration=images())
+    (report,) = result.reports
+    assert result
+    assert any("in float32, by a run in float64" in note for note in report.notes), (report.metrics, report.notes)
+
+
+def test_images_that_are_all_the_same_are_no_judgement() -> None:
+    given = np.repeat(images(1), 8, axis=0)
+    result = pcn_deploy.compile(Small((1.0, 2.0)).eval(), options(precision="fp32"), calibration=given)
+    assert result
+    assert result.reports[0].constant
+    assert SAME in result.reports[0].notes
+
+
+def test_the_noise_of_float32_is_that_of_a_run_in_double() -> None:
+    network = Small((1e4,)).eval()
+    golden = GoldenSet.read(
+        pcn_deploy.compile(network, options(precision="fp32"), calibration=images()).bundle, ["logits"]
+    )
+    real = torch.from_numpy(golden.images[~golden.edge])
+    with torch.no_grad():
+        single = torch.cat([network(image[None]) for image in real]).double()
+        double = network.double()(real.double())
+    power = (single - double).square().mean()
+    least = float(np.spacing(np.float32(1e4))) ** 2 / 12
+    assert golden.float32_noise == pytest.approx(max(float(power), least), rel=1e-6)
