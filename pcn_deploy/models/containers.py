@@ -43,6 +43,9 @@ _OTHERS = re.compile(r"optim|sched|scaler|loss|criterion|config|args|meta|hyper|
 COUNTERS = frozenset({"n_averaged", "steps", "step", "num_updates", "updates", "decay", "initted"})
 """What averages count in tensors of one element beside the weights."""
 
+_LISTED = 16
+"""Entries of a list that are looked at: of optimizers and the like."""
+
 _CALLBACK = re.compile(r"EMA|SWA|Averag|ExponentialMoving")
 _FAIRSEQ = "extra_state.ema"
 _TIMM = ("state_dict_ema", "model_ema")
@@ -140,7 +143,7 @@ def _why(found: dict[str, Weights], which: str) -> str:
     if which != AUTO:
         return ""
     where = found[EMA].where
-    if where in CONTAINERS:
+    if where.rpartition(".")[2] in CONTAINERS and not _AVERAGED.search(where):
         return ", which the tool that wrote the file puts there for evaluation"
     if where == _FAIRSEQ:
         return ", as fairseq evaluates"
@@ -153,67 +156,91 @@ def _why(found: dict[str, Weights], which: str) -> str:
 
 def _find(content: Mapping[Any, Any]) -> dict[str, Weights]:
     """The averaged and the raw weights, if there are any."""
-    held = {str(key): state for key, value in content.items() if (state := _tensors(value))}
-    flat = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    if len(flat) > max(map(len, held.values()), default=0):
-        return _apart(Weights(flat, ""))
+    inner, prefix = _opened(content)
+    held = {str(key): each for key, value in inner.items() if (each := _weights(value, f"{prefix}{key}"))}
+    flat = {str(key): value for key, value in inner.items() if isinstance(value, Tensor)}
+    if len(flat) > max((len(each.state) for each in held.values()), default=0):
+        return _apart(Weights(flat, prefix.rstrip(".")))
     if {"state_dict", "current_model_state"} <= held.keys():  # Lightning
-        return {EMA: Weights(held["state_dict"], "state_dict"), RAW: _held(held, "current_model_state")}
+        return {EMA: held["state_dict"], RAW: held["current_model_state"]}
     weights = [key for key in held if not _OTHERS.search(key)]
-    deep = _deep(content)
-    held |= deep
-    averaged = next((key for key in weights if _AVERAGED.search(key)), next(iter(deep), ""))
+    averages = [held[key] for key in weights if _AVERAGED.search(key)] + _deep(content)
     plain = [key for key in weights if not _AVERAGED.search(key)]
     known = [key for key in CONTAINERS if key in held]
-    raw = max(known, key=lambda key: len(held[key])) if known else plain[0] if len(plain) == 1 else ""
-    found = _apart(_held(held, raw)) if raw else {}
-    if not averaged:
+    raw = max(known, key=lambda key: len(held[key].state)) if known else plain[0] if len(plain) == 1 else ""
+    found = _apart(held[raw]) if raw else {}
+    if not averages:
         return found
     if not raw:
-        return {EMA: Weights(_members(held[averaged]), averaged)}
-    if _is_exchanged(content, averaged):
-        return {EMA: found[RAW], RAW: Weights(_members(held[averaged]), averaged)}
-    whole = _mirrored(_members(held[averaged]), _members(held[raw]))
-    return {EMA: Weights(whole, averaged), RAW: found[RAW]} if whole else {**found, _UNLIKE: _held(held, averaged)}
+        return {EMA: Weights(_members(averages[0].state), averages[0].where)}
+    for average in averages:
+        members = _members(average.state)
+        if _is_exchanged(inner, average.where.removeprefix(prefix)):
+            return {EMA: found[RAW], RAW: Weights(members, average.where)}
+        if whole := _mirrored(members, _members(held[raw].state)):
+            return {EMA: Weights(whole, average.where), RAW: found[RAW]}
+    return {**found, _UNLIKE: averages[0]}
 
 
-def _places(content: Mapping[Any, Any]) -> Iterator[tuple[str, str, Any]]:
-    """What lies in the file, in the state of callbacks and in fairseq's extra state: place, key and value."""
-    for key, value in content.items():
-        yield str(key), str(key), value
-    for outer in ("callbacks", "extra_state"):
-        inner = content.get(outer)
-        for key, value in inner.items() if isinstance(inner, Mapping) else ():
-            yield f"{outer}.{key}", str(key), value
-            for name, part in value.items() if isinstance(value, Mapping) and outer == "callbacks" else ():
-                yield f"{outer}.{key}.{name}", str(name), part
+def _opened(content: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], str]:
+    """The checkpoint inside a file that holds it under a key of its own, and where it is, with a dot at the end."""
+    prefix = ""
+    while not any(isinstance(item[1], Tensor) or _is_container(*item) for item in content.items()):
+        inside = [key for key, value in content.items() if not _OTHERS.search(str(key)) and _holds_containers(value)]
+        if len(inside) != 1:
+            break
+        content, prefix = content[inside[0]], f"{prefix}{inside[0]}."
+    return content, prefix
 
 
-def _deep(content: Mapping[Any, Any]) -> dict[str, StateDict]:
-    """Averages where no weights are looked for, by their place; first those whose own key says it."""
-    found = {}
-    for place, key, value in _places(content):
-        if "." in place and _AVERAGED.search(key) and (average := _tensors(value)):
-            found[place] = average
-    for place, key, value in _places(content):
-        if place.startswith("callbacks.") and _CALLBACK.search(key) and (average := _tensors(value)):
-            found.setdefault(place, average)
-    return found
+def _is_container(key: Any, value: Any) -> bool:
+    """Whether it is what weights are looked for in, or holds tensors itself, under whatever key."""
+    known = key in CONTAINERS or _AVERAGED.search(str(key))
+    return bool(_tensors(value)[0]) if known else len(_tensors(value, 0)[0]) > 1
+
+
+def _holds_containers(value: Any, depth: int = 3) -> bool:
+    return isinstance(value, Mapping) and any(
+        _is_container(*item) or (depth > 0 and _holds_containers(item[1], depth - 1)) for item in value.items()
+    )
+
+
+def _places(content: Any, place: str = "", depth: int = 5) -> Iterator[tuple[str, str, Any]]:
+    """What lies in a file, in whatever dictionaries and lists: place, key and value; not the tensors themselves."""
+    if isinstance(content, Mapping):
+        items = [(str(key), f"{place}.{key}" if place else str(key), value) for key, value in content.items()]
+    else:
+        items = [(str(index), f"{place}[{index}]", value) for index, value in enumerate(content[:_LISTED])]
+    for key, where, value in items:
+        if isinstance(value, Mapping | list | tuple):
+            yield key, where, value
+            if depth:
+                yield from _places(value, where, depth - 1)
+
+
+def _deep(content: Mapping[Any, Any]) -> list[Weights]:
+    """Averages where no weights are looked for; first those whose own key says it."""
+    places = [(key, where, value) for key, where, value in _places(content) if "." in where]
+    named = [each for each in places if _AVERAGED.search(each[0])]
+    named += [each for each in places if each[1].startswith("callbacks.") and _CALLBACK.search(each[0])]
+    return [found for _, where, value in named if (found := _weights(value, where))]
 
 
 def _nameless(content: Mapping[Any, Any]) -> str:
     """Where an average is a list of tensors, as `torch_ema` keeps them: nothing says which is which."""
-    for place, key, value in _places(content):
+    for key, where, value in _places(content):
         if _AVERAGED.search(key) or _CALLBACK.search(key):
             inner = value if isinstance(value, Mapping) else {"": value}
             for name, tensors in inner.items():
                 if isinstance(tensors, list | tuple) and tensors and all(isinstance(one, Tensor) for one in tensors):
-                    return f"{place}.{name}".rstrip(".")
+                    return f"{where}.{name}".rstrip(".")
     return ""
 
 
-def _held(held: dict[str, StateDict], key: str) -> Weights:
-    return Weights(held[key], key)
+def _weights(value: Any, where: str) -> Weights | None:
+    """The tensors of a container, and where they are in it."""
+    state, inner = _tensors(value)
+    return Weights(state, f"{where}{inner}") if state else None
 
 
 def _is_exchanged(content: Mapping[Any, Any], key: str) -> bool:
@@ -223,14 +250,18 @@ def _is_exchanged(content: Mapping[Any, Any], key: str) -> bool:
     return key == "ema_state_dict" and (by_name or "steps" in average)
 
 
-def _tensors(value: Any, depth: int = 2) -> StateDict:
-    """Tensors by name in a container, or in one inside it; nothing if it holds other things."""
+def _tensors(value: Any, depth: int = 2) -> tuple[StateDict, str]:
+    """Tensors by name in a container, or in one inside it, and where inside; nothing if it holds other things."""
     if not isinstance(value, Mapping):
-        return {}
+        return {}, ""
     found = {str(name): tensor for name, tensor in value.items() if isinstance(tensor, Tensor)}
     if len(found) > 1 or not depth:
-        return found
-    return next((inner for key in _INNER if (inner := _tensors(value.get(key), depth - 1))), found)
+        return found, ""
+    for key in _INNER:
+        inner, where = _tensors(value.get(key), depth - 1)
+        if inner:
+            return inner, f".{key}{where}"
+    return found, ""
 
 
 def _members(state: StateDict) -> StateDict:

@@ -119,6 +119,18 @@ BOTH: dict[str, Callable[[], dict[str, Any]]] = {
         "state_dict": RAW,
         "callbacks": {"StochasticWeightAveraging": {"n_averaged": 3, "average_model_state": AVERAGE}},
     },
+    "a checkpoint in another": lambda: {
+        "checkpoint": {"model": RAW, "model_ema": AVERAGE, "epoch": 3},
+        "args": {"lr": 1},
+    },
+    "a checkpoint in another in another": lambda: {"a": {"b": {"state_dict": RAW, "ema": {"module": AVERAGE}}}},
+    "an average in what is best": lambda: {"state_dict": RAW, "best": {"metric": 81.0, "state_dict_ema": AVERAGE}},
+    "an average in an optimizer": lambda: {"state_dict": RAW, "optimizer_states": [{"opt": {}, "ema": AVERAGE}]},
+    "another average first": lambda: {
+        "state_dict": RAW,
+        "loss_ema": {"a": torch.ones(1), "b": torch.ones(1)},
+        "extra": {"weights_ema": AVERAGE},
+    },
     "safetensors": lambda: {**under("model.", RAW), **under("model_ema.", AVERAGE)},
 }
 
@@ -144,6 +156,34 @@ def test_the_average_is_taken_and_the_raw_weights_where_asked_for(tmp_path: Path
         same(taken.state, expected, names)
         other = "raw" if kind == "ema" else "ema"
         assert f"--checkpoint-weights {other} takes the others" in taken.note
+
+
+PLACES = {
+    "mmengine": "ema_state_dict",
+    "a dict of the average": "ema_state_dict",
+    "RT-DETR": "ema.module",
+    "a callback": "callbacks.EMACallback.ema_state_dict",
+    "a checkpoint in another": "checkpoint.model_ema",
+    "a checkpoint in another in another": "a.b.ema.module",
+    "an average in what is best": "best.state_dict_ema",
+    "an average in an optimizer": "optimizer_states[0].ema",
+    "another average first": "extra.weights_ema",
+}
+
+
+@pytest.mark.parametrize("tool", PLACES)
+def test_the_note_names_where_the_weights_are(tmp_path: Path, tool: str) -> None:
+    content: Any = BOTH[tool]()
+    note = read_checkpoint(saved(tmp_path, content)).note
+    assert f"'{PLACES[tool]}'" in note
+    for part in PLACES[tool].replace("[0]", ".0").split("."):  # it leads to the tensors
+        content = content[int(part) if isinstance(content, list) else part]
+    assert all(isinstance(value, Tensor) for value in content.values())
+
+
+def test_an_average_of_an_object_is_named_to_its_end(tmp_path: Path) -> None:
+    note = read_checkpoint(saved(tmp_path, {"state_dict": RAW, "ema_state_dict": {"module": AVERAGE}})).note
+    assert "averaged weights ('ema_state_dict.module') and raw ones ('state_dict')" in note
 
 
 def test_fairseq_evaluates_the_raw_weights(tmp_path: Path) -> None:
@@ -177,6 +217,7 @@ def test_the_reason_is_that_of_the_tool(tmp_path: Path, tool: str) -> None:
     ("beside", "place"),
     [
         ({"ema_state": {"decay": 0.99, "shadow_params": list(AVERAGE.values())}}, "ema_state.shadow_params"),
+        ({"optimizer_states": [{"opt": {}, "ema": tuple(AVERAGE.values())}]}, "optimizer_states[0].ema"),
         ({"callbacks": {"EMA": {"cur_step": 3, "ema_weights": list(AVERAGE.values())}}}, "callbacks.EMA.ema_weights"),
     ],
 )
