@@ -112,11 +112,11 @@ class _Search:
             if node.op_type in SQUARING:
                 self._keep(node, STATISTICS)
         for node in self.nodes:
-            sensitive = _sensitive(node)
-            if sensitive is None:
+            needed = sensitive(node)
+            if needed is None:
                 continue
             chain = _Chain(self.found, self.lost)
-            if chain.holds(sensitive):
+            if chain.holds(needed):
                 for member in (*chain.members, node):
                     self._keep(member, STATISTICS)
                 for reader in follow(node) if _is_reciprocal(node) else ():  # it may be huge, until it multiplies
@@ -185,7 +185,7 @@ class _Chain:
     def holds(self, value: ir.Value | None, *, below: bool = False) -> bool:
         """Whether a value is made from a square, an exponential or a lost constant; `below` a reduction."""
         node = value.producer() if value is not None and value.dtype == ir.DataType.FLOAT else None
-        if node is None or len(self.seen) > _FAR or (node.op_type not in _CHAIN and _sensitive(node) is None):
+        if node is None or len(self.seen) > _FAR or (node.op_type not in _CHAIN and sensitive(node) is None):
             return False
         if node not in self.seen:
             self.seen[node] = False
@@ -197,7 +197,7 @@ class _Chain:
     def _decide(self, node: ir.Node, below: bool) -> bool:
         if _expands(node):
             return True
-        if _sensitive(node) is not None:  # it ends a chain of its own
+        if sensitive(node) is not None:  # it ends a chain of its own
             return node in self.found
         computed = [value for value in node.inputs if value is not None and _array(value) is None]
         if below and node.op_type == "Add" and len(computed) > 1:  # a residual sum
@@ -234,7 +234,7 @@ def _is_reciprocal(node: ir.Node) -> bool:
     return node.op_type == "Reciprocal" or inverse or (exponent is not None and not exponent >= 0)
 
 
-def _sensitive(node: ir.Node) -> ir.Value | None:
+def sensitive(node: ir.Node) -> ir.Value | None:
     """The input whose small values decide the result: under a root, in a logarithm, below a division."""
     exponent = _exponent(node)
     if _is_root(node) or (exponent is not None and (not exponent >= 0 or exponent % 1 != 0)):

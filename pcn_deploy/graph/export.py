@@ -25,6 +25,7 @@ from pcn_deploy.graph.places import place_of_module
 from pcn_deploy.graph.preconditions import HEADLINE
 from pcn_deploy.graph.qdq import insert_qdq
 from pcn_deploy.graph.repeat import SCOPES, Run, find_runs, keep_first, unroll
+from pcn_deploy.graph.stable import translations
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.specs import BATCH_AXIS, LOGITS, BatchRange, EngineSpec, TensorSpec
 
@@ -156,6 +157,7 @@ def _export(model: nn.Module, example: Tensor, batch: BatchRange, outputs: tuple
             output_names=list(outputs),
             optimize=False,
             verbose=False,
+            custom_translation_table=translations(),
         )
     except Exception as error:  # the exporter wraps whatever the network's code raises
         raise export_error(model, error, trace) from error

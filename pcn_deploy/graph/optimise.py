@@ -16,6 +16,8 @@ from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common as rules
 
+from pcn_deploy.graph.stable import keep_small
+
 EXACT_RULES = {
     "collapse_slice_rule": "a slice from 0 to the end, step 1, hands on its input",
     "collapse_slice2_rule": "a slice of step 1 and of its input's shape hands on its input",
@@ -69,6 +71,7 @@ def simplify_exactly(model: ir.Model) -> None:
     *others, padding = [getattr(rules, name) for name in EXACT_RULES if hasattr(rules, name)]
     RewritePass(others)(model)
     RewritePass([padding])(model)  # on its own: a convolution that was rewritten takes in no BatchNormalization after
+    keep_small(model.graph)
     for make in _CLEANING:
         make()(model)
 
