@@ -9,9 +9,11 @@ from io import StringIO
 from typing import Any
 
 import torch
+import torch.nn.functional as fn
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.overrides import TorchFunctionMode
 
 from pcn_deploy.specs import BATCH_AXIS, BatchRange
 
@@ -41,8 +43,41 @@ def export_program(model: nn.Module, example: Tensor, batch: BatchRange) -> Expo
         first = next(iter(inspect.signature(model.forward).parameters.values()), None)
         if first is not None and first.kind is inspect.Parameter.VAR_POSITIONAL:  # forward(*inputs): one argument
             shapes = (shapes,)
-    with _shape_of_fake_quantization(), redirect_stderr(StringIO()):  # where it dumps the graph of what fails
+    errors = StringIO()  # where it dumps the graph of what fails
+    with _shape_of_fake_quantization(), FourAxes(), redirect_stderr(errors):
         return torch.export.export(model, (example,), strict=False, dynamic_shapes=shapes)
+
+
+class FourAxes(TorchFunctionMode):
+    """Calls `scaled_dot_product_attention` with four axes, all that the exporter to ONNX takes (torch 2.9 to 2.13).
+
+    `(N, L, E)` is one head, and of `(N, G, H, L, E)` the first axes become one: each product is the same.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Execute an operation."""
+        if func is not fn.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return _attention(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    tensors, axes = (query, key, value), max(query.ndim, key.ndim, value.ndim)
+    if axes == 4 or min(tensor.ndim for tensor in tensors) < 2:
+        return fn.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
+    outer = torch.broadcast_shapes(*(tensor.shape[:-2] for tensor in tensors))  # type: ignore[no-untyped-call] # torch has no type
+
+    def four(tensor: Tensor) -> Tensor:
+        if axes < 4:
+            return tensor.expand(*outer, *tensor.shape[-2:])[(None,) * (3 - axes)][:, None]
+        return tensor.expand(*outer[:-1], *tensor.shape[-3:]).flatten(0, -4)
+
+    mask = attn_mask if attn_mask is None or attn_mask.ndim < 3 else four(attn_mask)
+    result = fn.scaled_dot_product_attention(four(query), four(key), four(value), mask, *args, **kwargs)
+    shape = outer if axes < 4 else (*outer[:-1], result.shape[1])
+    return result.reshape(*shape, *result.shape[-2:])
 
 
 @contextmanager
