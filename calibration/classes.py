@@ -24,6 +24,9 @@ _SYNSET = re.compile(r"(n\d{8})[\s,:]+(\S.*)")
 _BARE_SYNSET = re.compile(r"n\d{8}")
 _NUMBER_FIRST = re.compile(r"(\d+)\s*[\s:,;]\s*(\S.*)")
 _NUMBER_LAST = re.compile(r"(.*\S)\s*[\s:,;]\s*(\d+)")
+_SHOWN = 5
+"""Names of a list that a message shows."""
+
 _INSIDE = ("class_to_idx", "label2id", "id2label", "class_names", "classes", "names", "labels")
 """Where files of JSON keep their classes, such as the `config.json` of transformers."""
 
@@ -72,8 +75,13 @@ class Classes:
         if not missing:
             return ""
         close = difflib.get_close_matches(missing[0], self.index, n=1)
-        hint = f" (it has {close[0]!r})" if close else f" (it has {', '.join(map(repr, list(self.index)[:3]))}, …)"
+        hint = f" (it has {close[0]!r})" if close else f" (it has {first_of(list(map(repr, self.index)))})"
         return f"{len(missing)} folders are not in {self.origin}, such as {missing[0]!r}{hint}."
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first names, with an ellipsis where there are more."""
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
 def class_folders(root: Path) -> tuple[str, ...]:

@@ -11,15 +11,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.calibration.classes import Classes, by_number, class_folders
+from pcn_deploy.calibration.classes import Classes, by_number, class_folders, first_of
 from pcn_deploy.calibration.pixels import KINDS, is_turned
 from pcn_deploy.calibration.sampling import surveyed
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.errors import DataError, DependencyError
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
-
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -104,12 +102,13 @@ def open_folder(root: Path, classes: Classes | None) -> Folder:
     if empty and not classes:
         notes.append(
             f"{len(empty)} of the {len(folders)} class folders of {root} hold no image of a known kind "
-            f"({_listed(empty)}); they are counted as classes all the same."
+            f"({first_of(empty)}); they are counted as classes all the same."
         )
     if by_number(folders) and not classes:
+        numbers = first_of([str(number) for number in range(len(folders))])
         notes.append(
             f"the class folders of {root} are numbers and are taken in the order of text, as torchvision's ImageFolder "
-            f"does: {_listed(folders)} are the classes 0, 1, 2, …. For a network trained in the order of the numbers, "
+            f"does: {first_of(folders)} are the classes {numbers}. For a network trained in the order of the numbers, "
             "as timm takes them, give --classes FILE with one of them on each line, in that order."
         )
     files = [ImageFile(path, str(path), index.get(path.relative_to(root).parts[0])) for path in paths]
@@ -128,10 +127,6 @@ def _walk(root: Path) -> Iterator[Path]:
 
 def _is_image(name: str) -> bool:
     return not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
 def survey(files: Sequence[ImageFile], transform: Transform, *, sizes_too: bool = True) -> list[str]:

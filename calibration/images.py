@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.calibration.arrays import ArrayImage, ArraysGiven, open_arrays, open_npz, survey_arrays
-from pcn_deploy.calibration.classes import Classes, ClassesGiven
+from pcn_deploy.calibration.classes import Classes, ClassesGiven, first_of
 from pcn_deploy.calibration.image_files import Folder, ImageFile, open_folder, survey
 from pcn_deploy.calibration.labels import REMEDY
 from pcn_deploy.calibration.sampling import spread_by_class
@@ -131,7 +131,7 @@ class ImageSource:
         labels = self.classes_present
         if self.folders and len(self.folders) != outputs:
             fault = (
-                f"{self.name} has {len(self.folders)} class folders ({', '.join(self.folders[:3])}, …); the network "
+                f"{self.name} has {len(self.folders)} class folders ({first_of(self.folders)}); the network "
                 f"has {outputs} classes. Numbered in the order of their names, some would have the label of another."
             )
         elif not fault and len(labels) and not 0 <= labels[0] <= labels[-1] < outputs:

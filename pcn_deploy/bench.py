@@ -104,6 +104,6 @@ def bench(
         spent += times[-1]
         progress(step, min(int(1000 * spent), total - 1), total)
     progress(step, total, total)
-    check_finite(outputs, engine, "random images")
+    check_finite(outputs, engine, "random images", images)
     p50, p90, p99 = (float(1000 * value) for value in np.percentile(times, [50, 90, 99]))
     return Latency(target=engine.target, batch=batch, runs=len(times), p50=p50, p90=p90, p99=p99)

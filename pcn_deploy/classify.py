@@ -83,7 +83,7 @@ def classify(
         try:
             image = read_image(path, engine.transform)
             outputs = engine.outputs(image[None])
-            check_finite(outputs, engine, str(path))
+            check_finite(outputs, engine, str(path), image[None])
         except (DataError, ParityError) as error:
             results.append(Prediction(image=str(path), error=error))
             continue

@@ -69,6 +69,12 @@ class CompileResult:
     proofs: tuple[BudgetProof, ...] = ()
     advice: tuple[Attempt, ...] = ()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of the network, the images and the verdict, one sentence each."""
+        calibration = self.bundle.manifest["calibration"] or {}
+        return (*self.bundle.manifest["notes"], *calibration.get("notes", ()))
+
     def __bool__(self) -> bool:
         return all(self.reports) and all(self.proofs)
 

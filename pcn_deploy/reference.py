@@ -111,6 +111,11 @@ def golden_set(
         float32_noise=rounding.noise,
     )
     notes = []
+    if len(real) == 1:
+        notes += [
+            f"the golden set has one image, {names[0]}: nothing tells whether the engines look at what they are given. "
+            "Give more images."
+        ]
     if broken:
         notes += [
             f"the trained network itself returns NaN or infinite logits for {', '.join(broken)} (an edge image); "

@@ -15,7 +15,7 @@ from pcn_deploy.calibration.plan import in_fp32
 from pcn_deploy.calibration.transform import Transform
 from pcn_deploy.engines.base import Backend, Session
 from pcn_deploy.engines.registry import get_backend
-from pcn_deploy.errors import DataError, DependencyError, ParityError
+from pcn_deploy.errors import DataError, DependencyError, ParityError, PcnDeployError
 from pcn_deploy.specs import LOGITS, EngineSpec
 
 PREFERENCE = ("tensorrt", "tensorrt-rtx", "cpu", "torchscript")
@@ -140,13 +140,19 @@ class Engine:
         self.close()
 
 
-def check_finite(outputs: dict[str, npt.NDArray[np.float32]], engine: Engine, image: str) -> None:
+def check_finite(
+    outputs: dict[str, npt.NDArray[np.float32]],
+    engine: Engine,
+    image: str,
+    images: npt.NDArray[np.float32] | None = None,
+) -> None:
     """Refuse what an engine returned where it is no answer.
 
     Args:
         outputs: Of the engine, by name.
         engine: The engine.
         image: What it was asked about.
+        images: The same as `(N, C, H, W)`, transformed, to find out whether FP32 has an answer.
 
     Raises:
         ParityError: If a value is NaN or infinite.
@@ -155,14 +161,35 @@ def check_finite(outputs: dict[str, npt.NDArray[np.float32]], engine: Engine, im
         if not np.isfinite(values).all():
             target, manifest = engine.target, engine.bundle.manifest
             precision, option = manifest["precision"], in_fp32(manifest["precision"], manifest["remainder"])
-            advice = f"If that fails, build with {option or '--precision fp32'}."
+            advice = f"Check it: pcn-compile verify --target {target}. "
+            answered = None if images is None or precision == "fp32" else _answers_in_fp32(engine, images)
             if precision == "fp32":
-                advice = "It is FP32 already: if that passes, see whether the trained network answers this image."
-            msg = (
-                f"The {target} engine returns NaN or infinite {name} for {image}, which is no answer. "
-                f"Check it: pcn-compile verify --target {target}. {advice}"
-            )
+                advice += "It is FP32 already: if that passes, see whether the trained network answers this image."
+            elif answered is False:
+                advice = (
+                    "Its graph has no answer in FP32 either, so no precision helps: it is the trained network that has "
+                    "none. Do not ask it about such images, or mend it, as by a division that cannot be by zero."
+                )
+            else:
+                advice += f"If that fails, build with {option or '--precision fp32'}."
+                advice += " In FP32 the graph has an answer." if answered else ""
+            msg = f"The {target} engine returns NaN or infinite {name} for {image}, which is no answer. {advice}"
             raise ParityError(msg)
+
+
+def _answers_in_fp32(engine: Engine, images: npt.NDArray[np.float32]) -> bool | None:
+    """Whether the graph of an engine is finite for images where nothing but its weights is rounded; None if unknown."""
+    try:
+        from pcn_deploy.engines.onnxruntime import open_plain
+        from pcn_deploy.graph.rounded import widen
+
+        spec = EngineSpec.from_json(engine.bundle.manifest["interface"])
+        graph = widen(engine.bundle.read("model.onnx"))
+        with Engine(engine.bundle, engine.target, "cpu", open_plain(graph, spec)) as plain:
+            found = plain.outputs(images)
+    except (ImportError, PcnDeployError):  # without the libraries of a build
+        return None
+    return all(bool(np.isfinite(values).all()) for values in found.values())
 
 
 def executor(backend: Backend) -> str:

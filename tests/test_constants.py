@@ -145,3 +145,13 @@ def test_the_noise_of_float32_is_that_of_a_run_in_double() -> None:
     power = (single - double).square().mean()
     least = float(np.spacing(np.float32(1e4))) ** 2 / 12
     assert golden.float32_noise == pytest.approx(max(float(power), least), rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("given", [images(1), np.repeat(images(1), 8, axis=0)], ids=["one", "eight times one"])
+def test_a_build_on_one_image_says_so(precision: str, given: Any) -> None:
+    result = pcn_deploy.compile(Small((1.0, 2.0)).eval(), options(precision=precision), calibration=given)
+    told = SAME if len(given) > 1 else "the golden set has one image"
+    assert any(note.startswith(told) for note in result.notes), result.notes
+    ranges = "all 8 calibration images are equal" if len(given) > 1 else "only 1 image: the ranges are guesses"
+    assert any(note.startswith(ranges) for note in result.notes) == (precision == "int8")

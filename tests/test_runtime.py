@@ -217,3 +217,26 @@ def test_the_advice_where_there_is_no_answer_fits_what_was_built(
         check_finite({"logits": np.ones(2, np.float32)}, engine, "one image")
         with pytest.raises(ParityError, match=f"NaN or infinite logits for one image, .*{advice}"):
             check_finite({"logits": np.array([0, np.nan], np.float32)}, engine, "one image")
+
+
+class Inverts(torch.nn.Module):  # type: ignore[name-defined,misc]
+    """Divides by the mean of the image: nothing where that is 0, and beyond FP16 where it is small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(3, 4)
+
+    def forward(self, x: Any) -> Any:
+        return 30 * self.head(x.mean((2, 3))) / x.mean((1, 2, 3))[:, None].square()
+
+
+@pytest.mark.parametrize(("mean", "words"), [(0.0, "has no answer in FP32 either"), (0.01, "In FP32 the graph has an")])
+def test_what_fp32_would_answer_decides_the_advice(mean: float, words: str) -> None:
+    """No precision helps where it is the network itself that has no answer."""
+    torch.manual_seed(0)
+    options = CompileOptions(precision="fp16", transform=Transform(resolution=(32, 32)))
+    given = 1 + np.random.default_rng(0).random((8, 3, 32, 32), dtype=np.float32)
+    bundle = pcn_deploy.compile(Inverts().eval(), options, calibration=given).bundle
+    asked = np.full((1, 3, 32, 32), mean, np.float32)
+    with Engine.open(bundle, "cpu") as engine, pytest.raises(ParityError, match=words):
+        check_finite({"logits": np.array([[np.nan]], np.float32)}, engine, "one image", asked)

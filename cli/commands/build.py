@@ -141,7 +141,7 @@ def _build(given: dict[str, Any], processes: Processes) -> None:
             result, choice = compile_fastest(build, compile_options, progress)
         else:
             result = build(compile_options)
-    for text in _notes(result):
+    for text in result.notes:
         display.note(text, quiet=quiet)
     if result:
         result.bundle.save(given["output"], overwrite=given["overwrite"])
@@ -199,13 +199,6 @@ def _options(given: dict[str, Any]) -> CompileOptions:
     )
 
 
-def _notes(result: CompileResult) -> list[str]:
-    """What the user should know of the network and of the calibration images."""
-    manifest = result.bundle.manifest
-    notes: list[str] = [*manifest["notes"], *(manifest["calibration"] or {}).get("notes", [])]
-    return notes
-
-
 def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool) -> None:
     bundle, reports = result.bundle, [report.to_json() for report in result.reports]
     if as_json:
@@ -218,7 +211,7 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
                 "choice": bundle.manifest.get("choice"),
                 "engines": bundle.engines,
                 "parity": reports,
-                "notes": _notes(result),
+                "notes": list(result.notes),
                 "advice": [asdict(attempt) for attempt in result.advice],
                 "judged": bundle.manifest["judged"],
                 "budget": bundle.read_json("budget.json") if result.proofs else None,

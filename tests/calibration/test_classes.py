@@ -82,7 +82,7 @@ def test_hidden_files_are_no_images(tmp_path: Path) -> None:
 
 def test_numbers_out_of_order_are_told(tmp_path: Path) -> None:
     note = ImageSource(tree(tmp_path / "a", {str(n): 1 for n in range(12)}), TRANSFORM).notes[0]
-    assert "0, 1, 10, 11, 2, … are the classes 0, 1, 2, …" in note
+    assert "0, 1, 10, 11, 2, … are the classes 0, 1, 2, 3, 4, …" in note
     for names in ({str(n): 1 for n in range(10)}, {f"{n:02}": 1 for n in range(12)}):
         assert not any(
             "numbers" in note for note in ImageSource(tree(tmp_path / str(len(names)), names), TRANSFORM).notes
@@ -91,9 +91,7 @@ def test_numbers_out_of_order_are_told(tmp_path: Path) -> None:
 
 def test_more_or_fewer_folders_than_outputs_are_refused(tmp_path: Path) -> None:
     source = ImageSource(tree(tmp_path, {"ant": 1, "bee": 1}), TRANSFORM)
-    with pytest.raises(
-        DataError, match=r"2 class folders \(ant, bee, …\); the network has 1000 classes.*--classes FILE"
-    ):
+    with pytest.raises(DataError, match=r"2 class folders \(ant, bee\); the network has 1000 classes.*--classes FILE"):
         source.check_classes(1000)
 
 
@@ -173,6 +171,18 @@ def test_folders_that_are_not_among_the_classes_are_refused_where_labels_count(t
     assert len(list(source)) == 2, "for calibration they are good"
     with pytest.raises(DataError, match=r"1 folders are not in the list of classes, such as 'cats' \(it has 'cat'\)"):
         source.check_classes(2)
+
+
+def test_an_ellipsis_stands_for_more(tmp_path: Path) -> None:
+    many = ImageSource(tree(tmp_path / "many", {f"class{n}": 1 for n in range(6)}), TRANSFORM)
+    with pytest.raises(DataError, match=r"6 class folders \(class0, class1, class2, class3, class4, …\)"):
+        many.check_classes(9)
+    for classes, shown in ((["ant", "bee"], r"\(it has 'ant', 'bee'\)"), (list("abcdef"), r"'e', …\)")):
+        source = ImageSource(tree(tmp_path / str(len(classes)), {"zzzz": 1}), TRANSFORM, classes=classes)
+        with pytest.raises(DataError, match=shown):
+            source.check_classes(len(classes))
+    few = ImageSource(tree(tmp_path / "few", {"10": 1, "9": 1}), TRANSFORM)
+    assert any("10, 9 are the classes 0, 1. For" in note for note in few.notes)
 
 
 def test_classes_without_folders_are_noted(tmp_path: Path) -> None:
