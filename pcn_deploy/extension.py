@@ -9,13 +9,11 @@ from pcn_deploy.bundle import Bundle, check_output
 from pcn_deploy.engines.base import GraphSource
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import BundleError
-from pcn_deploy.limits import ParityBudget
 from pcn_deploy.options import check_target_precision
 from pcn_deploy.parity import ParityReport
 from pcn_deploy.progress import Progress, silent
-from pcn_deploy.runtime import Engine, executor
+from pcn_deploy.proof import prove
 from pcn_deploy.specs import EngineSpec
-from pcn_deploy.verification import verify_golden
 
 
 def add_engine(
@@ -26,9 +24,10 @@ def add_engine(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> ParityReport:
-    """Build an engine from the graph in a bundle, prove it on the golden set, and write the bundle again.
+    """Build an engine from the graph in a bundle, prove it as a build does, and write the bundle again.
 
-    Nothing is written if the engine fails its parity budget.
+    Nothing is written if the engine, or another execution of its graph, fails its parity budget. What cannot be
+    executed here for want of a library is noted in the report.
 
     Args:
         path: The bundle.
@@ -55,7 +54,6 @@ def add_engine(
     if backend.member == "model.ts" and backend.member not in bundle:
         msg = f"{path} holds no TorchScript module: build it again from the network with --target {target}."
         raise BundleError(msg)
-    executed_by = executor(backend)
     source = GraphSource(
         onnx=partial(bundle.read, "model.onnx"),
         torchscript=bundle.read("model.ts") if backend.member == "model.ts" else b"",
@@ -63,8 +61,7 @@ def add_engine(
     )
     artifact = backend.build(source, progress)
     bundle.add_engine(target, backend.member, artifact.data, artifact.built_with)
-    with Engine.open(bundle, target, executed_by=executed_by) as engine:
-        report = verify_golden(engine, ParityBudget(**bundle.manifest["parity_budget"]), progress)
+    report = prove(bundle, target, progress=progress)
     if report:
         bundle.add_json(f"parity/{target}.json", report.to_json())
         bundle.save(destination, overwrite=overwrite)

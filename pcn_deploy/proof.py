@@ -15,13 +15,13 @@ from pcn_deploy.engines.onnxruntime import open_plain
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.engines.stock import open_stock
 from pcn_deploy.errors import StockSessionError
+from pcn_deploy.judgement import verify_golden
 from pcn_deploy.limits import ParityBudget
 from pcn_deploy.memory import return_freed
 from pcn_deploy.parity import ParityReport
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine, executor
 from pcn_deploy.specs import EngineSpec
-from pcn_deploy.verification import verify_golden
 from pcn_deploy.widened import WIDENED, has_widened, judge_widened, verify_widened
 
 GRAPH = "model.onnx"
@@ -57,11 +57,17 @@ def _open_widened(data: bytes, spec: EngineSpec) -> Session:
     return open_plain(widen(data), spec)
 
 
+def _open_stock(data: bytes, spec: EngineSpec) -> Session:
+    import onnxruntime  # noqa: F401 - missing here, it is missing in the other process
+
+    return open_stock(data, spec)
+
+
 EXECUTIONS: tuple[Execution, ...] = (
     Execution(name=WIDENED, applies=has_widened, open=_open_widened, judge=verify_widened),
     Execution(name="rounded", applies=lambda manifest: manifest["remainder"] != "fp32", open=_open_rounded),
     # ONNX Runtime has no BF16 on the CPU
-    Execution(name="stock", applies=lambda manifest: manifest["remainder"] != "bf16", open=open_stock),
+    Execution(name="stock", applies=lambda manifest: manifest["remainder"] != "bf16", open=_open_stock),
 )
 """In every build, beside the engine of each target that is made from the graph."""
 
@@ -94,20 +100,48 @@ def prove(
     budget = budget or ParityBudget(**bundle.manifest["parity_budget"])
     backend = get_backend(target)
     with Engine.open(bundle, target, executed_by=executor(backend)) as engine:
-        report, spec = verify_golden(engine, budget, progress), engine.spec
+        report = verify_golden(engine, budget, progress)
     if backend.member == "model.ts":
         return report
     if widened:
         report = report.with_execution(judge_widened(bundle, target, budget, widened))
+    return with_executions(report, engine, budget, progress)
+
+
+def with_executions(
+    report: ParityReport, engine: Engine, budget: ParityBudget, progress: Progress, *, only: str = ""
+) -> ParityReport:
+    """The report of an engine with that of the further executions of its graph that are not in it yet.
+
+    Args:
+        report: Of the engine.
+        engine: The engine; it may be closed.
+        budget: What is still parity.
+        progress: Told the number of images done.
+        only: Name of the one execution that is asked for; by default all.
+
+    Returns:
+        The report; it fails where any execution does. What cannot be executed for want of a library is a note.
+    """
+    bundle, missing = engine.bundle, dict[str, str]()
     for execution in EXECUTIONS:
-        if execution.name not in report.executions and execution.applies(bundle.manifest):
-            return_freed()  # the session before has held all weights
-            try:
-                with Engine(bundle, target, execution.name, execution.open(bundle.read(GRAPH), spec)) as engine:
-                    seen = execution.judge(engine, budget, _named(progress, execution.name))
-                    report = report.with_execution(seen)
-            except StockSessionError as error:
-                report = replace(report, notes=(*report.notes, str(error)))
+        name = execution.name
+        if name in report.executions or only not in ("", name) or not execution.applies(bundle.manifest):
+            continue
+        return_freed()  # the session before has held all weights
+        try:
+            with Engine(bundle, engine.target, name, execution.open(bundle.read(GRAPH), engine.spec)) as opened:
+                report = report.with_execution(execution.judge(opened, budget, _named(progress, name)))
+        except StockSessionError as error:
+            report = replace(report, notes=(*report.notes, str(error)))
+        except ModuleNotFoundError as error:
+            missing[name] = str(error.name)
+    if missing:
+        note = (
+            f"the graph was not executed as {', '.join(missing)}, by which a build proves it too: "
+            f"{', '.join(sorted(set(missing.values())))} is not installed. pip install 'pcn-deploy[compile]'."
+        )
+        report = replace(report, notes=(*report.notes, note))
     return report
 
 

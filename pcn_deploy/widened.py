@@ -20,12 +20,12 @@ from pcn_deploy.calibration.plan import PrecisionPlan
 from pcn_deploy.calibration.scales import input_scales
 from pcn_deploy.distance import sqnr_of_images
 from pcn_deploy.golden import GoldenSet
+from pcn_deploy.judgement import engine_outputs
 from pcn_deploy.limits import ParityBudget
 from pcn_deploy.parity import ParityMeter, ParityReport
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.runtime import Engine
 from pcn_deploy.specs import LOGITS
-from pcn_deploy.verification import engine_outputs
 
 Array = npt.NDArray[np.float32]
 WIDENED = "widened"

@@ -77,12 +77,12 @@ def test_a_build_that_passes_tries_nothing() -> None:
 
 def test_a_remainder_that_is_too_coarse_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph in FP16 answers otherwise than its simulation: a fake of the engine."""
-    from pcn_deploy import proof, verification
+    from pcn_deploy import judgement, proof
 
     def spoiled(engine: Any, *rest: Any) -> Any:
         real = engine.outputs
         engine.outputs = lambda given: {"logits": real(given)["logits"][:, ::-1]}
-        return verification.verify_golden(engine, *rest)
+        return judgement.verify_golden(engine, *rest)
 
     monkeypatch.setattr(proof, "verify_golden", spoiled)
     monkeypatch.setattr(proof, "EXECUTIONS", ())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from small_builds import images, options
 from torch import nn
 
 import pcn_deploy
-from pcn_deploy import Bundle
+from pcn_deploy import Bundle, proof
 from pcn_deploy.cli.display import parity_rows
+from pcn_deploy.extension import add_engine
 from pcn_deploy.golden import GoldenSet
 from pcn_deploy.noise_floor import CONSTANT, SAME
 from pcn_deploy.parity import report_from_json
@@ -47,11 +50,11 @@ def swapped_inputs(graph: Any) -> None:
     node.input[0], node.input[1] = node.input[1], node.input[0]
 
 
-def scaled_features(graph: Any) -> None:
+def scaled_features(graph: Any, factor: float = 0.9) -> None:
     (node,) = [node for node in graph.node if node.op_type == "ReduceMean"]
     name, made = node.output[0], f"{node.output[0]}.unscaled"
     kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
-    number = np.array(0.9, helper.tensor_dtype_to_np_dtype(kinds.get(name, onnx.TensorProto.FLOAT)))
+    number = np.array(factor, helper.tensor_dtype_to_np_dtype(kinds.get(name, onnx.TensorProto.FLOAT)))
     graph.initializer.append(numpy_helper.from_array(number, "scale"))
     node.output[0] = made
     at = list(graph.node).index(node) + 1
@@ -155,3 +158,35 @@ def test_a_build_on_one_image_says_so(precision: str, given: Any) -> None:
     assert any(note.startswith(told) for note in result.notes), result.notes
     ranges = "all 8 calibration images are equal" if len(given) > 1 else "only 1 image: the ranges are guesses"
     assert any(note.startswith(ranges) for note in result.notes) == (precision == "int8")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_wrong_graph_with_fitting_hashes_is_proven_by_nothing(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One percent off, which INT8 hides: `engine` and `verify` take the rounding out, as a build does."""
+    result = pcn_deploy.compile(Small((0.1, 0.2, 0.3)).eval(), options(precision=precision), calibration=images())
+    result.bundle.save(tmp_path / "right.pcn")
+    assert pcn_deploy.verify(pcn_deploy.load(tmp_path / "right.pcn"))
+    wrong = mutated(Bundle.open(tmp_path / "right.pcn"), partial(scaled_features, factor=0.99))
+    path = wrong.save(tmp_path / "wrong.pcn")
+    before = path.read_bytes()
+    for report in (pcn_deploy.verify(pcn_deploy.load(path)), add_engine(path, "cpu")):
+        assert any(failure.startswith("widened: SQNR 1") for failure in report.failures), report.failures
+    assert path.read_bytes() == before
+    if precision == "int8":
+        monkeypatch.setattr(proof, "EXECUTIONS", ())
+        assert add_engine(path, "cpu"), "its golden set alone does not tell"
+
+
+def test_what_cannot_be_executed_for_want_of_a_library_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pcn_deploy.compile(Small((0.1, 0.2)).eval(), options(precision="fp16")).bundle.save(tmp_path / "a.pcn")
+    monkeypatch.setitem(sys.modules, "pcn_deploy.graph.rounded", None)
+    report = add_engine(path, "cpu")
+    assert report
+    (note,) = [note for note in report.notes if "not executed as" in note]
+    assert note.startswith("the graph was not executed as widened, rounded, by which")
+    assert "pip install 'pcn-deploy[compile]'" in note
+    assert set(report.executions) == {"stock"}

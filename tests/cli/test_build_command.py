@@ -344,12 +344,12 @@ def test_calibration_images_that_are_not_there(weights: Path, out: Path, tmp_pat
 
 
 def test_a_failed_parity_writes_nothing(weights: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pcn_deploy import proof, verification
+    from pcn_deploy import judgement, proof
 
     def spoiled(engine: Any, *rest: Any) -> Any:
         real = engine.outputs
         engine.outputs = lambda images: {"logits": real(images)["logits"][:, ::-1]}
-        return verification.verify_golden(engine, *rest)
+        return judgement.verify_golden(engine, *rest)
 
     monkeypatch.setattr(proof, "verify_golden", spoiled)
     monkeypatch.setattr(proof, "EXECUTIONS", tuple(replace(each, judge=spoiled) for each in proof.EXECUTIONS))
