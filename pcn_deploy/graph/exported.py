@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from importlib import import_module
 from io import StringIO
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.overrides import TorchFunctionMode
 
+from pcn_deploy.graph.attributes import attributes_kept
 from pcn_deploy.specs import BATCH_AXIS, BatchRange
 
 _CHECKS = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"}
@@ -43,8 +45,8 @@ def export_program(model: nn.Module, example: Tensor, batch: BatchRange) -> Expo
         first = next(iter(inspect.signature(model.forward).parameters.values()), None)
         if first is not None and first.kind is inspect.Parameter.VAR_POSITIONAL:  # forward(*inputs): one argument
             shapes = (shapes,)
-    errors = StringIO()  # where it dumps the graph of what fails
-    with _shape_of_fake_quantization(), FourAxes(), redirect_stderr(errors):
+    dumped = redirect_stderr(StringIO())  # where it dumps the graph of what fails
+    with attributes_kept(model), _attributes_not_judged(), _shape_of_fake_quantization(), FourAxes(), dumped:
         return torch.export.export(model, (example,), strict=False, dynamic_shapes=shapes)
 
 
@@ -78,6 +80,21 @@ def _attention(
     result = fn.scaled_dot_product_attention(four(query), four(key), four(value), mask, *args, **kwargs)
     shape = outer if axes < 4 else (*outer[:-1], result.shape[1])
     return result.reshape(*shape, *result.shape[-2:])
+
+
+@contextmanager
+def _attributes_not_judged() -> Iterator[None]:
+    """Keep torch from judging what the network puts into its attributes: we put them back.
+
+    2.9 refuses a network whose cache grows, and leaves tensors without data in caches of parts; later ones warn.
+    """
+    trace: Any = import_module("torch.export._trace")  # torch loads it with the first export: it takes a second
+    judge = trace._detect_attribute_assignment
+    trace._detect_attribute_assignment = lambda *_: nullcontext()
+    try:
+        yield
+    finally:
+        trace._detect_attribute_assignment = judge
 
 
 @contextmanager

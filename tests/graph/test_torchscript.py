@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pcn_deploy.calibration.quantized import Quantization, apply_scales
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.calls import Calls
+from pcn_deploy.graph.exported import export_program
 from pcn_deploy.graph.symbolic import trace
 from pcn_deploy.graph.torchscript import to_torchscript
 from pcn_deploy.specs import BatchRange
@@ -217,28 +218,56 @@ class Caches(Net):
         self.cache: dict[Any, Any] = {}
         self.sizes: list[Any] = []
         self.last: Any = None
+        self.kept = torch.zeros(3)
 
     def features(self, x: Tensor) -> Tensor:
         key = f"{x.device}, {x.shape[1]}"
         if key not in self.cache:
             self.cache[key] = self.table[:, :4]
             self.sizes.append(x.shape[0])
-            self.last = x
+            self.last = self.kept = self.made = x
         return super().features(x) @ self.cache[key]
+
+
+class CachesInAPart(nn.Module):
+    """The same one module deeper."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Caches()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x)
 
 
 def called(net: nn.Module) -> object:
     return Calls(net, (3, 6, 8), [""]).trace("", lambda *_: True)
 
 
-@pytest.mark.parametrize("look", [lambda net: to_torchscript(net, IMAGES), lambda net: trace(net, (3, 6, 8)), called])
-def test_a_cache_of_the_network_is_left_as_it_was(look: Callable[[nn.Module], object]) -> None:
-    net = Caches().eval()
-    look(net)
-    kinds = {type(value) for value in net.cache.values()} | {type(value) for value in (*net.sizes, net.last)}
-    assert kinds <= {Tensor, int, type(None)}
+LOOKS: dict[str, Callable[[nn.Module], object]] = {
+    "script": lambda net: to_torchscript(net, IMAGES),
+    "export": lambda net: export_program(net, IMAGES, BatchRange()),
+    "trace": lambda net: trace(net, (3, 6, 8)),
+    "call": called,
+}
+
+
+@pytest.mark.parametrize("kind", [Caches, CachesInAPart])
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_cache_of_the_network_is_left_as_it_was(look: str, kind: Callable[[], nn.Module]) -> None:
+    whole = kind().eval()
+    net: Any = getattr(whole, "part", whole)
+    before = set(vars(net))
+    LOOKS[look](whole)
+    if look == "script":  # runs the network itself too, which fills its cache with what is right
+        kinds = {type(value) for value in (*net.cache.values(), *net.sizes, net.last)}
+        assert kinds <= {Tensor, int, type(None)}
+    else:
+        assert set(vars(net)) == before
+        assert (net.cache, net.sizes, net.last) == ({}, [], None)
+        assert torch.equal(net.kept, torch.zeros(3))
     with torch.no_grad():
-        torch.testing.assert_close(net(IMAGES), net.head(Net.features(net, IMAGES) @ net.table[:, :4]))
+        torch.testing.assert_close(whole(IMAGES), net.head(Net.features(net, IMAGES) @ net.table[:, :4]))
 
 
 class AsksForTheType(Net):
