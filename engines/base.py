@@ -65,11 +65,12 @@ class EngineArtifact:
     """An engine as it goes into a bundle.
 
     Attributes:
-        data: The serialised engine, exactly as the backend's own tools expect it.
+        data: The serialised engine, exactly as the backend's own tools expect it; bytes, or what holds them, since
+            there may be many.
         built_with: Library versions and settings that decide where it can run, all as text.
     """
 
-    data: bytes
+    data: bytes | memoryview
     built_with: dict[str, str] = field(default_factory=dict)
 
 
@@ -148,6 +149,9 @@ class Backend(ABC):
 
     member: ClassVar[str]
     """Where the engine lives in a bundle; a backend that executes the graph itself names `model.onnx` or `model.ts`."""
+
+    built_aside: ClassVar[bool] = False
+    """Whether a build keeps to one core and measures nothing, so that it can go on beside other work."""
 
     @abstractmethod
     def availability(self) -> Availability:

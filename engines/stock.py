@@ -119,6 +119,7 @@ def serve() -> None:
                 session, answer = _default_session(request), b""
             else:
                 answer = _pack(_run(session, _unpack(request)))
+            del request  # the graph is as large as all weights
             _send(answers, _ANSWER, answer)
         except Exception as error:  # ONNX Runtime's exceptions share no public base
             _send(answers, _ERROR, str(error).encode())
@@ -127,8 +128,12 @@ def serve() -> None:
 def _default_session(graph: bytes) -> Any:
     import onnxruntime
 
+    from pcn_deploy.engines.onnxruntime import release_graph
+
     onnxruntime.set_default_logger_severity(3)  # errors only; changes no computation
-    return onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    release_graph(session)
+    return session
 
 
 def _run(session: Any, inputs: dict[str, Array]) -> dict[str, Array]:

@@ -101,7 +101,7 @@ def check_agreement(
 
     Args:
         bundle: With both graphs.
-        golden: The golden set; of an 8-bit graph with what its TorchScript module answers.
+        golden: The golden set.
         spec: Their interface.
         options: What is built.
         forms: The network.
@@ -113,8 +113,6 @@ def check_agreement(
     Raises:
         ModelError: If one computes something else; the message names the one that departs.
     """
-    from pcn_deploy.graph.rounded import widen
-
     images = golden.images[~golden.edge][:2]  # two tell what they change
     answers = [golden.outputs[tensor.name][~golden.edge][:2] for tensor in spec.outputs]
     eager, module = (partial(_rows, form, images, spec) for form in (forms.eager, forms.simulated))
@@ -128,10 +126,9 @@ def check_agreement(
     )
     if options.scripts:
         _check_scripted(bundle, golden, spec, forms)
-    graph = bundle.read("model.onnx")
     if options.quantizes or options.graph_type != "fp32":
-        return _check_widened(widen(graph), golden, spec, forms)
-    with executing("cpu"), open_plain(graph, spec) as session:
+        return _check_widened(bundle, golden, spec, forms)
+    with executing("cpu"), open_plain(bundle.read("model.onnx"), spec) as session:
         exported = _outputs(session, [np.repeat(image[None], spec.batch.min, axis=0) for image in images])
     _compare("ONNX graph", module(), exported, "its module", golden.live, partial(module, double=True))
     return golden, {}
@@ -151,12 +148,14 @@ def _check_scripted(bundle: Bundle, golden: GoldenSet, spec: EngineSpec, forms: 
 
 
 def _check_widened(
-    graph: bytes, golden: GoldenSet, spec: EngineSpec, forms: Forms
+    bundle: Bundle, golden: GoldenSet, spec: EngineSpec, forms: Forms
 ) -> tuple[GoldenSet, dict[str, Array]]:
     """Compare the graph without its rounding with the network that has its weights, on every real image."""
+    from pcn_deploy.graph.rounded import widen
+
     images = golden.images[~golden.edge]
     expected = _rows(forms.stored, images, spec)
-    with executing("cpu"), open_plain(graph, spec) as session:
+    with executing("cpu"), open_plain(widen(bundle.read("model.onnx")), spec) as session:
         found = _outputs(session, [np.repeat(image[None], spec.batch.min, axis=0) for image in images])
     apart = np.min([sqnr_of_images(*pair, golden.live) for pair in zip(expected, found, strict=True)], axis=0)
     if not apart.min() >= ROUNDED_DB:  # NaN is not

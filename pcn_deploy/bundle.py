@@ -12,6 +12,7 @@ import io
 import json
 import os
 import tempfile
+import threading
 import weakref
 import zipfile
 from collections.abc import Mapping
@@ -49,6 +50,7 @@ class Bundle:
         self.path = path
         self._spool: IO[bytes] | None = None
         self._spooled: dict[str, tuple[int, int]] = {}
+        self._position = threading.Lock()  # an engine may be built from a member in another thread
         self.manifest.setdefault("schema", SCHEMA)
         self.manifest.setdefault("members", {})
         for name, data in (members or {}).items():
@@ -111,8 +113,9 @@ class Bundle:
             raise BundleError(msg)
         if self._spool is not None and name in self._spooled:
             start, size = self._spooled[name]
-            self._spool.seek(start)
-            return self._spool.read(size)
+            with self._position:
+                self._spool.seek(start)
+                return self._spool.read(size)
         expected = self.manifest["members"][name]
         try:
             with zipfile.ZipFile(self.path or "") as archive:
@@ -162,7 +165,7 @@ class Bundle:
             msg = f"{name} in {self.path} holds no plain arrays ({error})."
             raise BundleError(msg) from error
 
-    def add(self, name: str, data: bytes) -> None:
+    def add(self, name: str, data: bytes | memoryview) -> None:
         """Add or replace a member; it waits in an unnamed temporary file, not in memory, until `save`.
 
         Raises:
@@ -172,9 +175,10 @@ class Bundle:
             if self._spool is None:
                 self._spool = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the bundle
                 weakref.finalize(self, self._spool.close)
-            self._spooled[name] = (self._spool.seek(0, io.SEEK_END), len(data))
-            self._spool.write(data)
-            self._spool.flush()
+            with self._position:
+                self._spooled[name] = (self._spool.seek(0, io.SEEK_END), len(data))
+                self._spool.write(data)
+                self._spool.flush()
         except OSError as error:
             raise output_error(name, error) from error
         self.manifest["members"][name] = {"sha256": _sha256(data), "bytes": len(data)}
@@ -183,7 +187,7 @@ class Bundle:
         """Add or replace a JSON member; raises what `add` raises."""
         self.add(name, json.dumps(data, indent=1, allow_nan=False).encode())
 
-    def add_engine(self, target: str, member: str, data: bytes, built_with: dict[str, str]) -> None:
+    def add_engine(self, target: str, member: str, data: bytes | memoryview, built_with: dict[str, str]) -> None:
         """Add or replace an engine. A member shared with the portable graph is stored once."""
         self.add(member, data)
         entry = {
@@ -314,7 +318,7 @@ def _entry(name: str) -> zipfile.ZipInfo:
     return zipfile.ZipInfo(name, date_time=_EPOCH)
 
 
-def _sha256(data: bytes) -> str:
+def _sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 

@@ -25,12 +25,13 @@ from pcn_deploy.budget import (
 from pcn_deploy.bundle import Bundle
 from pcn_deploy.calibration.evaluation import Answers
 from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.engine_builds import EngineBuilds, engine_builds
 from pcn_deploy.engines.base import Array, Backend, GraphSource
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DependencyError
 from pcn_deploy.golden import MEMBER, NOISE, GoldenSet
 from pcn_deploy.limits import ParityBudget
-from pcn_deploy.memory import release_unused, return_freed
+from pcn_deploy.memory import release_unused
 from pcn_deploy.options import CompileOptions
 from pcn_deploy.parity import ParityReport
 from pcn_deploy.preparation import Prepared, in_evaluation_mode, prepare
@@ -152,19 +153,22 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     }
     plan, spec = _add_graphs(bundle, network, golden, options, progress)
     forms = Forms.of(eager_outputs(model, options), network, plan)
-    if options.quantizes:
-        golden = with_simulation(golden, forms.simulated, spec, progress)
     golden, widened = check_agreement(bundle, golden, spec, options, forms)
     bundle.manifest["judged"]["widened_images"] = len(golden.widened_db)
+    simulated = forms.simulated
     del forms, model  # the caller may keep it
-    advice: tuple[Attempt, ...] = ()
-    if golden.simulated and not judge("", golden, golden.simulated[LOGITS], options.budget).passed:
-        advice = advise(network, golden, options, progress)
-    del network  # its folded weights are in the graphs now
-    bundle.add(MEMBER, golden.to_npz())
-    release_unused()
-    _build_engines(bundle, backends, spec, options, progress)
-    reports, proofs = _prove(bundle, backends, options.budget, judges, widened, progress)
+    release_unused()  # engines take memory of their own
+    with engine_builds(bundle, backends, _graphs(bundle, spec, options), progress) as builds:
+        if options.quantizes:
+            golden = with_simulation(golden, simulated, spec, progress)
+        del simulated
+        advice: tuple[Attempt, ...] = ()
+        if golden.simulated and not judge("", golden, golden.simulated[LOGITS], options.budget).passed:
+            advice = advise(network, golden, options, progress)
+        del network  # its folded weights are in the graphs now
+        bundle.add(MEMBER, golden.to_npz())
+        release_unused()
+        reports, proofs = _prove(bundle, backends, builds, options.budget, judges, widened, progress)
     if proofs:
         search = found.to_json() if found else None
         bundle.add_json("budget.json", {"search": search, "proofs": [proof.to_json() for proof in proofs]})
@@ -287,44 +291,41 @@ def _observed(golden: GoldenSet, network: Prepared, options: CompileOptions) -> 
     return repeated
 
 
-def _build_engines(
-    bundle: Bundle, backends: list[Backend], spec: EngineSpec, options: CompileOptions, progress: Progress
-) -> None:
-    graphs = GraphSource(
+def _graphs(bundle: Bundle, spec: EngineSpec, options: CompileOptions) -> GraphSource:
+    return GraphSource(
         onnx=partial(bundle.read, "model.onnx"),
         torchscript=bundle.read("model.ts") if options.scripts else b"",
         spec=spec,
     )
-    for backend in backends:
-        artifact = backend.build(graphs, progress)
-        bundle.add_engine(backend.target, backend.member, artifact.data, artifact.built_with)
-        del artifact
-        return_freed()
 
 
 def _prove(
     bundle: Bundle,
     backends: list[Backend],
+    builds: EngineBuilds,
     budget: ParityBudget,
     judges: Judges | None,
     widened: dict[str, Array],
     progress: Progress,
 ) -> tuple[tuple[ParityReport, ...], tuple[BudgetProof, ...]]:
-    """Run every engine on the golden set and on the images that judge the accuracy, if there are any.
+    """Add every engine, and run it on the golden set and on the images that judge the accuracy, if there are any.
 
-    Where an engine cannot run here, ONNX Runtime runs the graph it was built from.
+    Where an engine cannot run here, ONNX Runtime runs the graph it was built from; the others are judged before it, so
+    that the time until it is built is used.
     """
     reports: dict[str, ParityReport] = {}
     proofs: dict[str, BudgetProof] = {}
-    by: dict[str, str] = {}
-    for backend in backends:
-        by[backend.target] = executor(backend)
-        if by[backend.target] in reports:
+    by = {backend.target: executor(backend) for backend in backends}
+    for backend in sorted(backends, key=lambda backend: by[backend.target] != backend.target):
+        executed_by = by[backend.target]
+        if executed_by in reports:
             continue
-        reports[by[backend.target]] = prove(bundle, backend.target, budget, progress, widened)
+        builds.add(backend)
+        reports[executed_by] = prove(bundle, backend.target, budget, progress, widened)
         if judges is not None:
-            with Engine.open(bundle, backend.target, executed_by=by[backend.target]) as engine:
-                proofs[engine.executed_by] = prove_budget(engine, judges, progress)
+            with Engine.open(bundle, backend.target, executed_by=executed_by) as engine:
+                proofs[executed_by] = prove_budget(engine, judges, progress)
+    builds.add_all()
     found = tuple(replace(reports[executed_by], target=target) for target, executed_by in by.items())
     for report in found:
         bundle.add_json(f"parity/{report.target}.json", report.to_json())

@@ -41,7 +41,7 @@ cores, four at a time take two thirds of the time of one by one, and eight no le
 
 SMALL_DB = -20.0
 """Where what the images change has less than this of the power of the logits, the rounding of float32 is measured on
-every real image."""
+as many real images as run together, and on one elsewhere."""
 
 FAINT = 1e-4
 """Share of the size of the logits of real images, less their means, below which those of an edge image are nothing."""
@@ -184,8 +184,7 @@ def _rounding(
     logits = np.concatenate([rows[index][0] for index in real])
     live = live_classes(logits)
     logits = logits[:, live]
-    if not alike(logits, SMALL_DB):  # then one image tells enough: nothing hangs on the exact figure
-        real = real[:1]
+    real = real[: TOGETHER if alike(logits, SMALL_DB) else 1]  # one tells enough where nothing hangs on the figure
     try:
         asked = np.stack([images[index] for index in (*real, *chosen)])
         doubles = list(_rows_in_double(model, asked, options))

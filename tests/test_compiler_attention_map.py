@@ -11,6 +11,8 @@ from small_builds import RTX_IS_HERE, images, needs_rtx, network, options
 import pcn_deploy
 from pcn_deploy import Bundle, CompileResult, Transform, compiler
 from pcn_deploy.agreement import Forms, check_agreement
+from pcn_deploy.engine_builds import engine_builds
+from pcn_deploy.engines.base import GraphSource
 from pcn_deploy.engines.onnxruntime import _OnnxRuntimeSession
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import ModelError
@@ -85,7 +87,10 @@ def test_a_spoiled_map_fails(mapped: dict[str, CompileResult], monkeypatch: pyte
     bundle = Bundle(dict(built.manifest), {name: built.read(name) for name in built.manifest["members"]})
     monkeypatch.setattr(_OnnxRuntimeSession, "_run_impl", spoiled)
     backends = [get_backend(name) for name in ("cpu", "torchscript")]
-    reports, _ = compiler._prove(bundle, backends, BUDGETS["fp32"], None, {}, silent)
+    spec = EngineSpec.from_json(built.manifest["interface"])
+    graphs = GraphSource(onnx=b"", torchscript=b"", spec=spec)
+    with engine_builds(bundle, backends, graphs, silent) as builds:
+        reports, _ = compiler._prove(bundle, backends, builds, BUDGETS["fp32"], None, {}, silent)
     assert [bool(report) for report in reports] == [False, True]
     assert reports[0].failures
     assert all(failure.startswith("attention map: ") for failure in reports[0].failures)

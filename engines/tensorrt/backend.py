@@ -85,6 +85,7 @@ class TensorRTRTXBackend(_TensorRT):
     extra = "tensorrt-rtx"
     member = "engines/tensorrt-rtx.engine"
     flavour = TENSORRT_RTX
+    built_aside = True  # ahead of time: no kernel is timed
 
     def __init__(self, *, compute_capabilities: Sequence[str] = PORTABLE, tf32: bool = False) -> None:
         self.options = BuildOptions(compute_capabilities=tuple(compute_capabilities), tf32=tf32)

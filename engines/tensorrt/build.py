@@ -91,11 +91,10 @@ def build(trt: Any, flavour: Flavour, source: GraphSource, options: BuildOptions
         raise BuildError(msg)
     for text in messages.of("WARNING"):
         _LOG.info("%s: %s", flavour.title, text)
-    data = bytes(plan)
     meter.finish()
     if meter.error is not None:
         raise meter.error
-    return EngineArtifact(data=data, built_with=facts)
+    return EngineArtifact(data=memoryview(plan), built_with=facts)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class ContractTemplate(ABC):
 
     @pytest.fixture
     def session(self) -> Session:
-        return self.backend.open(self.backend.build(self.source()).data, SPEC)
+        return self.backend.open(bytes(self.backend.build(self.source()).data), SPEC)
 
     def test_it_says_what_it_can_do(self) -> None:
         state = self.backend.availability()
@@ -139,17 +139,17 @@ class ContractTemplate(ABC):
         session.close()
         with pytest.raises(PcnDeployError, match="session is closed"):
             session.run({"images": images()})
-        another = self.backend.open(self.backend.build(self.source()).data, SPEC)
+        another = self.backend.open(bytes(self.backend.build(self.source()).data), SPEC)
         assert another.run({"images": images()})["logits"].shape == (3, 3)
 
     def test_graphs_that_are_broken(self) -> None:
         for source in self.broken():
             with pytest.raises((BuildError, IncompatibleError)) as caught:
-                self.backend.open(self.backend.build(source).data, SPEC)
+                self.backend.open(bytes(self.backend.build(source).data), SPEC)
             assert len(str(caught.value)) > 20
 
     def test_what_fails_when_it_runs_is_said_in_our_words(self) -> None:
-        session = self.backend.open(self.backend.build(self.failing()).data, SPEC)
+        session = self.backend.open(bytes(self.backend.build(self.failing()).data), SPEC)
         with session, pytest.raises(ExecutionError, match=r"fails on inputs of shape \{'images': \(3, 3, 2, 2\)\}: .*"):
             session.run({"images": images()})
 
