@@ -8,6 +8,8 @@ ModelOpt's list of fusible patterns), and the engines of TensorRT-RTX keep their
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import onnx_ir as ir
 
@@ -32,6 +34,8 @@ def make_portable(graph: ir.Graph) -> None:
             _write_as_max_and_min(graph, node)
         elif node.op_type == "MatMul":
             _transpose_after(graph, node)
+        elif node.op_type == "QuantizeLinear" and truncates_half():
+            _quantize_widened(graph, node)
     for value in list(graph.initializers.values()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[str(value.name)]
@@ -131,6 +135,44 @@ def _transpose_after(graph: ir.Graph, node: ir.Node) -> None:
     moved.outputs[0].name = name
     if not transpose.outputs[0].uses() and not transpose.outputs[0].is_graph_output():
         graph.remove(transpose, safe=True)
+
+
+@cache
+def truncates_half() -> bool:
+    """Whether the installed ONNX Runtime makes INT8 codes of FP16 by cutting off on the CPU: 2.9 becomes 2.
+
+    1.22 to 1.28 do, 1.30 to 1.32 round to the nearest code as the operator says.
+    """
+    import onnxruntime
+
+    half = ir.DataType.FLOAT16
+    value, codes = (ir.Value(name=name, shape=ir.Shape([1])) for name in ("value", "codes"))
+    value.type, codes.type = ir.TensorType(half), ir.TensorType(ir.DataType.INT8)
+    graph = ir.Graph([value], [codes], nodes=[], opset_imports={"": 19}, name="codes_of_half")
+    scale = _constant(graph, "scale", ir.tensor(np.ones((), np.float16)))
+    zero = _constant(graph, "zero_point", ir.tensor(np.zeros((), np.int8)))
+    graph.append(ir.node("QuantizeLinear", [value, scale, zero], outputs=[codes]))
+    model = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    return int(session.run(None, {"value": np.array([2.9], np.float16)})[0][0]) != 3
+
+
+def _quantize_widened(graph: ir.Graph, node: ir.Node) -> None:
+    """Make INT8 codes of FP16 from the same numbers in FP32.
+
+    Only where the installed runtime cannot do without: TensorRT-RTX makes the same kernels of both forms, but whether
+    TensorRT still fuses the codes into the layer before them was not measured.
+    """
+    value, scale = node.inputs[:2]
+    kinds = value and value.dtype, node.outputs[0].dtype
+    tensor = ir.convenience.get_const_tensor(scale) if scale is not None else None
+    if value is None or scale is None or tensor is None or kinds != (ir.DataType.FLOAT16, ir.DataType.INT8):
+        return
+    wide = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT}, name=f"{node.name}.widen")
+    wide.outputs[0].shape, wide.outputs[0].type = value.shape, ir.TensorType(ir.DataType.FLOAT)
+    graph.insert_before(node, wide)
+    node.replace_input_with(0, wide.outputs[0])
+    node.replace_input_with(1, _constant(graph, f"{scale.name}.fp32", ir.tensor(tensor.numpy().astype(np.float32))))
 
 
 def _is_dequantized(value: ir.Value | None) -> bool:
