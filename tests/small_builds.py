@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,18 @@ RTX_IS_HERE = find_spec("tensorrt_rtx") is not None
 needs_rtx = pytest.mark.skipif(not RTX_IS_HERE, reason="TensorRT-RTX is not installed")
 
 
+WEIGHTS = Path(__file__).parent / "data" / "small_network.safetensors"
+"""Random ones, kept because versions of torch draw them differently."""
+
+
 def network(seed: int = 0) -> Any:
-    return pcn_deploy.create_model(
-        "patchconvnet", random_weights=True, width=32, depth=2, patch=4, num_classes=5, layer_scale=0.5, seed=seed
-    )
+    shape: dict[str, Any] = {"width": 32, "depth": 2, "patch": 4, "num_classes": 5, "layer_scale": 0.5}
+    net = pcn_deploy.create_model("patchconvnet", random_weights=True, seed=seed, **shape)
+    if seed == 0:
+        from safetensors.torch import load_file
+
+        net.load_state_dict(load_file(WEIGHTS))
+    return net
 
 
 def options(**given: Any) -> CompileOptions:
