@@ -103,7 +103,12 @@ def quantization(layer: nn.Conv2d | nn.Linear, scale: float) -> Quantization:
     return Quantization(scale, (layer.weight.detach().abs().flatten(1).amax(1) / 127).numpy())
 
 
-@pytest.mark.parametrize(("right", "nodes"), [(0.05, 2), (0.04, 3)])
+FAULTY = pytest.mark.xfail(
+    ort.__version__.startswith("1.23."), reason="its MatMulIntegerToFloat fills columns of the wide layer with garbage"
+)
+
+
+@pytest.mark.parametrize(("right", "nodes"), [(0.05, 2), pytest.param(0.04, 3, marks=FAULTY)])
 def test_one_tensor_at_one_scale_is_quantised_once(images: Tensor, right: float, nodes: int) -> None:
     torch.manual_seed(2)
     net = TwoLayers().eval()
