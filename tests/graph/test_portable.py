@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
@@ -151,3 +152,22 @@ def test_only_the_form_changes() -> None:
 def test_without_codes_and_attention_nothing_changes() -> None:
     before = graph_of(Convolutions(), "", "fp16")
     assert portable(before) == serialise(ir.from_proto(onnx.load_from_string(before)))
+
+
+@pytest.mark.parametrize("case", ["int8, rest fp16", "int8, rest fp16, linear"])
+def test_codes_are_made_of_fp32_where_the_runtime_cuts_off(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, codes, remainder = CASES[case]
+    before = graph_of(make(), codes, remainder)
+    monkeypatch.setattr("pcn_deploy.graph.portable.truncates_half", lambda: True)
+    after = portable(before)
+    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(after), check_type=True, strict_mode=True)
+    onnx.checker.check_model(model, full_check=True)
+    scales = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    quantizing = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert quantizing
+    for node in quantizing:
+        assert made_by[node.input[0]].op_type == "Cast"
+        assert scales[node.input[1]].dtype == np.float32
+    session = ort.InferenceSession(after, providers=["CPUExecutionProvider"])
+    assert least_sqnr_db([reference(before)], session.run(None, {"images": IMAGES})) > 40
