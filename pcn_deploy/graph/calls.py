@@ -92,9 +92,10 @@ class Calls:
         with answers_known(), attributes_kept(root):
             tracer = ShapedTracer(self.mode, inputs, is_leaf)
             graph = tracer.trace(root)
+            held = without_root(root, graph)  # some of it are attributes that the trace has given the root
         for node in graph.nodes:
             node.meta["values"] = tracer.values(node)
-        return CallTrace(graph=graph, held=without_root(root, graph), names=tuple(names), settings=settings)
+        return CallTrace(graph=graph, held=held, names=tuple(names), settings=settings)
 
 
 def _is_setting(value: Any) -> bool:

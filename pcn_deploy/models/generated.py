@@ -80,7 +80,7 @@ def _declare(trace: CallTrace) -> None:
             node.type = Tuple[tuple(Tensor for _ in value)]  # noqa: UP006
     names = trace.names
     last = max((names.index(name) for name in tensors), default=-1)
-    following = next(iter(graph.nodes))
+    following = next(node for node in graph.nodes if node.op != "placeholder")
     for index in reversed(range(len(names))):
         name = names[index]
         if name in tensors:

@@ -232,6 +232,42 @@ class AttentionPool(Logits):
         return x.permute(1, 2, 0)
 
 
+class RelativeAttention(nn.Module):
+    """As in BEiT and EVA: a bias put together from parts, a table read by an index, arguments that are not tensors."""
+
+    k_bias: Tensor
+    index: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(16, 48, bias=False), nn.Linear(16, 16)
+        self.q_bias, self.v_bias, self.table = weight(16), weight(16), weight(9, 4)
+        self.register_buffer("k_bias", torch.zeros(16), persistent=False)
+        self.register_buffer("index", torch.arange(64).reshape(8, 8) % 9)
+
+    def forward(self, x: Tensor, term: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        n, rows, _ = x.shape
+        qkv = F.linear(x, weight=self.qkv.weight, bias=torch.cat((self.q_bias, self.k_bias, self.v_bias)))
+        q, k, v = qkv.reshape(n, rows, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        relative = self.table[self.index.view(-1)].view(8, 8, 4).permute(2, 0, 1)
+        weights = q @ k.transpose(-2, -1) + relative + term
+        if mask is not None or is_causal:
+            weights = weights.tril()
+        y: Tensor = self.proj((weights.softmax(-1) @ v).transpose(1, 2).reshape(n, rows, 16))
+        return y
+
+
+class Relative(Logits):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.attention, self.term, self.settings = RelativeAttention(), weight(8, 8), settings
+
+    def features(self, x: Tensor) -> Tensor:
+        x = x.flatten(2)[..., :8].transpose(1, 2)
+        y: Tensor = self.attention(x, self.term * x.mean(), **self.settings).transpose(1, 2)
+        return y
+
+
 PROJECTIONS = {f"attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
 ENCODER = {
     f"encoder.layers.{i}.{name}"
@@ -263,6 +299,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "encoder": (Encoder, ENCODER),
     "encoder, norm first": (lambda: Encoder(norm_first=True), ENCODER),
     "attention pool": (AttentionPool, PROJECTIONS),
+    "relative positions": (Relative, {"attention.qkv", "attention.proj"}),
+    "relative positions, settings": (
+        lambda: Relative(mask=None, is_causal=False),
+        {"attention.qkv", "attention.proj"},
+    ),
 }
 
 
