@@ -80,11 +80,16 @@ def test_codes_that_were_left_out_are_named(built: Bundle) -> None:
     graph = onnx.load_from_string(built.read("model.onnx"))
     quantize = next(node for node in graph.graph.node if node.op_type == "QuantizeLinear")
     dequantize = next(node for node in graph.graph.node if quantize.output[0] in node.input)
+    source, taken = quantize.input[0], [dequantize, quantize]
+    for node in graph.graph.node:
+        if source in node.output and node.name.endswith(".widen"):  # old versions of ONNX Runtime make codes of FP32
+            source = node.input[0]
+            taken.append(node)
     for node in graph.graph.node:
         for index, name in enumerate(node.input):
             if name == dequantize.output[0]:
-                node.input[index] = quantize.input[0]
-    for node in (dequantize, quantize):
+                node.input[index] = source
+    for node in taken:
         graph.graph.node.remove(node)
     built.add_engine("cpu", "model.onnx", graph.SerializeToString(), {})
     assert any("nothing has the planned scale of" in failure for failure in widened_failures(built))
