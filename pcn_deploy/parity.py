@@ -224,9 +224,7 @@ class ParityMeter:
         if least <= self._worst[0]:
             self._worst = min(self._worst, (least, min(name(i) for i, one in enumerate(cosines) if one == least)))
 
-    def _compare_with(
-        self, labels: npt.NDArray[np.int64], ref: npt.NDArray[np.float64], out: npt.NDArray[np.float64]
-    ) -> None:
+    def _compare_with(self, labels: npt.NDArray[np.int64], ref: Logits, out: Logits) -> None:
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < ref.shape[1]:
             msg = f"Labels run from {labels.min()} to {labels.max()}; the network has {ref.shape[1]} classes."
             raise DataError(msg)
@@ -308,8 +306,7 @@ class ParityMeter:
 
     def _changes(self) -> float | None:
         """Power of what all images together change; None where they change nothing."""
-        sums = self._class_sums.sum_of_squares()
-        return power_of_changes(float(self._centred_signal), sums, len(self._cosines))
+        return power_of_changes(float(self._centred_signal), self._class_sums.sum_of_squares(), len(self._cosines))
 
     def report(
         self,
