@@ -11,15 +11,14 @@ in PyTorch, FP32 without TF32 and FP16.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
+from measure import interleaved, medians
 
 from pcn_deploy.bundle import Bundle
 from pcn_deploy.engines.base import Array, Session
@@ -69,14 +68,7 @@ class CudaSession(Session):
 
 def milliseconds(call: Callable[[], object], rounds: int) -> float:
     """Median time of a call that waits for the GPU."""
-    for _ in range(WARMUP):
-        call()
-    times = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        call()
-        times.append(1000 * (time.perf_counter() - started))
-    return median(times)
+    return medians(interleaved({"": call}, rounds, WARMUP))[""]
 
 
 def row(path: Path, rounds: int) -> str:
