@@ -129,7 +129,7 @@ def _session(data: bytes, *, optimise: bool = True) -> Any:
 
 
 def release_graph(session: Any) -> None:
-    """Give back what an `onnxruntime.InferenceSession` no longer needs: of PatchConvNet-S60 in INT8 200 of 330 MiB.
+    """Give back what an `onnxruntime.InferenceSession` no longer needs: of PatchConvNet-S60 in INT8 150 of 328 MiB.
 
     It keeps the bytes of the graph, to open it again with other providers, of which there are none here; and weights
     were copied on the way to the form in which they are multiplied.
