@@ -15,6 +15,9 @@ from torch import Tensor
 from pcn_deploy.calibration.statistics import BINS, Statistics, bin_width
 from pcn_deploy.errors import DataError
 
+_CHUNK = 1 << 17
+"""Elements counted at a time: what is made of them stays in the cache of a core."""
+
 
 class AmaxObserver:
     """Keeps the largest magnitude."""
@@ -29,7 +32,7 @@ class AmaxObserver:
         Raises:
             DataError: If it holds NaN or infinity; the name of the tensor is in the message.
         """
-        low, high = torch.aminmax(x)
+        low, high = torch.aminmax(_dense_view(x))
         batch_amax = max(-float(low), float(high))
         if not math.isfinite(batch_amax):
             msg = f"The input of {self.name} holds NaN or infinite values: mend the weights or the calibration images."
@@ -60,8 +63,13 @@ class HistogramObserver(AmaxObserver):
             self._counts[0] += x.numel()
             return
         self._widen()
-        index = torch.mul(_dense_view(x), 1.0 / self._width).to(torch.int32).abs_()
-        self._counts += torch.bincount(index, minlength=BINS)
+        values = _dense_view(x)
+        scaled = values.new_empty(min(len(values), _CHUNK))
+        bins = scaled.new_empty(len(scaled), dtype=torch.int16)
+        for chunk in values.split(_CHUNK):
+            size = len(chunk)
+            torch.mul(chunk, 1.0 / self._width, out=scaled[:size])
+            self._counts += torch.bincount(bins[:size].copy_(scaled[:size]).abs_(), minlength=BINS)
 
     def _widen(self) -> None:
         if self._width == 0.0:
@@ -77,6 +85,4 @@ class HistogramObserver(AmaxObserver):
 
 def _dense_view(x: Tensor) -> Tensor:
     """All elements as one axis, in memory order, without a copy where the memory is dense."""
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        x = x.permute(0, 2, 3, 1)
-    return x.reshape(-1)
+    return x.permute(sorted(range(x.ndim), key=x.stride, reverse=True)).reshape(-1)

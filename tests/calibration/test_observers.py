@@ -124,6 +124,13 @@ def test_memory_layout_does_not_matter() -> None:
     assert observed(x[:, :1].contiguous(memory_format=torch.channels_last)).counts.sum() == 42
 
 
+def test_every_element_of_a_large_tensor_is_counted_once() -> None:
+    x = np.random.default_rng(0).standard_normal((3, 100_001)).astype(np.float32)
+    statistics = observed(torch.from_numpy(x))
+    expected = np.bincount((np.abs(x.ravel()).astype(np.float64) / statistics.width).astype(np.int64), minlength=BINS)
+    np.testing.assert_array_equal(statistics.counts, expected)
+
+
 def test_the_given_tensor_is_not_changed() -> None:
     x = torch.linspace(-3, 3, 50)
     observed(x, x)
