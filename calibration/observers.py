@@ -66,7 +66,7 @@ class HistogramObserver(AmaxObserver):
         values = _dense_view(x)
         scaled = values.new_empty(min(len(values), _CHUNK))
         bins = scaled.new_empty(len(scaled), dtype=torch.int16)
-        for chunk in values.split(_CHUNK):
+        for chunk in torch.split(values, _CHUNK):
             size = len(chunk)
             torch.mul(chunk, 1.0 / self._width, out=scaled[:size])
             self._counts += torch.bincount(bins[:size].copy_(scaled[:size]).abs_(), minlength=BINS)
