@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+from functools import cache
 from typing import Any
+
+import numpy as np
 
 from pcn_deploy.engines.base import CLOSED, Array, Availability, Backend, EngineArtifact, GraphSource, Session
 from pcn_deploy.errors import BuildError, DependencyError, IncompatibleError, PcnDeployError
@@ -14,6 +18,12 @@ from pcn_deploy.specs import EngineSpec
 WRONG = ("ReluQuantRewrite",)
 """Rewrites that are left out: this one drops a Relu before a QuantizeLinear of FP8, as if its codes had no negatives
 (1.31.1). It changes nothing where codes are signed INT8."""
+
+_CODES_OF_HALF = base64.b64decode(
+    "CAo6iQEKMwoBeAoBcwoBehIBeRoVbm9kZV9RdWFudGl6ZUxpbmVhcl8wIg5RdWFudGl6ZUxpbmVhchIBZyoJEApCAXNKAgA8KggQA0IBekoBAFoP"
+    "CgF4EgoKCAgKEgQKAggBYg8KAXkSCgoICAMSBAoCCAFqCwoBcxIGCgQIChIAagsKAXoSBgoECAMSAEIECgAQEw=="
+)
+"""One QuantizeLinear at scale 1, float16 `x` `(1)` to INT8 `y` `(1)`; bytes, since devices have no onnx to make it."""
 
 
 class OnnxRuntimeBackend(Backend):
@@ -56,6 +66,18 @@ class OnnxRuntimeBackend(Backend):
 
     def _open_impl(self, data: bytes, spec: EngineSpec) -> Session:
         return _opened(data, spec, optimise=True)
+
+
+@cache
+def truncates_half() -> bool:
+    """Whether the installed ONNX Runtime makes INT8 codes of FP16 by cutting off on the CPU: 2.9 becomes 2.
+
+    1.22 to 1.28 do, 1.30 to 1.32 round to the nearest code as the operator says.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(_CODES_OF_HALF, providers=["CPUExecutionProvider"])
+    return int(session.run(None, {"x": np.array([2.9], np.float16)})[0][0]) != 3
 
 
 def open_plain(data: bytes, spec: EngineSpec) -> Session:

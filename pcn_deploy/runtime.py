@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,8 @@ from pcn_deploy.engines.base import Backend, Session
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DataError, DependencyError, ParityError, PcnDeployError
 from pcn_deploy.specs import LOGITS, EngineSpec
+
+log = logging.getLogger(__name__)
 
 PREFERENCE = ("tensorrt", "tensorrt-rtx", "cpu", "torchscript")
 """Order in which `load` tries the engines of a bundle: fastest first."""
@@ -60,6 +63,8 @@ class Engine:
         member = entry["member"] if backend.target == target else backend.member
         spec = EngineSpec.from_json(bundle.manifest["interface"])
         backend.check_can_run()
+        if backend.target == "cpu":
+            _warn_of_cut_codes(bundle.manifest)
         return cls(bundle, target, backend.target, backend.open(bundle.read(member), spec))
 
     def __call__(self, images: Any) -> Any:
@@ -138,6 +143,25 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _warn_of_cut_codes(manifest: dict[str, Any]) -> None:
+    """Say so where ONNX Runtime cuts off the INT8 codes of a graph that was built with a version that rounds them."""
+    if (manifest["precision"], manifest["remainder"]) != ("int8", "fp16"):
+        return
+    import onnxruntime
+
+    from pcn_deploy.engines.onnxruntime import truncates_half
+
+    here, built_by = onnxruntime.__version__, manifest["provenance"].get("built_by", {}).get("onnxruntime")
+    if built_by != here and truncates_half():
+        log.warning(
+            "ONNX Runtime %s cuts INT8 codes off where they are made of FP16, and this bundle was built with %s: "
+            "answers may have more error than was proven. pcn-compile verify says how much. Install onnxruntime>=1.30, "
+            "or build with --remainder fp32.",
+            here,
+            built_by,
+        )
 
 
 def check_finite(

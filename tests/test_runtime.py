@@ -240,3 +240,33 @@ def test_what_fp32_would_answer_decides_the_advice(mean: float, words: str) -> N
     asked = np.full((1, 3, 32, 32), mean, np.float32)
     with Engine.open(bundle, "cpu") as engine, pytest.raises(ParityError, match=words):
         check_finite({"logits": np.array([[np.nan]], np.float32)}, engine, "one image", asked)
+
+
+@pytest.mark.parametrize(
+    ("precision", "remainder", "built_by", "warned"),
+    [
+        ("int8", "fp16", "1.99.0", True),
+        ("int8", "fp16", "here", False),
+        ("int8", "fp32", "1.99.0", False),
+        ("fp16", "fp16", "1.99.0", False),
+    ],
+)
+def test_a_runtime_that_cuts_codes_off_is_named(
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    precision: str,
+    remainder: str,
+    built_by: str,
+    warned: bool,
+) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr("pcn_deploy.engines.onnxruntime.truncates_half", lambda: True)
+    bundle = Bundle.open(path)
+    bundle.manifest.update(precision=precision, remainder=remainder)
+    bundle.manifest["provenance"]["built_by"]["onnxruntime"] = (
+        onnxruntime.__version__ if built_by == "here" else built_by
+    )
+    Engine.open(bundle, "cpu").close()
+    assert ("built with 1.99.0" in caplog.text) == warned

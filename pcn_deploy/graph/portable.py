@@ -8,10 +8,10 @@ ModelOpt's list of fusible patterns), and the engines of TensorRT-RTX keep their
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 import onnx_ir as ir
+
+from pcn_deploy.engines.onnxruntime import truncates_half
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 
@@ -135,26 +135,6 @@ def _transpose_after(graph: ir.Graph, node: ir.Node) -> None:
     moved.outputs[0].name = name
     if not transpose.outputs[0].uses() and not transpose.outputs[0].is_graph_output():
         graph.remove(transpose, safe=True)
-
-
-@cache
-def truncates_half() -> bool:
-    """Whether the installed ONNX Runtime makes INT8 codes of FP16 by cutting off on the CPU: 2.9 becomes 2.
-
-    1.22 to 1.28 do, 1.30 to 1.32 round to the nearest code as the operator says.
-    """
-    import onnxruntime
-
-    half = ir.DataType.FLOAT16
-    value, codes = (ir.Value(name=name, shape=ir.Shape([1])) for name in ("value", "codes"))
-    value.type, codes.type = ir.TensorType(half), ir.TensorType(ir.DataType.INT8)
-    graph = ir.Graph([value], [codes], nodes=[], opset_imports={"": 19}, name="codes_of_half")
-    scale = _constant(graph, "scale", ir.tensor(np.ones((), np.float16)))
-    zero = _constant(graph, "zero_point", ir.tensor(np.zeros((), np.int8)))
-    graph.append(ir.node("QuantizeLinear", [value, scale, zero], outputs=[codes]))
-    model = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    return int(session.run(None, {"value": np.array([2.9], np.float16)})[0][0]) != 3
 
 
 def _quantize_widened(graph: ir.Graph, node: ir.Node) -> None:

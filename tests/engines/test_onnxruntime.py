@@ -14,6 +14,7 @@ from small_builds import images, options
 
 import pcn_deploy
 from pcn_deploy import Engine
+from pcn_deploy.engines.onnxruntime import _CODES_OF_HALF
 from pcn_deploy.errors import DependencyError
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'pcn-deploy[compile]'")
@@ -76,3 +77,13 @@ def test_attention_in_fp16_does_not_end_the_process(precision: str) -> None:
     code = PRE_NORM_ATTENTION.replace("{precision!r}", repr(precision))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_graph_that_shows_how_codes_are_made() -> None:
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    model = onnx.load_from_string(_CODES_OF_HALF)
+    onnx.checker.check_model(model, full_check=True)
+    outputs: Any = ReferenceEvaluator(model).run(None, {"x": np.array([2.9], np.float16)})
+    assert (outputs[0].dtype, outputs[0].tolist()) == (np.int8, [3])
