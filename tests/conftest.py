@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import importlib.util
 import logging
 import shutil
@@ -32,6 +34,33 @@ def log_level() -> Iterator[None]:
     before = logger.level
     yield
     logger.setLevel(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operators_read_once() -> Iterator[None]:
+    """torch's exporter makes its table of operators anew in every export, a second each; here once per process.
+
+    What the process holds by then is mostly modules: builds collect garbage, and need not look through them each time.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:  # without torch, or it lies elsewhere in another version
+        yield
+        return
+    make, tables = ONNXRegistry.from_torchlib, dict[tuple[Any, ...], ONNXRegistry]()
+
+    def from_torchlib(*arguments: Any, **named: Any) -> ONNXRegistry:
+        key = (*arguments, *sorted(named.items()))
+        if key not in tables:
+            tables[key] = make(*arguments, **named)
+            gc.freeze()
+        table = copy.copy(tables[key])
+        table.functions = {target: list(functions) for target, functions in table.functions.items()}
+        return table
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
+        yield
 
 
 @pytest.fixture
