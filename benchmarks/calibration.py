@@ -19,10 +19,10 @@ from PIL import Image
 from pcn_deploy import CompileOptions, ImageSource, Transform, create_model
 from pcn_deploy.calibration.calibrators import CALIBRATORS
 from pcn_deploy.calibration.collect import BATCH, calibrate
-from pcn_deploy.calibration.facts import inspect_layers
-from pcn_deploy.calibration.plan import make_plan
-from pcn_deploy.models.deploy import to_deploy
-from pcn_deploy.sources import synthetic_images
+from pcn_deploy.calibration.plan.facts import inspect_layers
+from pcn_deploy.calibration.plan.rules import make_plan
+from pcn_deploy.network.deploy import to_deploy
+from pcn_deploy.verbs.steps.sources import synthetic_images
 
 LIMITS = {"max": 1.2, "entropy": 1.5}
 IMAGES = 32

@@ -20,12 +20,12 @@ import onnxruntime
 import torch
 from measure import interleaved, medians
 
-from pcn_deploy.bundle import Bundle
+from pcn_deploy.artefact.bundle import Bundle
+from pcn_deploy.artefact.engine import Engine
 from pcn_deploy.engines.base import Array, Session
-from pcn_deploy.judgement import verify_golden
-from pcn_deploy.limits import ParityBudget
-from pcn_deploy.runtime import Engine
+from pcn_deploy.proof.judgement import verify_golden
 from pcn_deploy.specs import EngineSpec
+from pcn_deploy.tasks.limits import ParityBudget
 
 WARMUP = 20
 

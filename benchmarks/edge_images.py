@@ -18,10 +18,10 @@ from trained import Task, tasks
 
 import pcn_deploy
 from pcn_deploy import BatchRange, CompileOptions
+from pcn_deploy.artefact.golden import edge_images
 from pcn_deploy.engines.registry import get_backend
-from pcn_deploy.golden import edge_images
-from pcn_deploy.parity import ParityMeter
 from pcn_deploy.specs import EngineSpec
+from pcn_deploy.tasks.parity import ParityMeter
 
 KINDS = (("fp32", ""), ("fp16", ""), ("int8", "max"), ("int8", "entropy"))
 Logits = npt.NDArray[np.float32]

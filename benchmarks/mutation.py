@@ -34,9 +34,9 @@ from trained import Task
 
 import pcn_deploy
 from pcn_deploy import Bundle, CompileOptions, ImageSource
-from pcn_deploy.parity import ParityBudget
-from pcn_deploy.proof import prove
+from pcn_deploy.proof.executions import prove
 from pcn_deploy.specs import BatchRange
+from pcn_deploy.tasks.parity import ParityBudget
 
 NETWORKS = [f"shapes, {kind}" for kind in KINDS]
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -95,7 +95,7 @@ def edge_images(images: Images) -> tuple[Images, list[str]]:
 class Judge:
     """Says whether a graph's answers leave the budget where those of the unchanged graph keep it.
 
-    Only float64 arithmetic on logits: nothing of `pcn_deploy.parity` is used.
+    Only float64 arithmetic on logits: nothing of `pcn_deploy.tasks.parity` is used.
     """
 
     def __init__(self, task: Task, images: Images, names: list[str], original: bytes, budget: ParityBudget) -> None:

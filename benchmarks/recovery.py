@@ -19,13 +19,13 @@ from torch import nn
 from trained import Task, tasks
 
 from pcn_deploy import CompileOptions, ImageSource
-from pcn_deploy.calibration.bound import PairedCounts
 from pcn_deploy.calibration.quantized import apply_scales
 from pcn_deploy.calibration.recovery import AFTER, BEFORE, RECOVERIES
 from pcn_deploy.cli import display
-from pcn_deploy.parity import ParityMeter
-from pcn_deploy.preparation import in_evaluation_mode, prepare
 from pcn_deploy.progress import silent
+from pcn_deploy.tasks.bound import PairedCounts
+from pcn_deploy.tasks.parity import ParityMeter
+from pcn_deploy.verbs.steps.preparation import in_evaluation_mode, prepare
 
 CHOICES = ((), *((name,) for name in RECOVERIES), BEFORE, AFTER, RECOVERIES)
 COLUMNS = ["recovery", "layers changed", "SQNR dB", "top-1 %", "lost", "gained", "drop", "95 % bound", "s"]

@@ -24,15 +24,15 @@ import torch
 from trained import Task, tasks
 
 from pcn_deploy import CompileOptions, ImageSource
-from pcn_deploy.calibration.bound import PairedCounts
 from pcn_deploy.calibration.calibrators import AUTO, CALIBRATORS
-from pcn_deploy.calibration.plan import RESIDUAL_ADD
+from pcn_deploy.calibration.plan.rules import RESIDUAL_ADD
 from pcn_deploy.calibration.recovery import RECOVERIES
 from pcn_deploy.graph.export import serialise, to_onnx
-from pcn_deploy.parity import ParityMeter
-from pcn_deploy.preparation import Prepared, prepare
 from pcn_deploy.progress import silent
 from pcn_deploy.specs import BatchRange
+from pcn_deploy.tasks.bound import PairedCounts
+from pcn_deploy.tasks.parity import ParityMeter
+from pcn_deploy.verbs.steps.preparation import Prepared, prepare
 
 HERE = Path(__file__).parent
 BATCH = BatchRange(min=1, opt=8, max=64)

@@ -20,16 +20,16 @@ from measure import Row, print_rows, verdict
 from trained import Task, tasks
 
 from pcn_deploy import CompileOptions, ImageSource
-from pcn_deploy.budget import RANKING_IMAGES, Judges
-from pcn_deploy.calibration.bound import PairedCounts, images_needed
-from pcn_deploy.calibration.evaluation import Answers
-from pcn_deploy.calibration.ledger import Ledger
 from pcn_deploy.calibration.quantized import apply_scales
-from pcn_deploy.calibration.search import Search
-from pcn_deploy.calibration.sensitivity import measure_sensitivity, rank
-from pcn_deploy.calibration.simulate import Simulation
-from pcn_deploy.preparation import Prepared, prepare
+from pcn_deploy.calibration.search.evaluation import Answers
+from pcn_deploy.calibration.search.ledger import Ledger
+from pcn_deploy.calibration.search.search import Search
+from pcn_deploy.calibration.search.sensitivity import measure_sensitivity, rank
+from pcn_deploy.calibration.search.simulate import Simulation
 from pcn_deploy.progress import silent
+from pcn_deploy.proof.budget import RANKING_IMAGES, Judges
+from pcn_deploy.tasks.bound import PairedCounts, images_needed
+from pcn_deploy.verbs.steps.preparation import Prepared, prepare
 
 BUDGETS = (0.4, 0.8, 1.5)
 COST_LIMIT = 3

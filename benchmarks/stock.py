@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 import pcn_deploy
-from pcn_deploy.distance import least_sqnr_db
 from pcn_deploy.engines.base import GraphSource
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.engines.stock import open_stock
 from pcn_deploy.errors import StockSessionError
 from pcn_deploy.models.registry import create_model, find_model
 from pcn_deploy.specs import EngineSpec
+from pcn_deploy.tasks.distance import least_sqnr_db
 
 CASES = (("int8", "fp16"), ("int8", "fp32"), ("fp8", "fp16"), ("fp8", "fp32"))
 
@@ -55,7 +55,7 @@ def cells(name: str, precision: str, remainder: str, *, portable: bool) -> list[
     )
     images = np.random.default_rng(0).standard_normal((8, *shape), dtype=np.float32)
     with ExitStack() as stack:
-        stack.enter_context(mock.patch("pcn_deploy.proof.EXECUTIONS", ()))  # asked below
+        stack.enter_context(mock.patch("pcn_deploy.proof.executions.EXECUTIONS", ()))  # asked below
         if not portable:
             stack.enter_context(mock.patch("pcn_deploy.graph.portable.make_portable", lambda _graph: None))
         bundle = pcn_deploy.compile(network(name), options, calibration=[images]).bundle

@@ -28,9 +28,9 @@ CALIBRATION_IMAGES, UNSEEN_IMAGES = 32, 16
 def ours(network: nn.Module, resolution: int) -> None:
     """Build in both precisions; a refusal, or a failure that is none, is a result too."""
     import pcn_deploy
-    from pcn_deploy.calibration.transform import Transform
+    from pcn_deploy.artefact.engine import Engine
+    from pcn_deploy.data.transform import Transform
     from pcn_deploy.errors import PcnDeployError
-    from pcn_deploy.runtime import Engine
 
     calibration = photographs(CALIBRATION_IMAGES, resolution, part="calibration")
     unseen = photographs(UNSEEN_IMAGES, resolution, part="unseen")

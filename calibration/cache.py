@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pcn_deploy.bundle import Bundle
-from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.calibration.record import Calibration, from_json
+from pcn_deploy.data.images import ImageSource
 from pcn_deploy.errors import DataError, OutputError
 
 _MAX_BYTES = 2**30

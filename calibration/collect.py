@@ -14,14 +14,14 @@ from torch import nn
 
 from pcn_deploy.calibration.cache import check_images, digest_weights, open_cache, read_cache, write_cache
 from pcn_deploy.calibration.calibrators import PERCENTILE, get_calibrator
-from pcn_deploy.calibration.distributed import Processes, current, shared_batches
-from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.observers import AmaxObserver, HistogramObserver
 from pcn_deploy.calibration.record import Calibration, find_ranges
 from pcn_deploy.calibration.statistics import Statistics
+from pcn_deploy.data.images import ImageSource
+from pcn_deploy.data.processes import Processes, current, shared_batches
 from pcn_deploy.errors import DataError
-from pcn_deploy.models.hooks import hooked
 from pcn_deploy.models.layers import ResidualAdd
+from pcn_deploy.network.hooks import hooked
 from pcn_deploy.progress import Progress, silent
 
 Images = npt.NDArray[np.float32]

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from pcn_deploy.calibration.calibrators import WEIGHT_CALIBRATORS, check_weight_calibrator
-from pcn_deploy.calibration.plan import CODES, PrecisionPlan
+from pcn_deploy.calibration.plan.rules import CODES, PrecisionPlan
 from pcn_deploy.calibration.scales import input_scale, stored_scales
 from pcn_deploy.calibration.weights import QMAX, weight_scales
 from pcn_deploy.errors import DataError
 from pcn_deploy.models.layers import ResidualAdd
-from pcn_deploy.models.sharing import share_weights
+from pcn_deploy.network.sharing import share_weights
 
 QUANTIZABLE = (nn.Conv2d, nn.Linear, ResidualAdd)
 NOT_ROUNDED = ""

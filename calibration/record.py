@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from pcn_deploy.calibration.calibrators import get_calibrator
 from pcn_deploy.calibration.statistics import BINS, Statistics, bin_width
-from pcn_deploy.calibration.transform import Transform
+from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import DataError, OptionError
 
 FORMAT = "pcn-deploy calibration 1"

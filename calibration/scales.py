@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.calibration.plan import CODES, PrecisionPlan
+from pcn_deploy.calibration.plan.rules import CODES, PrecisionPlan
 from pcn_deploy.errors import DataError
 
 Floats = npt.NDArray[np.float32]

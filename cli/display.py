@@ -31,9 +31,9 @@ from pcn_deploy.progress import silent
 from pcn_deploy.specs import ATTENTION_MAP
 
 if TYPE_CHECKING:
-    from pcn_deploy.budget import BudgetProof
-    from pcn_deploy.calibration.search import SearchResult
-    from pcn_deploy.parity import ParityReport
+    from pcn_deploy.calibration.search.search import SearchResult
+    from pcn_deploy.proof.budget import BudgetProof
+    from pcn_deploy.tasks.parity import ParityReport
 
 
 SECONDS_BETWEEN_LINES = 10.0

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from pcn_deploy import __version__
-from pcn_deploy.calibration.distributed import is_first
+from pcn_deploy.data.processes import is_first
 from pcn_deploy.errors import (
     BuildError,
     BundleError,

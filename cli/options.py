@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 
 import click
 
+from pcn_deploy.artefact.provenance import ModelSource
 from pcn_deploy.calibration.calibrators import AUTO, CALIBRATORS, PERCENTILE, WEIGHT_CALIBRATORS
-from pcn_deploy.calibration.images import MAX_UNREADABLE_SHARE
-from pcn_deploy.calibration.pixels import ALPHAS, CHANNEL_ORDERS, EXIFS
 from pcn_deploy.calibration.recovery import RECOVERIES
-from pcn_deploy.calibration.transform import CROP_MODES, IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Transform
+from pcn_deploy.data.images import MAX_UNREADABLE_SHARE
+from pcn_deploy.data.pixels import ALPHAS, CHANNEL_ORDERS, EXIFS
+from pcn_deploy.data.transform import CROP_MODES, IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Transform
 from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.errors import OptionError
 from pcn_deploy.models.registry import check_weights_choice, find_model
-from pcn_deploy.provenance import ModelSource
 from pcn_deploy.specs import BatchRange
 
 ALL_RECOVERIES = "all"

@@ -115,7 +115,7 @@ def _session_of(data: bytes, *, optimise: bool = True) -> Any:
         return _session(data, optimise=optimise)
     except Exception as refusal:
         try:
-            from pcn_deploy.graph.rounded import holds_bf16, round_to_types
+            from pcn_deploy.engines.rounded import holds_bf16, round_to_types
         except ModuleNotFoundError as error:
             if "bfloat16" not in str(refusal) and "NOT_IMPLEMENTED" not in str(refusal):
                 raise refusal from None

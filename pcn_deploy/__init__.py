@@ -10,38 +10,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pcn_deploy.bundle import Bundle as Bundle
-    from pcn_deploy.calibration.images import ImageSource as ImageSource
-    from pcn_deploy.calibration.transform import Transform as Transform
-    from pcn_deploy.compiler import CompileResult as CompileResult
-    from pcn_deploy.compiler import compile as compile  # noqa: A004 - the verb's public name
+    from pcn_deploy.artefact.bundle import Bundle as Bundle
+    from pcn_deploy.artefact.engine import Engine as Engine
+    from pcn_deploy.artefact.engine import load as load
+    from pcn_deploy.data.images import ImageSource as ImageSource
+    from pcn_deploy.data.transform import Transform as Transform
     from pcn_deploy.errors import PcnDeployError as PcnDeployError
-    from pcn_deploy.limits import ParityBudget as ParityBudget
     from pcn_deploy.models.registry import create_model as create_model
     from pcn_deploy.models.registry import list_models as list_models
-    from pcn_deploy.options import CompileOptions as CompileOptions
-    from pcn_deploy.parity import ParityReport as ParityReport
-    from pcn_deploy.runtime import Engine as Engine
-    from pcn_deploy.runtime import load as load
     from pcn_deploy.specs import BatchRange as BatchRange
-    from pcn_deploy.verification import verify as verify
+    from pcn_deploy.tasks.limits import ParityBudget as ParityBudget
+    from pcn_deploy.tasks.parity import ParityReport as ParityReport
+    from pcn_deploy.verbs.build import CompileResult as CompileResult
+    from pcn_deploy.verbs.build import compile as compile  # noqa: A004 - the verb's public name
+    from pcn_deploy.verbs.options import CompileOptions as CompileOptions
+    from pcn_deploy.verbs.verify import verify as verify
 
 _HOMES = {
     "BatchRange": "specs",
-    "Bundle": "bundle",
-    "CompileOptions": "options",
-    "CompileResult": "compiler",
-    "Engine": "runtime",
-    "ImageSource": "calibration.images",
-    "ParityBudget": "limits",
-    "ParityReport": "parity",
+    "Bundle": "artefact.bundle",
+    "CompileOptions": "verbs.options",
+    "CompileResult": "verbs.build",
+    "Engine": "artefact.engine",
+    "ImageSource": "data.images",
+    "ParityBudget": "tasks.limits",
+    "ParityReport": "tasks.parity",
     "PcnDeployError": "errors",
-    "Transform": "calibration.transform",
-    "compile": "compiler",
+    "Transform": "data.transform",
+    "compile": "verbs.build",
     "create_model": "models.registry",
     "list_models": "models.registry",
-    "load": "runtime",
-    "verify": "verification",
+    "load": "artefact.engine",
+    "verify": "verbs.verify",
 }
 
 __all__ = sorted(_HOMES)

@@ -11,9 +11,9 @@ from pcn_deploy import CompileOptions, ImageSource, Transform
 from pcn_deploy.calibration.quantized import apply_scales
 from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d
 from pcn_deploy.models.augmentation import Augmentation
-from pcn_deploy.parity import ParityMeter
-from pcn_deploy.preparation import Prepared, prepare
 from pcn_deploy.progress import silent
+from pcn_deploy.tasks.parity import ParityMeter
+from pcn_deploy.verbs.steps.preparation import Prepared, prepare
 
 SHAPE = (3, 12, 12)
 TRANSFORM = Transform(resolution=SHAPE[1:])

@@ -11,8 +11,8 @@ from small_builds import images, network, options
 import pcn_deploy
 from pcn_deploy import CompileResult
 from pcn_deploy.calibration.record import Calibration
-from pcn_deploy.limits import ParityBudget
-from pcn_deploy.options import CompileOptions
+from pcn_deploy.tasks.limits import ParityBudget
+from pcn_deploy.verbs.options import CompileOptions
 
 torch = pytest.importorskip("torch")
 
@@ -77,7 +77,8 @@ def test_a_build_that_passes_tries_nothing() -> None:
 
 def test_a_remainder_that_is_too_coarse_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph in FP16 answers otherwise than its simulation: a fake of the engine."""
-    from pcn_deploy import judgement, proof
+    from pcn_deploy.proof import executions as proof
+    from pcn_deploy.proof import judgement
 
     def spoiled(engine: Any, *rest: Any) -> Any:
         real = engine.outputs

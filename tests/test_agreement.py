@@ -13,17 +13,17 @@ from small_builds import images, network, options
 from torch import Tensor, nn
 
 import pcn_deploy
-from pcn_deploy.agreement import SHARPEST_DB, Forms, check_agreement, executing
-from pcn_deploy.calibration.plan import PrecisionPlan
+from pcn_deploy.artefact.golden import GoldenSet
+from pcn_deploy.calibration.plan.rules import PrecisionPlan
 from pcn_deploy.errors import ExecutionError, ModelError
-from pcn_deploy.golden import GoldenSet
 from pcn_deploy.graph.export import serialise, to_onnx
 from pcn_deploy.graph.torchscript import to_torchscript
-from pcn_deploy.models.deploy import to_deploy
-from pcn_deploy.preparation import in_evaluation_mode, prepare
+from pcn_deploy.network.deploy import to_deploy
 from pcn_deploy.progress import silent
-from pcn_deploy.sources import open_sources
+from pcn_deploy.proof.agreement import SHARPEST_DB, Forms, check_agreement, executing
 from pcn_deploy.specs import EngineSpec
+from pcn_deploy.verbs.steps.preparation import in_evaluation_mode, prepare
+from pcn_deploy.verbs.steps.sources import open_sources
 
 OPTIONS = options(precision="int8", targets=("cpu", "torchscript"))
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pcn_deploy.bench import Latency, bench
-from pcn_deploy.bundle import Bundle
+from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.errors import OptionError
 from pcn_deploy.specs import BatchRange, EngineSpec, TensorSpec
+from pcn_deploy.verbs.bench import Latency, bench
 
 SPEC = EngineSpec(
     inputs=(TensorSpec(name="images", dtype="float32", shape=("batch", 3, 4, 4)),),
@@ -64,7 +64,7 @@ def test_percentiles_are_those_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> 
     """Runs of 1, 2, ... 100 ms by a clock of ours."""
     durations = np.arange(1, 101) / 1000
     ticks = iter(np.stack([np.cumsum(durations) - durations, np.cumsum(durations)], 1).ravel().tolist())
-    monkeypatch.setattr("pcn_deploy.bench.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("pcn_deploy.verbs.bench.time.perf_counter", lambda: next(ticks))
     found = measure(FakeEngine(), batch=2, seconds=5.05, warmup=0)
     assert found.runs == 100
     expected = np.percentile(durations * 1000, [50, 90, 99])

@@ -15,16 +15,16 @@ from small_builds import images, network, options
 
 import pcn_deploy
 from pcn_deploy import CompileResult
-from pcn_deploy.budget import Judges, check_count, prove_budget, run_digests
 from pcn_deploy.calibration.collect import recalibrate
-from pcn_deploy.calibration.evaluation import Answers
-from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.record import Calibration
+from pcn_deploy.calibration.search.evaluation import Answers
 from pcn_deploy.calibration.statistics import Statistics
+from pcn_deploy.data.images import ImageSource
 from pcn_deploy.errors import DataError, OptionError, ParityError
-from pcn_deploy.preparation import in_evaluation_mode, prepare
 from pcn_deploy.progress import silent
-from pcn_deploy.sources import open_sources
+from pcn_deploy.proof.budget import Judges, check_count, prove_budget, run_digests
+from pcn_deploy.verbs.steps.preparation import in_evaluation_mode, prepare
+from pcn_deploy.verbs.steps.sources import open_sources
 
 torch = pytest.importorskip("torch")
 
@@ -164,7 +164,7 @@ def test_an_engine_that_breaks_the_budget_fails(monkeypatch: pytest.MonkeyPatch)
         engine.predict = lambda images: real(images) * np.where(np.arange(len(images)) % 4, 1, -1)[:, None]
         return prove_budget(engine, *given)
 
-    monkeypatch.setattr("pcn_deploy.compiler.prove_budget", spoiled)
+    monkeypatch.setattr("pcn_deploy.verbs.build.prove_budget", spoiled)
     result = build(6.0, evaluation=[images(160)])
     assert [bool(report) for report in result.reports] == [True]
     assert [bool(proof) for proof in result.proofs] == [False]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pcn_deploy.bundle import SCHEMA, Bundle
+from pcn_deploy.artefact.bundle import SCHEMA, Bundle
 from pcn_deploy.errors import BundleError, OutputError
 
 MEMBERS = {"golden.bin": bytes(range(256)) * 4, "plan.json": b'{"layers": [1, 2]}', "engines/cpu.engine": b"engine"}

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pcn_deploy import bundle as module
-from pcn_deploy.bundle import SCHEMA, Bundle
+from pcn_deploy.artefact import bundle as module
+from pcn_deploy.artefact.bundle import SCHEMA, Bundle
 from pcn_deploy.errors import BundleError
 
 GOLDEN = bytes(range(256)) * 4

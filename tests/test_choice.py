@@ -12,10 +12,10 @@ from small_builds import images, needs_rtx, network, options
 
 import pcn_deploy
 from pcn_deploy import CompileOptions, CompileResult
-from pcn_deploy import choice as choice_module
-from pcn_deploy.choice import compile_fastest, decide
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import OptionError
+from pcn_deploy.verbs.steps import fastest as choice_module
+from pcn_deploy.verbs.steps.fastest import compile_fastest, decide
 
 torch = pytest.importorskip("torch")
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pcn_deploy.calibration.transform import Transform
-from pcn_deploy.classify import Prediction, classify
+from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import DataError, DependencyError
+from pcn_deploy.verbs.run import Prediction, classify
 
 
 @dataclass

@@ -15,14 +15,14 @@ from small_builds import images, needs_rtx, network, options
 
 import pcn_deploy
 from pcn_deploy import CompileResult, Engine, ImageSource
-from pcn_deploy.distance import least_sqnr_db
+from pcn_deploy.artefact.golden import GoldenSet
 from pcn_deploy.engines.base import Backend, EngineArtifact, GraphSource
 from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend
 from pcn_deploy.errors import CheckpointError, DataError, DependencyError, ModelError
-from pcn_deploy.golden import GoldenSet
-from pcn_deploy.limits import BUDGETS
 from pcn_deploy.progress import Progress
-from pcn_deploy.sources import synthetic_images
+from pcn_deploy.tasks.distance import least_sqnr_db
+from pcn_deploy.tasks.limits import BUDGETS
+from pcn_deploy.verbs.steps.sources import synthetic_images
 
 torch = pytest.importorskip("torch")
 nn = torch.nn

@@ -9,19 +9,20 @@ import pytest
 from small_builds import RTX_IS_HERE, images, needs_rtx, network, options
 
 import pcn_deploy
-from pcn_deploy import Bundle, CompileResult, Transform, compiler
-from pcn_deploy.agreement import Forms, check_agreement
-from pcn_deploy.engine_builds import engine_builds
+from pcn_deploy import Bundle, CompileResult, Transform
+from pcn_deploy.artefact.golden import GoldenSet
 from pcn_deploy.engines.base import GraphSource
 from pcn_deploy.engines.onnxruntime import _OnnxRuntimeSession
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import ModelError
-from pcn_deploy.golden import GoldenSet
-from pcn_deploy.limits import BUDGETS
-from pcn_deploy.models.attention_map import output_attention_map
-from pcn_deploy.models.deploy import to_deploy
+from pcn_deploy.network.attention_map import output_attention_map
+from pcn_deploy.network.deploy import to_deploy
 from pcn_deploy.progress import silent
+from pcn_deploy.proof.agreement import Forms, check_agreement
 from pcn_deploy.specs import EngineSpec
+from pcn_deploy.tasks.limits import BUDGETS
+from pcn_deploy.verbs import build as compiler
+from pcn_deploy.verbs.steps.engine_builds import engine_builds
 
 torch = pytest.importorskip("torch")
 nn = torch.nn

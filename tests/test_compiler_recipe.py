@@ -10,7 +10,7 @@ from small_builds import images, network, options
 
 import pcn_deploy
 from pcn_deploy import CompileResult
-from pcn_deploy.calibration.recipe import Recipe, parse_recipe, write_recipe
+from pcn_deploy.calibration.plan.recipe import Recipe, parse_recipe, write_recipe
 from pcn_deploy.errors import DataError, ModelError, OptionError
 
 torch = pytest.importorskip("torch")

@@ -17,13 +17,14 @@ from small_builds import images, options
 from torch import nn
 
 import pcn_deploy
-from pcn_deploy import Bundle, proof
+from pcn_deploy import Bundle
+from pcn_deploy.artefact.golden import GoldenSet
 from pcn_deploy.cli.display import parity_rows
-from pcn_deploy.extension import add_engine
-from pcn_deploy.golden import GoldenSet
-from pcn_deploy.noise_floor import CONSTANT, SAME
-from pcn_deploy.parity import report_from_json
-from pcn_deploy.proof import prove
+from pcn_deploy.proof import executions as proof
+from pcn_deploy.proof.executions import prove
+from pcn_deploy.tasks.noise_floor import CONSTANT, SAME
+from pcn_deploy.tasks.parity import report_from_json
+from pcn_deploy.verbs.engine import add_engine
 
 
 class Small(nn.Module):
@@ -183,7 +184,7 @@ def test_what_cannot_be_executed_for_want_of_a_library_is_noted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = pcn_deploy.compile(Small((0.1, 0.2)).eval(), options(precision="fp16")).bundle.save(tmp_path / "a.pcn")
-    monkeypatch.setitem(sys.modules, "pcn_deploy.graph.rounded", None)
+    monkeypatch.setitem(sys.modules, "pcn_deploy.engines.rounded", None)
     report = add_engine(path, "cpu")
     assert report
     (note,) = [note for note in report.notes if "not executed as" in note]

@@ -4,9 +4,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
-from pcn_deploy import doctor
-from pcn_deploy.doctor import PACKAGES, diagnose
 from pcn_deploy.engines.registry import TARGETS
+from pcn_deploy.verbs import doctor
+from pcn_deploy.verbs.doctor import PACKAGES, diagnose
 
 
 def test_it_reports_what_is_installed() -> None:

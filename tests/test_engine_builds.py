@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from pcn_deploy.bundle import Bundle
-from pcn_deploy.engine_builds import engine_builds
+from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.engines.base import Availability, Backend, EngineArtifact, GraphSource, Session
 from pcn_deploy.errors import BuildError
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.specs import BatchRange, EngineSpec
+from pcn_deploy.verbs.steps.engine_builds import engine_builds
 
 GRAPHS = GraphSource(
     onnx=b"graph", torchscript=b"", spec=EngineSpec(inputs=(), outputs=(), batch=BatchRange(min=1, opt=1, max=1))

@@ -17,7 +17,7 @@ from pcn_deploy.engines.base import EngineArtifact
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.engines.torchscript import TorchScriptBackend
 from pcn_deploy.errors import BuildError, BundleError, OptionError, OutputError
-from pcn_deploy.extension import add_engine
+from pcn_deploy.verbs.engine import add_engine
 
 pytest.importorskip("torch")
 

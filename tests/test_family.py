@@ -22,8 +22,8 @@ import pcn_deploy
 from pcn_deploy.graph.export import serialise, to_onnx
 from pcn_deploy.graph.torchscript import to_torchscript
 from pcn_deploy.models import mnasnet
-from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.registry import create_model, find_model, list_models
+from pcn_deploy.network.deploy import to_deploy
 from pcn_deploy.specs import BatchRange
 
 PRECISIONS = ("fp32", "fp16", "int8")

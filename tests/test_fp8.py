@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import pcn_deploy
 from pcn_deploy import CompileResult, Engine
-from pcn_deploy.calibration.plan import LayerFacts, make_plan
+from pcn_deploy.calibration.plan.recipe import parse_recipe, write_recipe
+from pcn_deploy.calibration.plan.rules import LayerFacts, make_plan
 from pcn_deploy.calibration.quantized import fake_quantize, quantize_weight, round_to_e4m3
-from pcn_deploy.calibration.recipe import parse_recipe, write_recipe
 from pcn_deploy.engines.tensorrt.backend import TensorRTRTXBackend
 from pcn_deploy.errors import OptionError
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pcn_deploy.calibration.transform import Transform
+from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import OptionError, OutputError
-from pcn_deploy.heatmap import SHORT_SIDE, choose_map, overlay, picture_paths, save
+from pcn_deploy.show.heatmap import SHORT_SIDE, choose_map, overlay, picture_paths, save
 
 TRANSFORM = Transform(resolution=(32, 48), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 GREY = Transform(resolution=(32, 48), mean=(0.5,), std=(0.25,))

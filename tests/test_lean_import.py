@@ -65,7 +65,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "module", ["pcn_deploy", "pcn_deploy.cli.main", "pcn_deploy.runtime", "pcn_deploy.engines.tensorrt.backend"]
+    "module", ["pcn_deploy", "pcn_deploy.cli.main", "pcn_deploy.artefact.engine", "pcn_deploy.engines.tensorrt.backend"]
 )
 def test_an_import_brings_nothing_heavy(module: str) -> None:
     code = f"import {module}, json; print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"

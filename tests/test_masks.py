@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import pcn_deploy
 from pcn_deploy import Bundle
-from pcn_deploy.metrics import live_classes
-from pcn_deploy.parity import ParityMeter
-from pcn_deploy.proof import prove
+from pcn_deploy.proof.executions import prove
+from pcn_deploy.tasks.metrics import live_classes
+from pcn_deploy.tasks.parity import ParityMeter
 
 
 class Masked(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pcn_deploy.errors import OptionError
-from pcn_deploy.options import CompileOptions
+from pcn_deploy.verbs.options import CompileOptions
 
 
 @pytest.mark.parametrize(

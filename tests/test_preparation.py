@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import pcn_deploy
 from pcn_deploy import CompileOptions
-from pcn_deploy.calibration.transform import Transform, drawn_images
+from pcn_deploy.data.transform import Transform, drawn_images
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.exported import export_program
-from pcn_deploy.preparation import prepare
 from pcn_deploy.progress import silent
-from pcn_deploy.sources import open_source
+from pcn_deploy.verbs.steps.preparation import prepare
+from pcn_deploy.verbs.steps.sources import open_source
 
 TRANSFORM = Transform(resolution=(8, 8))
 OPTIONS = CompileOptions(precision="int8", transform=TRANSFORM)

@@ -13,13 +13,13 @@ from small_builds import images, network, options
 
 import pcn_deploy
 from pcn_deploy import Bundle, CompileResult, Transform
+from pcn_deploy.artefact.golden import GoldenSet, edge_images
 from pcn_deploy.engines.registry import get_backend
-from pcn_deploy.golden import GoldenSet, edge_images
-from pcn_deploy.parity import report_from_json
 from pcn_deploy.progress import silent
-from pcn_deploy.proof import Execution, prove
-from pcn_deploy.reference import golden_set
+from pcn_deploy.proof.executions import Execution, prove
+from pcn_deploy.proof.reference import golden_set
 from pcn_deploy.specs import EngineSpec
+from pcn_deploy.tasks.parity import report_from_json
 
 torch = pytest.importorskip("torch")
 
@@ -46,12 +46,12 @@ def test_every_execution_of_the_graph_must_pass(path: Path, monkeypatch: pytest.
         further("wrong", lambda logits: logits[:, ::-1]),
         further("not asked", lambda logits: logits[:, ::-1], applies=False),
     )
-    monkeypatch.setattr("pcn_deploy.proof.EXECUTIONS", given[:1])
+    monkeypatch.setattr("pcn_deploy.proof.executions.EXECUTIONS", given[:1])
     report = prove(Bundle.open(path), "cpu")
     assert report
     seen = report.executions["right"]
     assert {name: report.metrics[name] for name in seen} == pytest.approx(seen)
-    monkeypatch.setattr("pcn_deploy.proof.EXECUTIONS", given)
+    monkeypatch.setattr("pcn_deploy.proof.executions.EXECUTIONS", given)
     report = prove(Bundle.open(path), "cpu")
     assert not report
     assert report.executed_by == "cpu"
@@ -62,7 +62,7 @@ def test_every_execution_of_the_graph_must_pass(path: Path, monkeypatch: pytest.
 
 
 def test_the_scripted_module_is_not_the_graph(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pcn_deploy.proof.EXECUTIONS", (further("wrong", lambda logits: logits[:, ::-1]),))
+    monkeypatch.setattr("pcn_deploy.proof.executions.EXECUTIONS", (further("wrong", lambda logits: logits[:, ::-1]),))
     assert prove(Bundle.open(path), "torchscript")
 
 
@@ -176,7 +176,7 @@ def test_an_engine_that_is_not_finite_where_the_network_rounds_fails_by_name() -
     assert "white" in {name for name, one in zip(golden.names, golden.rounding, strict=True) if one}
     faulty = further("broken", lambda logits: np.where(np.abs(logits) < 1e-5, np.nan, logits))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pcn_deploy.proof.EXECUTIONS", (faulty,))
+        patch.setattr("pcn_deploy.proof.executions.EXECUTIONS", (faulty,))
         report = prove(result.bundle, "cpu")
     assert any("broken: edge images: NaN or infinite outputs for" in failure for failure in report.failures)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from pcn_deploy.artefact.provenance import ModelSource, file_sha256
 from pcn_deploy.errors import CheckpointError, DataError
-from pcn_deploy.provenance import ModelSource, file_sha256
 
 torch = pytest.importorskip("torch")
 

@@ -7,9 +7,9 @@ import pytest
 from small_builds import options
 from torch import Tensor, nn
 
-from pcn_deploy.golden import GoldenSet
+from pcn_deploy.artefact.golden import GoldenSet
 from pcn_deploy.progress import silent
-from pcn_deploy.reference import _rows_in_double, with_simulation
+from pcn_deploy.proof.reference import _rows_in_double, with_simulation
 from pcn_deploy.specs import BatchRange, EngineSpec, TensorSpec
 
 BATCHES = [BatchRange(max=1), BatchRange(), BatchRange(min=2, opt=2, max=3), BatchRange(min=5, opt=5, max=5)]

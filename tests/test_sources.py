@@ -10,8 +10,8 @@ import pytest
 from small_builds import images, network, options
 
 import pcn_deploy
-from pcn_deploy.analysis import analyze
 from pcn_deploy.errors import DataError
+from pcn_deploy.verbs.analyze import analyze
 
 torch = pytest.importorskip("torch")
 

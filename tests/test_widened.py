@@ -12,7 +12,7 @@ from small_builds import images, network, options
 
 import pcn_deploy
 from pcn_deploy import Bundle
-from pcn_deploy.proof import prove
+from pcn_deploy.proof.executions import prove
 
 pytest.importorskip("torch")
 

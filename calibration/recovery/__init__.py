@@ -16,8 +16,8 @@ from pcn_deploy.progress import Progress, silent
 if TYPE_CHECKING:
     from torch import nn
 
-    from pcn_deploy.calibration.images import ImageSource
     from pcn_deploy.calibration.quantized import Quantization
+    from pcn_deploy.data.images import ImageSource
 
 BEFORE = ("equalisation", "smoothquant")
 AFTER = ("weight-rounding", "bias-correction")
@@ -68,7 +68,7 @@ def apply_before(
     """
     from pcn_deploy.calibration.recovery.equalisation import equalise
     from pcn_deploy.calibration.recovery.smoothquant import smooth
-    from pcn_deploy.models.sharing import share_weights
+    from pcn_deploy.network.sharing import share_weights
 
     steps = {"equalisation": equalise, "smoothquant": smooth}
     counts: dict[str, int] = {}
@@ -107,7 +107,7 @@ def apply_after(
     """
     from pcn_deploy.calibration.recovery.bias_correction import correct_bias
     from pcn_deploy.calibration.recovery.weight_rounding import round_weights
-    from pcn_deploy.models.sharing import share_weights
+    from pcn_deploy.network.sharing import share_weights
 
     steps = {
         "weight-rounding": lambda network: round_weights(network, scales, source, progress),

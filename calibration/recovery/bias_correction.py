@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.quantized import QuantConv2d, Quantization, QuantLinear, apply_scales
-from pcn_deploy.models.hooks import hooked
+from pcn_deploy.data.images import ImageSource
+from pcn_deploy.network.hooks import hooked
 from pcn_deploy.progress import Progress, silent
 
 IMAGES = 512

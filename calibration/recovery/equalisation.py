@@ -15,8 +15,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.recovery.shift import Layers, balance, reader_range, shift_ranges
+from pcn_deploy.data.images import ImageSource
 from pcn_deploy.progress import Progress, silent
 
 

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pcn_deploy.graph.symbolic import trace
 from pcn_deploy.models.aggregation import TokenBlock
 from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d, RelativeSelfAttention2d
 from pcn_deploy.models.layers import LayerNorm2d
+from pcn_deploy.network.symbolic import trace
 
 log = logging.getLogger(__name__)
 

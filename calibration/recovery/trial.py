@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pcn_deploy.calibration.collect import BATCH
-from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.data.images import ImageSource
 from pcn_deploy.progress import Progress, silent
 
 EVERY = 4

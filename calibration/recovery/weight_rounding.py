@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcn_deploy.calibration.collect import BATCH
-from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.quantized import (
     QuantConv2d,
     Quantization,
@@ -29,7 +28,8 @@ from pcn_deploy.calibration.quantized import (
     quantize_weight,
 )
 from pcn_deploy.calibration.weights import QMAX
-from pcn_deploy.models.hooks import hooked
+from pcn_deploy.data.images import ImageSource
+from pcn_deploy.network.hooks import hooked
 from pcn_deploy.progress import Progress, silent
 
 IMAGES = 256

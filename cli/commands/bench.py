@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from pcn_deploy.bench import Latency, bench, stand_in
-from pcn_deploy.bundle import Bundle
+from pcn_deploy.artefact.bundle import Bundle
+from pcn_deploy.artefact.engine import Engine
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.engines.registry import TARGETS, get_backend
 from pcn_deploy.errors import DependencyError, ParityError
-from pcn_deploy.runtime import Engine
+from pcn_deploy.verbs.bench import Latency, bench, stand_in
 
 
 @click.command("bench")

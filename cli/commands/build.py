@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from pcn_deploy.bundle import check_output
-from pcn_deploy.calibration.distributed import Processes, join
-from pcn_deploy.calibration.plan import CODES, PRECISIONS, REMAINDERS
-from pcn_deploy.calibration.recipe import read_recipe
-from pcn_deploy.choice import compile_fastest
+from pcn_deploy.artefact.bundle import check_output
+from pcn_deploy.artefact.provenance import ModelSource
+from pcn_deploy.calibration.plan.recipe import read_recipe
+from pcn_deploy.calibration.plan.rules import CODES, PRECISIONS, REMAINDERS
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
-from pcn_deploy.compiler import CompileResult, compile  # noqa: A004 - our verb
+from pcn_deploy.data.processes import Processes, join
 from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.errors import ModelError, OptionError, ParityError
-from pcn_deploy.options import CompileOptions
-from pcn_deploy.preparation import take_part
-from pcn_deploy.provenance import ModelSource
-from pcn_deploy.sources import synthetic_source
 from pcn_deploy.specs import BatchRange
+from pcn_deploy.verbs.build import CompileResult, compile  # noqa: A004 - our verb
+from pcn_deploy.verbs.options import CompileOptions
+from pcn_deploy.verbs.steps.fastest import compile_fastest
+from pcn_deploy.verbs.steps.preparation import take_part
+from pcn_deploy.verbs.steps.sources import synthetic_source
 
 AUTO = "auto"
 

@@ -8,7 +8,7 @@ import click
 
 from pcn_deploy.cli import display
 from pcn_deploy.cli.options import json_option
-from pcn_deploy.doctor import PACKAGES, diagnose
+from pcn_deploy.verbs.doctor import PACKAGES, diagnose
 
 
 @click.command("doctor")

@@ -10,7 +10,7 @@ from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.errors import ParityError
-from pcn_deploy.extension import add_engine
+from pcn_deploy.verbs.engine import add_engine
 
 
 @click.command("engine")

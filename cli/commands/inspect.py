@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from pcn_deploy.calibration.plan import CODES
-from pcn_deploy.calibration.recipe import write_recipe
+from pcn_deploy.calibration.plan.recipe import write_recipe
+from pcn_deploy.calibration.plan.rules import CODES
 from pcn_deploy.cli import display, options
-from pcn_deploy.description import describe, plan_of
+from pcn_deploy.verbs.inspect import describe, plan_of
 
 _WEIGHTS = {
     "file": "the checkpoint",

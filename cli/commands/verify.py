@@ -8,16 +8,16 @@ from typing import Any
 
 import click
 
-from pcn_deploy.calibration.distributed import join
-from pcn_deploy.calibration.images import ImageSource
+from pcn_deploy.artefact.engine import load
+from pcn_deploy.artefact.provenance import make_again
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
+from pcn_deploy.data.images import ImageSource
+from pcn_deploy.data.processes import join
 from pcn_deploy.errors import ParityError
-from pcn_deploy.limits import ParityBudget, budget_for
-from pcn_deploy.parity import ParityReport
-from pcn_deploy.provenance import make_again
-from pcn_deploy.runtime import load
-from pcn_deploy.verification import verify
+from pcn_deploy.tasks.limits import ParityBudget, budget_for
+from pcn_deploy.tasks.parity import ParityReport
+from pcn_deploy.verbs.verify import verify
 
 
 @click.command("verify")

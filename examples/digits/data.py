@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from pcn_deploy.calibration.transform import IMAGENET_MEAN, IMAGENET_STD, Transform
+from pcn_deploy.data.transform import IMAGENET_MEAN, IMAGENET_STD, Transform
 
 NUM_CLASSES = 10
 TEST_IMAGES = 360

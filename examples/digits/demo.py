@@ -14,11 +14,11 @@ import torch
 from data import TRANSFORM, write_images
 
 import pcn_deploy
-from pcn_deploy.bench import bench
+from pcn_deploy.artefact.provenance import ModelSource
 from pcn_deploy.cli import display
-from pcn_deploy.doctor import diagnose
 from pcn_deploy.engines.base import Availability
-from pcn_deploy.provenance import ModelSource
+from pcn_deploy.verbs.bench import bench
+from pcn_deploy.verbs.doctor import diagnose
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
 OUT = Path("out")

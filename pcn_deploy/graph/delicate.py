@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from pcn_deploy.calibration.half import LARGEST, SMALLEST_STEP, WORST_ERROR
+from pcn_deploy.calibration.plan.half import LARGEST, SMALLEST_STEP, WORST_ERROR
 
 MOVES = frozenset(
     {"Concat", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Tile"}

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from pcn_deploy.calibration.quantized import Quantization
 from pcn_deploy.errors import ModelError
-from pcn_deploy.graph.diagnosis import export_error, obstacle, running_error
 from pcn_deploy.graph.exported import example_shape, export_program
 from pcn_deploy.graph.optimise import fold_shapes, simplify_exactly
-from pcn_deploy.graph.places import place_of_module
-from pcn_deploy.graph.preconditions import HEADLINE
 from pcn_deploy.graph.qdq import insert_qdq
 from pcn_deploy.graph.repeat import SCOPES, Run, find_runs, keep_first, unroll
 from pcn_deploy.graph.stable import translations
+from pcn_deploy.network.diagnosis.places import place_of_module
+from pcn_deploy.network.diagnosis.report import export_error, obstacle, running_error
+from pcn_deploy.network.preconditions import HEADLINE
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.specs import BATCH_AXIS, LOGITS, BatchRange, EngineSpec, TensorSpec
 

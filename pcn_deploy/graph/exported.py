@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.overrides import TorchFunctionMode
 
-from pcn_deploy.graph.attributes import attributes_kept
+from pcn_deploy.network.attributes import attributes_kept
 from pcn_deploy.specs import BATCH_AXIS, BatchRange
 
 _CHECKS = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"}

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from torch import nn
 
-from pcn_deploy.calibration.plan import PlanEntry, PrecisionPlan
+from pcn_deploy.calibration.plan.rules import PlanEntry, PrecisionPlan
 from pcn_deploy.graph.delicate import find_delicate
 from pcn_deploy.graph.observed import beyond_range, observe_graph
 from pcn_deploy.graph.typed import node_places, takes_its_type

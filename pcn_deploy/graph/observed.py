@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 from onnx import helper
 
-from pcn_deploy.calibration.half import LARGEST, MARGIN, SMALLEST_STEP, WORST_ERROR
+from pcn_deploy.calibration.plan.half import LARGEST, MARGIN, SMALLEST_STEP, WORST_ERROR
 from pcn_deploy.graph.delicate import MOVES, follow
 from pcn_deploy.memory import large_blocks_returned
 

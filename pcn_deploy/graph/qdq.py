@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from pcn_deploy.calibration.plan import CODES
+from pcn_deploy.calibration.plan.rules import CODES
 from pcn_deploy.calibration.quantized import Quantization
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.repeat import SCOPES

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pcn_deploy.errors import ModelError
-from pcn_deploy.models.hooks import hooked
-from pcn_deploy.models.sharing import share_weights
+from pcn_deploy.network.hooks import hooked
+from pcn_deploy.network.sharing import share_weights
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pcn_deploy.distance import least_sqnr_db
-from pcn_deploy.graph.diagnosis import difference_error, export_error
 from pcn_deploy.graph.exported import as_module, example_shape, export_program
 from pcn_deploy.memory import output_error, temporary_path
+from pcn_deploy.network.diagnosis.report import difference_error, export_error
 from pcn_deploy.specs import BatchRange
+from pcn_deploy.tasks.distance import least_sqnr_db
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from pcn_deploy.calibration.plan import in_fp32
+from pcn_deploy.calibration.plan.rules import in_fp32
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.repeat import SCOPES
 from pcn_deploy.graph.schemas import Slots, slots

@@ -18,11 +18,11 @@ import pcn_deploy
 from pcn_deploy import ImageSource, Transform
 from pcn_deploy.calibration.calibrators import CALIBRATORS
 from pcn_deploy.calibration.collect import calibrate, recalibrate
-from pcn_deploy.calibration.distributed import current, join, shared_batches
+from pcn_deploy.data.processes import current, join, shared_batches
 from pcn_deploy.errors import PcnDeployError
-from pcn_deploy.models.deploy import to_deploy
-from pcn_deploy.parity import ParityMeter
-from pcn_deploy.verification import of_all_processes
+from pcn_deploy.network.deploy import to_deploy
+from pcn_deploy.tasks.parity import ParityMeter
+from pcn_deploy.verbs.verify import of_all_processes
 
 LAYERS = ["patch_embed.proj.2.0", "blocks.1.attn.qkv_pos.5", "head"]
 IMAGES = 45

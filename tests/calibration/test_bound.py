@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pcn_deploy.calibration.bound import PairedCounts, images_needed
+from pcn_deploy.tasks.bound import PairedCounts, images_needed
 
 
 def coverage(images: int, lost: float, gained: float) -> float:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from pcn_deploy.calibration.cache import digest_weights
 from pcn_deploy.calibration.calibrators import CALIBRATORS
 from pcn_deploy.calibration.collect import calibrate, recalibrate
-from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.record import Calibration, _digest, from_json, pack, unpack
-from pcn_deploy.calibration.transform import Transform
+from pcn_deploy.data.images import ImageSource
+from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import BundleError, DataError, OptionError, OutputError
 
 IMAGES = np.random.default_rng(0).standard_normal((40, 3, 8, 8)).astype(np.float32)

@@ -8,14 +8,14 @@ import torch
 from small_builds import images, network, options
 
 import pcn_deploy
-from pcn_deploy.calibration import choose
+from pcn_deploy.calibration import auto as choose
 from pcn_deploy.calibration.calibrators import CALIBRATORS
-from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.quantized import apply_scales
+from pcn_deploy.data.images import ImageSource
 from pcn_deploy.errors import OptionError
-from pcn_deploy.parity import ParityMeter
-from pcn_deploy.preparation import prepare
 from pcn_deploy.progress import silent
+from pcn_deploy.tasks.parity import ParityMeter
+from pcn_deploy.verbs.steps.preparation import prepare
 
 
 def loss(calibrator: str, percentile: float = 99.99) -> tuple[float, str]:

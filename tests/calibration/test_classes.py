@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pcn_deploy.calibration.classes import Classes, read_classes
-from pcn_deploy.calibration.images import ImageSource
-from pcn_deploy.calibration.transform import Transform
+from pcn_deploy.data.classes import Classes, read_classes
+from pcn_deploy.data.images import ImageSource
+from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import DataError
 
 TRANSFORM = Transform(resolution=(8, 8), crop_pct=1.0)

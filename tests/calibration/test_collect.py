@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from pcn_deploy.calibration import collect
 from pcn_deploy.calibration.collect import calibrate
-from pcn_deploy.calibration.facts import inspect_layers
-from pcn_deploy.calibration.images import ImageSource
-from pcn_deploy.calibration.plan import make_plan
+from pcn_deploy.calibration.plan.facts import inspect_layers
+from pcn_deploy.calibration.plan.rules import make_plan
 from pcn_deploy.calibration.record import Calibration
-from pcn_deploy.calibration.transform import Transform
+from pcn_deploy.data.images import ImageSource
+from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import DataError, ModelError, OptionError
 from pcn_deploy.models.augmentation import Augmentation
-from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.patchconvnet import PatchConvNet
 from pcn_deploy.models.resnet import ResNet
+from pcn_deploy.network.deploy import to_deploy
 
 MakeNet = Callable[..., PatchConvNet]
 IMAGES = np.random.default_rng(0).standard_normal((11, 3, 32, 48)).astype(np.float32)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pcn_deploy.calibration.distributed import Processes, current, is_first, join
+from pcn_deploy.data.processes import Processes, current, is_first, join
 from pcn_deploy.errors import ProcessError
 
 pytest.importorskip("torch")

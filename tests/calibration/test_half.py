@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pcn_deploy.calibration.facts import inspect_layers
-from pcn_deploy.calibration.half import keep_in_range
-from pcn_deploy.calibration.magnitudes import MAX_IMAGES, affordable_images, observe_magnitudes
-from pcn_deploy.calibration.plan import LayerFacts, PlanEntry, make_plan
-from pcn_deploy.models.deploy import to_deploy
+from pcn_deploy.calibration.plan.facts import inspect_layers
+from pcn_deploy.calibration.plan.half import keep_in_range
+from pcn_deploy.calibration.plan.magnitudes import MAX_IMAGES, affordable_images, observe_magnitudes
+from pcn_deploy.calibration.plan.rules import LayerFacts, PlanEntry, make_plan
 from pcn_deploy.models.layers import ResidualAdd
 from pcn_deploy.models.patchconvnet import PatchConvNet
+from pcn_deploy.network.deploy import to_deploy
 
 MakeNet = Callable[..., PatchConvNet]
 IMAGES = np.random.default_rng(0).standard_normal((2, 16, 8, 8)).astype(np.float32)

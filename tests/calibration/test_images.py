@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from pcn_deploy.calibration.images import ImageSource
-from pcn_deploy.calibration.transform import Transform
+from pcn_deploy.data.images import ImageSource
+from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import DataError
 
 TRANSFORM = Transform(resolution=(8, 8), crop_pct=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)

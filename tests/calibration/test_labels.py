@@ -10,10 +10,10 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from pcn_deploy.calibration.evaluation import Answers
-from pcn_deploy.calibration.images import ImageSource
-from pcn_deploy.calibration.labels import LabelCheck
-from pcn_deploy.calibration.transform import Transform
+from pcn_deploy.calibration.search.evaluation import Answers
+from pcn_deploy.data.images import ImageSource
+from pcn_deploy.data.labels import LabelCheck
+from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import DataError
 
 TRANSFORM = Transform(resolution=(2, 2), crop_pct=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)

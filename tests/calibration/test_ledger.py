@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pcn_deploy.calibration.ledger import Ledger
+from pcn_deploy.calibration.search.ledger import Ledger
 from pcn_deploy.errors import DataError, OutputError
 
 RUN = {"run": "abc", "layers": ["a", "b"]}

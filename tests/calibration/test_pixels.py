@@ -10,9 +10,9 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from pcn_deploy.calibration.image_files import read_image
-from pcn_deploy.calibration.images import ImageSource
-from pcn_deploy.calibration.transform import Transform
+from pcn_deploy.data.image_files import read_image
+from pcn_deploy.data.images import ImageSource
+from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import DataError
 
 RAMP = np.linspace(0, 1, 64).reshape(8, 8)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from pcn_deploy.calibration.facts import inspect_layers
-from pcn_deploy.calibration.plan import REMAINDERS, LayerFacts, PrecisionPlan, make_plan
+from pcn_deploy.calibration.plan.facts import inspect_layers
+from pcn_deploy.calibration.plan.rules import REMAINDERS, LayerFacts, PrecisionPlan, make_plan
 from pcn_deploy.errors import ModelError, OptionError
-from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.patchconvnet import PatchConvNet
+from pcn_deploy.network.deploy import to_deploy
 
 MakeNet = Callable[..., PatchConvNet]
 DENSE = {"kind": "Conv2d", "rows": 196, "in_channels": 64, "out_channels": 64}

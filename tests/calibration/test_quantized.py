@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pcn_deploy.calibration.facts import inspect_layers
-from pcn_deploy.calibration.plan import PlanEntry, PrecisionPlan, make_plan
+from pcn_deploy.calibration.plan.facts import inspect_layers
+from pcn_deploy.calibration.plan.rules import PlanEntry, PrecisionPlan, make_plan
 from pcn_deploy.calibration.quantized import (
     QuantConv2d,
     Quantization,
@@ -27,8 +27,8 @@ from pcn_deploy.calibration.quantized import (
 from pcn_deploy.calibration.scales import round_up_to_fp16
 from pcn_deploy.errors import DataError, OptionError
 from pcn_deploy.graph.torchscript import to_torchscript
-from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.patchconvnet import PatchConvNet
+from pcn_deploy.network.deploy import to_deploy
 
 MakeNet = Callable[..., PatchConvNet]
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pcn_deploy.calibration.plan import RESIDUAL_ADD, LayerFacts, PlanEntry, PrecisionPlan, make_plan
-from pcn_deploy.calibration.recipe import parse_recipe, read_recipe, write_recipe
+from pcn_deploy.calibration.plan.recipe import parse_recipe, read_recipe, write_recipe
+from pcn_deploy.calibration.plan.rules import RESIDUAL_ADD, LayerFacts, PlanEntry, PrecisionPlan, make_plan
 from pcn_deploy.errors import OptionError
 
 LAYERS = [

@@ -11,21 +11,21 @@ import pytest
 import torch
 from small_builds import images, network
 
-from pcn_deploy.calibration import search as search_module
-from pcn_deploy.calibration.bound import PairedCounts
 from pcn_deploy.calibration.collect import calibrate
-from pcn_deploy.calibration.evaluation import Answers
-from pcn_deploy.calibration.facts import inspect_layers
-from pcn_deploy.calibration.images import ImageSource
-from pcn_deploy.calibration.ledger import Ledger
-from pcn_deploy.calibration.plan import make_plan
+from pcn_deploy.calibration.plan.facts import inspect_layers
+from pcn_deploy.calibration.plan.rules import make_plan
 from pcn_deploy.calibration.quantized import apply_scales, plan_scales
-from pcn_deploy.calibration.search import Search, SearchResult
-from pcn_deploy.calibration.sensitivity import measure_sensitivity, rank
-from pcn_deploy.calibration.simulate import Simulation
-from pcn_deploy.calibration.transform import Transform
+from pcn_deploy.calibration.search import search as search_module
+from pcn_deploy.calibration.search.evaluation import Answers
+from pcn_deploy.calibration.search.ledger import Ledger
+from pcn_deploy.calibration.search.search import Search, SearchResult
+from pcn_deploy.calibration.search.sensitivity import measure_sensitivity, rank
+from pcn_deploy.calibration.search.simulate import Simulation
+from pcn_deploy.data.images import ImageSource
+from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import DataError
-from pcn_deploy.models.deploy import to_deploy
+from pcn_deploy.network.deploy import to_deploy
+from pcn_deploy.tasks.bound import PairedCounts
 
 TRANSFORM = Transform(resolution=(32, 32))
 

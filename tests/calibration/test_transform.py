@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from pcn_deploy.calibration.transform import IMAGENET_MEAN, IMAGENET_STD, Transform, drawn_images
+from pcn_deploy.data.transform import IMAGENET_MEAN, IMAGENET_STD, Transform, drawn_images
 from pcn_deploy.errors import OptionError
 
 

@@ -60,7 +60,7 @@ def test_json(files: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_a_killed_run_goes_on(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pcn_deploy.calibration.simulate import Simulation
+    from pcn_deploy.calibration.search.simulate import Simulation
 
     whole = tmp_path / "whole.json"
     assert invoke(*words(files, whole)).exit_code == 0

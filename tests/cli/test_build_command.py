@@ -344,7 +344,8 @@ def test_calibration_images_that_are_not_there(weights: Path, out: Path, tmp_pat
 
 
 def test_a_failed_parity_writes_nothing(weights: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pcn_deploy import judgement, proof
+    from pcn_deploy.proof import executions as proof
+    from pcn_deploy.proof import judgement
 
     def spoiled(engine: Any, *rest: Any) -> Any:
         real = engine.outputs

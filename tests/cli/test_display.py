@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pcn_deploy.cli import display
-from pcn_deploy.limits import budget_for
-from pcn_deploy.parity import ParityMeter, ParityReport
+from pcn_deploy.tasks.limits import budget_for
+from pcn_deploy.tasks.parity import ParityMeter, ParityReport
 
 
 def report(executed_by: str, scale: float, **given: Any) -> ParityReport:

@@ -8,11 +8,11 @@ from importlib.metadata import version
 import pytest
 from click.testing import CliRunner
 
-from pcn_deploy import doctor
 from pcn_deploy.cli.main import main
 from pcn_deploy.engines.base import Availability
 from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend
 from pcn_deploy.engines.registry import TARGETS
+from pcn_deploy.verbs import doctor
 
 
 def test_tables() -> None:

@@ -90,9 +90,9 @@ def test_failed_parity_leaves_the_bundle(path: Path, original: Path, monkeypatch
     def spoiled(engine: Any, *rest: Any) -> Any:
         real = engine.outputs
         engine.outputs = lambda images: {"logits": real(images)["logits"][:, ::-1]}
-        return pcn_deploy.judgement.verify_golden(engine, *rest)
+        return pcn_deploy.proof.judgement.verify_golden(engine, *rest)
 
-    monkeypatch.setattr("pcn_deploy.proof.verify_golden", spoiled)
+    monkeypatch.setattr("pcn_deploy.proof.executions.verify_golden", spoiled)
     result = invoke("engine", path, "--target", "torchscript", "--json")
     assert result.exit_code == 3
     assert json.loads(result.stdout)["passed"] is False

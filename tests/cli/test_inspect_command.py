@@ -11,7 +11,7 @@ import pytest
 from helpers import invoke, refused
 
 from pcn_deploy import Bundle
-from pcn_deploy.calibration.recipe import parse_recipe
+from pcn_deploy.calibration.plan.recipe import parse_recipe
 
 pytest.importorskip("torch")
 

@@ -13,8 +13,8 @@ from helpers import invoke, refused
 from PIL import Image
 
 from pcn_deploy import Transform
-from pcn_deploy.analysis import analyze
 from pcn_deploy.errors import DataError
+from pcn_deploy.verbs.analyze import analyze
 
 pytest.importorskip("torch")
 

@@ -12,7 +12,7 @@ from helpers import invoke, refused
 from PIL import Image
 
 import pcn_deploy
-from pcn_deploy.heatmap import overlay
+from pcn_deploy.show.heatmap import overlay
 
 pytest.importorskip("torch")
 

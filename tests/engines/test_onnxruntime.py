@@ -56,7 +56,7 @@ def in_bf16() -> Any:
 def test_bf16_needs_a_library_to_be_rewritten(in_bf16: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with Engine.open(in_bf16, "cpu") as engine:
         assert np.isfinite(engine.predict(images(3))).all()
-    monkeypatch.setitem(sys.modules, "pcn_deploy.graph.rounded", None)
+    monkeypatch.setitem(sys.modules, "pcn_deploy.engines.rounded", None)
     with pytest.raises(
         DependencyError,
         match=r"no kernels for on the CPU, such as BF16, needs it\..*pip install 'pcn-deploy\[compile\]'",

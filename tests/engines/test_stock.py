@@ -13,7 +13,7 @@ from pcn_deploy import Bundle
 from pcn_deploy.engines import stock
 from pcn_deploy.engines.stock import open_stock
 from pcn_deploy.errors import PcnDeployError, StockSessionError
-from pcn_deploy.proof import prove
+from pcn_deploy.proof.executions import prove
 from pcn_deploy.specs import BatchRange, EngineSpec, TensorSpec
 
 SPEC = EngineSpec(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pcn_deploy.errors import ModelError
-from pcn_deploy.graph.diagnosis import output_error, report, running_error
 from pcn_deploy.graph.export import to_onnx
+from pcn_deploy.network.diagnosis.report import output_error, report, running_error
 from pcn_deploy.specs import BatchRange
 
 ANY_BATCH = BatchRange(min=1, opt=2, max=4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pcn_deploy.graph.double import InDouble
+from pcn_deploy.network.double import InDouble
 
 
 @pytest.mark.parametrize(

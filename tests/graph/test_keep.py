@@ -15,8 +15,8 @@ from declared import run_declared
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pcn_deploy.calibration.plan import PlanEntry, PrecisionPlan
-from pcn_deploy.calibration.recipe import parse_recipe, write_recipe
+from pcn_deploy.calibration.plan.recipe import parse_recipe, write_recipe
+from pcn_deploy.calibration.plan.rules import PlanEntry, PrecisionPlan
 from pcn_deploy.errors import OptionError
 from pcn_deploy.graph.export import serialise, to_onnx
 from pcn_deploy.graph.keep import keep_nodes

@@ -8,7 +8,7 @@ import weakref
 
 from torch import nn
 
-from pcn_deploy.graph.places import place_at_work
+from pcn_deploy.network.diagnosis.places import place_at_work
 
 
 def test_looking_at_the_stack_keeps_nothing_alive() -> None:

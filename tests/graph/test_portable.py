@@ -16,12 +16,12 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from pcn_deploy.calibration.quantized import Quantization
-from pcn_deploy.distance import least_sqnr_db
 from pcn_deploy.engines.stock import open_stock
 from pcn_deploy.graph.export import engine_spec, serialise, to_onnx
 from pcn_deploy.graph.portable import make_portable
 from pcn_deploy.graph.typed import reduce_precision
 from pcn_deploy.specs import BatchRange
+from pcn_deploy.tasks.distance import least_sqnr_db
 
 BATCH = BatchRange(min=1, opt=2, max=2)
 SHAPE = (16, 6, 6)

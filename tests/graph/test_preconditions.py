@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcn_deploy.distance import least_sqnr_db
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.export import to_onnx
-from pcn_deploy.graph.preconditions import check_behaviour, check_definition
 from pcn_deploy.graph.torchscript import to_torchscript
+from pcn_deploy.network.preconditions import check_behaviour, check_definition
 from pcn_deploy.specs import BatchRange
+from pcn_deploy.tasks.distance import least_sqnr_db
 
 IMAGES = torch.rand(2, 3, 8, 8) * torch.tensor([1.0, -3.0]).reshape(2, 1, 1, 1)
 

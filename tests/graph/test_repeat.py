@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph import export
 from pcn_deploy.graph.repeat import SCOPES, Run, _body, _boundary, find_runs, keep_first
-from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.patchconvnet import PatchConvNet
+from pcn_deploy.network.deploy import to_deploy
 from pcn_deploy.specs import BatchRange
 
 MakeNet = Callable[..., PatchConvNet]

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from pcn_deploy.calibration.collect import calibrate
-from pcn_deploy.calibration.facts import inspect_layers
-from pcn_deploy.calibration.images import ImageSource
-from pcn_deploy.calibration.plan import LayerFacts, PlanEntry, make_plan
+from pcn_deploy.calibration.plan.facts import inspect_layers
+from pcn_deploy.calibration.plan.rules import LayerFacts, PlanEntry, make_plan
 from pcn_deploy.calibration.quantized import Quantization, apply_scales, plan_scales
-from pcn_deploy.calibration.transform import Transform
+from pcn_deploy.data.images import ImageSource
+from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.export import serialise, to_onnx
-from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.layers import ResidualAdd
 from pcn_deploy.models.resnet import ResNet
+from pcn_deploy.network.deploy import to_deploy
 from pcn_deploy.specs import BatchRange
 
 SHAPE = (3, 64, 48)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pcn_deploy.calibration.quantized import Quantization
 from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend
+from pcn_deploy.engines.rounded import round_to_types
 from pcn_deploy.graph.export import engine_spec, serialise, to_onnx
-from pcn_deploy.graph.rounded import round_to_types
 from pcn_deploy.graph.typed import reduce_precision
 from pcn_deploy.specs import BatchRange, EngineSpec
 

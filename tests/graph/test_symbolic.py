@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pcn_deploy.graph.symbolic import trace
+from pcn_deploy.network.symbolic import trace
 
 SHAPE = (3, 5, 7)
 

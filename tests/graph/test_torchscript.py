@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from pcn_deploy.calibration.quantized import Quantization, apply_scales
 from pcn_deploy.errors import ModelError
-from pcn_deploy.graph.calls import Calls
 from pcn_deploy.graph.exported import export_program
-from pcn_deploy.graph.symbolic import trace
 from pcn_deploy.graph.torchscript import to_torchscript
+from pcn_deploy.network.calls import Calls
+from pcn_deploy.network.symbolic import trace
 from pcn_deploy.specs import BatchRange
 
 IMAGES = torch.rand(2, 3, 6, 8) * torch.tensor([1.0, -3.0]).reshape(2, 1, 1, 1)

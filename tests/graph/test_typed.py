@@ -16,8 +16,8 @@ from pcn_deploy.calibration.quantized import Quantization, apply_scales
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.export import serialise, to_onnx
 from pcn_deploy.graph.typed import reduce_precision
-from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.patchconvnet import PatchConvNet
+from pcn_deploy.network.deploy import to_deploy
 from pcn_deploy.specs import BatchRange
 
 MakeNet = Callable[..., PatchConvNet]

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcn_deploy.calibration.facts import inspect_layers
-from pcn_deploy.calibration.plan import make_plan
+from pcn_deploy.calibration.plan.facts import inspect_layers
+from pcn_deploy.calibration.plan.rules import make_plan
 from pcn_deploy.calibration.quantized import Quantization
 from pcn_deploy.graph.export import to_onnx
 from pcn_deploy.graph.torchscript import to_torchscript
-from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.layers import ResidualAdd
+from pcn_deploy.network.deploy import to_deploy
 from pcn_deploy.specs import BatchRange
 
 IMAGES = torch.rand(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))

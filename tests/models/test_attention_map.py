@@ -15,17 +15,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pcn_deploy.calibration.facts import inspect_layers
-from pcn_deploy.calibration.plan import make_plan
+from pcn_deploy.calibration.plan.facts import inspect_layers
+from pcn_deploy.calibration.plan.rules import make_plan
 from pcn_deploy.calibration.quantized import Quantization
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph import export
 from pcn_deploy.graph.repeat import Run, find_runs
 from pcn_deploy.graph.torchscript import to_torchscript
 from pcn_deploy.models.aggregation import AttentionPool2d
-from pcn_deploy.models.attention_map import output_attention_map, with_attention_map
-from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.patchconvnet import PatchConvNet
+from pcn_deploy.network.attention_map import output_attention_map, with_attention_map
+from pcn_deploy.network.deploy import to_deploy
 from pcn_deploy.specs import ATTENTION_MAP, LOGITS, BatchRange
 
 Arrays = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]

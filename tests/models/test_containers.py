@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from pcn_deploy.artefact.provenance import ModelSource
 from pcn_deploy.errors import CheckpointError, OptionError
 from pcn_deploy.models.checkpoint import load_strict, read_checkpoint, without_prefix
 from pcn_deploy.models.containers import StateDict
 from pcn_deploy.models.registry import create_model
-from pcn_deploy.provenance import ModelSource
 
 SHAPE: dict[str, Any] = {"width": 16, "depth": 1, "patch": 4}
 

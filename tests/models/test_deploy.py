@@ -14,7 +14,11 @@ from torch import Tensor, nn
 from pcn_deploy.models.aggregation import Aggregation, AttentionPool2d, TokenBlock
 from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d, RelativeSelfAttention2d
 from pcn_deploy.models.augmentation import Augmentation
-from pcn_deploy.models.deploy import (
+from pcn_deploy.models.mnasnet import MnasNet
+from pcn_deploy.models.patchconvnet import PatchConvNet, TrunkBlock
+from pcn_deploy.models.resnet import ResNet
+from pcn_deploy.models.wide_resnet import WideResNet
+from pcn_deploy.network.deploy import (
     AbsorbedAggregation,
     absorb_key_value,
     fold_attention_scale,
@@ -22,10 +26,6 @@ from pcn_deploy.models.deploy import (
     fold_layer_scale,
     to_deploy,
 )
-from pcn_deploy.models.mnasnet import MnasNet
-from pcn_deploy.models.patchconvnet import PatchConvNet, TrunkBlock
-from pcn_deploy.models.resnet import ResNet
-from pcn_deploy.models.wide_resnet import WideResNet
 
 MakeNet = Callable[..., PatchConvNet]
 FORMS: list[dict[str, Any]] = [{}, {"multi_class_token": True, "num_classes": 20}]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from pcn_deploy.models.hooks import hooked
+from pcn_deploy.network.hooks import hooked
 
 
 def test_hooks_are_there_in_the_block_only() -> None:

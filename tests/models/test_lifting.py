@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcn_deploy.calibration.collect import calibrate
-from pcn_deploy.calibration.facts import inspect_layers, note_hidden_products, survey
-from pcn_deploy.calibration.images import ImageSource
-from pcn_deploy.calibration.plan import make_plan
+from pcn_deploy.calibration.plan.facts import inspect_layers, note_hidden_products, survey
+from pcn_deploy.calibration.plan.rules import make_plan
 from pcn_deploy.calibration.quantized import apply_scales, plan_scales
-from pcn_deploy.calibration.transform import Transform
-from pcn_deploy.distance import least_sqnr_db
+from pcn_deploy.data.images import ImageSource
+from pcn_deploy.data.transform import Transform
 from pcn_deploy.graph.export import serialise, to_onnx
 from pcn_deploy.graph.torchscript import to_torchscript
-from pcn_deploy.models.dataflow import DataFlow, is_plain_layer
-from pcn_deploy.models.deploy import to_deploy
-from pcn_deploy.models.lifting import hidden_products
+from pcn_deploy.network.dataflow import DataFlow, is_plain_layer
+from pcn_deploy.network.deploy import to_deploy
+from pcn_deploy.network.lifting import hidden_products
 from pcn_deploy.specs import BatchRange
+from pcn_deploy.tasks.distance import least_sqnr_db
 
 IMAGES = torch.rand(2, 16, 9, 7, generator=torch.Generator().manual_seed(0))
 

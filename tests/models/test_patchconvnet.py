@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from pcn_deploy.errors import OptionError
 from pcn_deploy.graph.export import to_onnx
-from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.patchconvnet import PatchConvNet, TrunkBlock
+from pcn_deploy.network.deploy import to_deploy
 from pcn_deploy.specs import BatchRange
 
 MakeNet = Callable[..., PatchConvNet]

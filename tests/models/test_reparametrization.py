@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from pcn_deploy.models.deploy import to_deploy
-from pcn_deploy.models.reparametrization import fuse_reparametrizations
-from pcn_deploy.models.sharing import share_weights
+from pcn_deploy.network.deploy import to_deploy
+from pcn_deploy.network.reparametrization import fuse_reparametrizations
+from pcn_deploy.network.sharing import share_weights
 
 IMAGES = torch.rand(2, 3, 8, 8)
 

@@ -24,11 +24,11 @@ from pcn_deploy.models.aggregation import AttentionPool2d
 from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d
 from pcn_deploy.models.augmentation import Augmentation
 from pcn_deploy.models.catalogue import MODELS
-from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.mnasnet import STAGES, MnasNet, scaled
 from pcn_deploy.models.registry import create_model
 from pcn_deploy.models.resnet import ResNet
 from pcn_deploy.models.wide_resnet import WideResNet, ZeroPadShortcut
+from pcn_deploy.network.deploy import to_deploy
 from pcn_deploy.specs import BatchRange
 
 PAPER = Augmentation(heads=2, min_head_channels=2)

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from pcn_deploy.calibration.facts import inspect_layers
+from pcn_deploy.calibration.plan.facts import inspect_layers
 from pcn_deploy.errors import CheckpointError, ModelError
 from pcn_deploy.models.checkpoint import load_strict, read_state_dict
-from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.registry import create_model
-from pcn_deploy.preparation import in_evaluation_mode
+from pcn_deploy.network.deploy import to_deploy
+from pcn_deploy.verbs.steps.preparation import in_evaluation_mode
 
 IMAGES = torch.rand(2, 3, 8, 8)
 

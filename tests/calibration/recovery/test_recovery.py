@@ -16,10 +16,10 @@ from pcn_deploy import Bundle, ImageSource
 from pcn_deploy.calibration.quantized import apply_scales
 from pcn_deploy.calibration.recovery import RECOVERIES
 from pcn_deploy.calibration.recovery.trial import EVERY
-from pcn_deploy.calibration.sampling import spread
+from pcn_deploy.data.sampling import spread
 from pcn_deploy.errors import OptionError
-from pcn_deploy.preparation import Prepared, prepare
 from pcn_deploy.progress import silent
+from pcn_deploy.verbs.steps.preparation import Prepared, prepare
 
 LAYER = "blocks.0.attn.qkv_pos.5"
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from pcn_deploy.calibration.recovery import apply_before
 from pcn_deploy.calibration.recovery.links import Link, find_links
 from pcn_deploy.calibration.recovery.shift import reader_range
-from pcn_deploy.models.deploy import to_deploy
 from pcn_deploy.models.layers import LayerNorm2d, ResidualAdd
 from pcn_deploy.models.patchconvnet import PatchConvNet
+from pcn_deploy.network.deploy import to_deploy
 
 
 def with_outliers(net: nn.Sequential, factors: tuple[float, ...] = (100.0, 30.0)) -> nn.Sequential:

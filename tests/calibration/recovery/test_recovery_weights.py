@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from pcn_deploy.calibration.quantized import Quantization, apply_scales, quantize_weight
 from pcn_deploy.calibration.recovery import RECOVERIES, apply_after
 from pcn_deploy.calibration.recovery.trial import EVERY
-from pcn_deploy.calibration.sampling import spread
+from pcn_deploy.data.sampling import spread
 from pcn_deploy.graph.export import to_onnx
-from pcn_deploy.preparation import Prepared
 from pcn_deploy.specs import BatchRange
+from pcn_deploy.verbs.steps.preparation import Prepared
 
 AFTER = ("weight-rounding", "bias-correction")
 

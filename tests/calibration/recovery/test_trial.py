@@ -10,15 +10,15 @@ import torch
 from small_builds import images, network, options
 
 import pcn_deploy
-from pcn_deploy.calibration.images import ImageSource
 from pcn_deploy.calibration.quantized import apply_scales
 from pcn_deploy.calibration.recovery import AFTER, BEFORE, RECOVERIES, equalisation, smoothquant
 from pcn_deploy.calibration.recovery import bias_correction as bias_module
 from pcn_deploy.calibration.recovery import weight_rounding as rounding_module
 from pcn_deploy.calibration.recovery.trial import EVERY, Trials
-from pcn_deploy.calibration.sampling import spread
-from pcn_deploy.preparation import Prepared, prepare
+from pcn_deploy.data.images import ImageSource
+from pcn_deploy.data.sampling import spread
 from pcn_deploy.progress import silent
+from pcn_deploy.verbs.steps.preparation import Prepared, prepare
 
 HEAD = "blocks.1.attn.qkv_pos.5"
 FUNCTIONS = {

@@ -1,0 +1,114 @@
+"""The calibrator that costs this network least: every one is tried on calibration images, from the same histograms.
+
+Those that clip must gain clearly: other images reach beyond the ranges of these, and what clipping costs there cannot
+be seen here. On the digits of the examples it gains 0.7 dB here and costs 2 to 4 dB on unseen images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from pcn_deploy.calibration.calibrators import CALIBRATORS
+from pcn_deploy.calibration.collect import BATCH, recalibrate
+from pcn_deploy.calibration.plan.rules import PrecisionPlan
+from pcn_deploy.calibration.quantized import apply_scales, plan_scales
+from pcn_deploy.calibration.record import Calibration
+from pcn_deploy.data.images import ImageSource
+from pcn_deploy.progress import Progress, silent
+from pcn_deploy.tasks.parity import ParityMeter
+
+IMAGES = 64
+"""Images that judge, at most, taken from all over the calibration images (`ImageSource.spread`)."""
+CLIPPING_DB = 1.0
+"""Least gain of SQNR over `max`, which clips nothing, for which ranges are clipped."""
+STEP = "Choosing the calibrator"
+
+
+def choose_calibrator(
+    deployed: nn.Module,
+    plan: PrecisionPlan,
+    seen: Calibration,
+    source: ImageSource,
+    *,
+    percentile: float,
+    weight_calibrator: str,
+    progress: Progress = silent,
+) -> Calibration:
+    """Take the ranges with the largest SQNR of the logits; those of `max` unless others gain `CLIPPING_DB`.
+
+    Args:
+        deployed: The deploy form.
+        plan: A plan whose ranges are still to be filled in.
+        seen: A calibration with histograms.
+        source: Calibration images.
+        percentile: That of the percentile calibrator.
+        weight_calibrator: One of `WEIGHT_CALIBRATORS`.
+        progress: Told the number of calibrators tried.
+
+    Returns:
+        The calibration by the calibrator chosen, with a note that holds the SQNR of each.
+
+    Raises:
+        DataError: If no histograms were kept.
+    """
+
+    def quantized(candidate: Calibration) -> nn.Module:
+        planned = plan.with_ranges(candidate.ranges)
+        return apply_scales(deployed, plan_scales(deployed, planned, weight_calibrator))
+
+    return take_best(deployed, quantized, seen, source, percentile=percentile, progress=progress)
+
+
+def take_best(
+    reference: nn.Module,
+    quantized: Callable[[Calibration], nn.Module],
+    seen: Calibration,
+    source: ImageSource,
+    *,
+    percentile: float,
+    names: Sequence[str] = CALIBRATORS,
+    progress: Progress = silent,
+) -> Calibration:
+    """As `choose_calibrator`, for whatever network is made from the ranges.
+
+    Args:
+        reference: The float network.
+        quantized: Makes the quantised network.
+        seen: A calibration with histograms.
+        source: Images that judge.
+        percentile: That of the percentile calibrator.
+        names: Calibrators to try, `max` among them.
+        progress: Told the number of calibrators tried.
+    """
+    found: dict[str, tuple[float, Calibration]] = {}
+    for done, name in enumerate(names):
+        progress(STEP, done, len(names))
+        candidate = recalibrate(seen, name, percentile)
+        found[name] = (sqnr_db(reference, quantized(candidate), source.subset(IMAGES)), candidate)
+    progress(STEP, len(names), len(names))
+    chosen = max(found, key=lambda name: found[name][0])
+    if found[chosen][0] < found["max"][0] + CLIPPING_DB:
+        chosen = "max"
+    figures = ", ".join(f"{name} {sqnr:.1f}" for name, (sqnr, _) in found.items())
+    note = f"calibrator {chosen} was chosen by the SQNR of the logits, in dB: {figures}"
+    note += f"; to clip must gain {CLIPPING_DB:g} dB." if chosen == "max" else "."
+    return replace(found[chosen][1], notes=(*seen.notes, note))
+
+
+def sqnr_db(reference: nn.Module, quantized: nn.Module, source: ImageSource) -> float:
+    """SQNR of the logits of a quantised network on images, in dB."""
+    meter = ParityMeter()
+    with torch.inference_mode():
+        for images, _ in source.batches(BATCH):
+            expected, answered = (_logits(network, torch.tensor(images)) for network in (reference, quantized))
+            meter.update(expected.numpy(), answered.numpy())
+    return meter.metrics()["sqnr_db"]
+
+
+def _logits(network: nn.Module, images: Tensor) -> Tensor:
+    outputs: Tensor | tuple[Tensor, ...] = network(images)
+    return outputs if isinstance(outputs, Tensor) else outputs[0]

@@ -1,0 +1,1 @@
+"""Which layer in which precision, and why."""

@@ -1,0 +1,127 @@
+"""Images with the answers of the trained network, against which a choice of INT8 layers is judged. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pcn_deploy.data.images import ImageSource
+from pcn_deploy.data.labels import LabelCheck
+from pcn_deploy.data.sampling import spread_by_class
+from pcn_deploy.errors import DataError
+from pcn_deploy.progress import Progress, silent
+from pcn_deploy.tasks.bound import PairedCounts
+from pcn_deploy.tasks.metrics import NO_CLASS, answers
+
+BATCH = 16
+"""Images per forward pass."""
+
+Forward = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+"""From images `(N, C, H, W)` to logits `(N, K)`."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the trained network says of the images of a source.
+
+    Attributes:
+        source: The images, all readable.
+        expected: The class that counts as right for each image, `(N,)`: its label, or without labels the answer of
+            the trained network.
+        reference: The answer of the trained network, `(N,)`.
+        labelled: Whether `expected` holds labels.
+    """
+
+    source: ImageSource
+    expected: npt.NDArray[np.int64]
+    reference: npt.NDArray[np.int64]
+    labelled: bool
+
+    @classmethod
+    def of(cls, forward: Forward, source: ImageSource, progress: Progress = silent) -> Answers:
+        """Ask the trained network.
+
+        Args:
+            forward: The trained network.
+            source: Images; those that cannot be read are left out.
+            progress: Told the number of images done.
+
+        Raises:
+            DataError: If images are unusable, logits are not finite, or labels are not the classes of the network
+                (`labels.py`).
+        """
+        expected, reference, done, labelling = [], [], 0, LabelCheck(source)
+        step = "Answers of the network"
+        progress(step, 0, len(source), "images")
+        for images, labels in source.batches(BATCH):
+            logits = forward(images)
+            reference.append(answers(logits))
+            if (broken := np.flatnonzero(reference[-1] == NO_CLASS)).size:
+                name = source.name_of(images[broken[0]])
+                msg = f"The network returns NaN or infinite logits for {name}; nothing can be compared with it."
+                raise DataError(msg)
+            labelling.update(labels, logits)
+            expected.append(reference[-1] if labels is None else labels)
+            done += len(images)
+            progress(step, done, len(source), "images")
+        progress(step, len(source), len(source), "images")
+        labelling.check(logits.shape[1])
+        return cls(source.readable(), np.concatenate(expected), np.concatenate(reference), source.has_labels)
+
+    @property
+    def top1(self) -> float:
+        """Share of the images that the trained network answers as expected, in percent."""
+        return 100 * float((self.reference == self.expected).mean())
+
+    def __len__(self) -> int:
+        return len(self.expected)
+
+    def select(self, order: npt.NDArray[np.intp]) -> Answers:
+        """Some of the images, in the order of the given indices."""
+        source = self.source.select(order.tolist())
+        return Answers(source, self.expected[order], self.reference[order], self.labelled)
+
+    def spread(self, count: int) -> Answers:
+        """At most `count` of the images, from all over them; of each class, or of each answer, in proportion."""
+        return self.select(spread_by_class(self.expected.tolist(), count))
+
+    def predict(self, forward: Forward, progress: Progress = silent, step: str = "Answers") -> npt.NDArray[np.int64]:
+        """The answers of a form of the network, `(N,)`; `NO_CLASS` where its logits are not finite."""
+        found: list[npt.NDArray[np.int64]] = []
+        progress(step, 0, len(self), "images")
+        for images, _ in self.source.batches(BATCH):
+            found.append(answers(forward(images)))
+            progress(step, sum(map(len, found)), len(self), "images")
+        return np.concatenate(found)
+
+    def count(self, found: npt.NDArray[np.int64]) -> PairedCounts:
+        """Images lost and gained by answers to the first of the images, `(n,)` with n at most N.
+
+        An image without an answer is lost, also where the trained network was wrong.
+        """
+        seen = slice(len(found))
+        right = found == self.expected[seen]
+        could_lose = (self.reference[seen] == self.expected[seen]) | (found == NO_CLASS)
+        return PairedCounts(len(self), int((could_lose & ~right).sum()), int((~could_lose & right).sum()))
+
+    def unanswered(self, found: npt.NDArray[np.int64]) -> tuple[str, ...]:
+        """Names of the images that have no answer among `found`, `(N,)`."""
+        return tuple(self.source.item_name(index) for index in np.flatnonzero(found == NO_CLASS).tolist())
+
+    def compare(self, forward: Forward, stop: Callable[[int, PairedCounts], bool]) -> PairedCounts:
+        """Count the images that a form of the network lost or gained.
+
+        Args:
+            forward: The form to be judged.
+            stop: Asked after every batch with the number of images seen and the counts so far, over all N images; true
+                ends the comparison.
+        """
+        found = np.zeros(0, np.int64)
+        for images, _ in self.source.batches(BATCH):
+            found = np.append(found, answers(forward(images)))
+            if stop(len(found), self.count(found)):
+                break
+        return self.count(found)

@@ -1,0 +1,1 @@
+"""The bundle: its members, its manifest, its golden set, and an engine opened from it."""

@@ -1,0 +1,328 @@
+"""The artefact: a stored ZIP whose manifest names every member with its size and SHA-256. No torch.
+
+Reading trusts nothing: names are checked against traversal, sizes against the manifest before reading, hashes before
+any byte reaches a deserialiser. Writing goes to a temporary file that is renamed when complete. Nothing is a pickle.
+The format is described in docs/bundle.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+import threading
+import weakref
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pcn_deploy.artefact.manifest import check_contents
+from pcn_deploy.errors import BundleError, OutputError
+from pcn_deploy.memory import output_error
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+_MAX_MANIFEST_BYTES = 16 * 2**20
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+_ENCRYPTED = 0x1
+# What zipfile raises on a damaged file, beside BadZipFile: encryption, an unknown method, a name that is no text.
+_UNREADABLE = (zipfile.BadZipFile, OSError, EOFError, KeyError, RuntimeError, ValueError)
+
+
+class Bundle:
+    """Members by name and the manifest that describes them.
+
+    Attributes:
+        manifest: The manifest; `members` in it is kept true by this class.
+        path: The file it was read from, or None.
+    """
+
+    def __init__(
+        self, manifest: dict[str, Any], members: Mapping[str, bytes] | None = None, path: Path | None = None
+    ) -> None:
+        self.manifest = manifest
+        self.path = path
+        self._spool: IO[bytes] | None = None
+        self._spooled: dict[str, tuple[int, int]] = {}
+        self._position = threading.Lock()  # an engine may be built from a member in another thread
+        self.manifest.setdefault("schema", SCHEMA)
+        self.manifest.setdefault("members", {})
+        for name, data in (members or {}).items():
+            self.add(name, data)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Read and check the manifest of a file; members are checked when they are read.
+
+        Raises:
+            BundleError: If the file is missing, no bundle, truncated, inconsistent or of a newer schema.
+        """
+        path = Path(path)
+        if not path.is_file():
+            msg = f"Bundle {str(path)!r} does not exist. Build one with: pcn-compile build MODEL -o {path}"
+            raise BundleError(msg)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                manifest = _read_manifest(archive, path)
+                _check_members(archive, manifest, path)
+        except _UNREADABLE as error:
+            msg = f"{path} is not a bundle, or is truncated ({error}). Copy or build it again."
+            raise BundleError(msg) from error
+        check_contents(manifest, path)
+        return cls(manifest, path=path)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.manifest["members"]
+
+    @property
+    def engines(self) -> list[dict[str, Any]]:
+        """Entries of the engines: `target`, `member`, `sha256`, `bytes`, `built_with`."""
+        entries: list[dict[str, Any]] = self.manifest.setdefault("engines", [])
+        return entries
+
+    def engine(self, target: str) -> dict[str, Any]:
+        """The entry of one target.
+
+        Raises:
+            BundleError: If the bundle has no engine for it.
+        """
+        for entry in self.engines:
+            if entry["target"] == target:
+                return entry
+        present = ", ".join(entry["target"] for entry in self.engines) or "none"
+        msg = (
+            f"The bundle holds no engine for {target!r}; it holds: {present}. "
+            f"Add one with: pcn-compile engine {self.path or 'FILE.pcn'} --target {target}"
+        )
+        raise BundleError(msg)
+
+    def read(self, name: str) -> bytes:
+        """Return a member after checking its size and SHA-256.
+
+        Raises:
+            BundleError: If it is absent, truncated or altered.
+        """
+        if name not in self:
+            msg = f"The bundle holds no {name}."
+            raise BundleError(msg)
+        if self._spool is not None and name in self._spooled:
+            start, size = self._spooled[name]
+            with self._position:
+                self._spool.seek(start)
+                return self._spool.read(size)
+        expected = self.manifest["members"][name]
+        try:
+            with zipfile.ZipFile(self.path or "") as archive:
+                data = archive.read(name)
+        except _UNREADABLE as error:
+            msg = f"{name} in {self.path} cannot be read ({error}): the bundle is truncated or altered."
+            raise BundleError(msg) from error
+        if len(data) != expected["bytes"] or _sha256(data) != expected["sha256"]:
+            msg = (
+                f"{name} in {self.path} is not what was packed: SHA-256 {_sha256(data)[:16]}… instead of "
+                f"{expected['sha256'][:16]}…. It is corrupt or was altered; do not use it. Copy or build it again."
+            )
+            raise BundleError(msg)
+        return data
+
+    def check_members(self) -> None:
+        """Check the hash of every member, used or not.
+
+        Raises:
+            BundleError: If one is truncated or altered.
+        """
+        for name in self.manifest["members"]:
+            self.read(name)
+
+    def read_json(self, name: str) -> Any:
+        """Return a JSON member, checked as by `read`.
+
+        Raises:
+            BundleError: If it is absent, altered, or no JSON.
+        """
+        try:
+            return json.loads(self.read(name))
+        except ValueError as error:
+            msg = f"{name} in {self.path} is not JSON ({error})."
+            raise BundleError(msg) from error
+
+    def read_arrays(self, name: str) -> dict[str, npt.NDArray[Any]]:
+        """Return the arrays of an `.npz` member, checked as by `read`; pickled objects are refused.
+
+        Raises:
+            BundleError: If it is absent, altered, or holds anything but arrays.
+        """
+        try:
+            archive = np.load(io.BytesIO(self.read(name)), allow_pickle=False)
+            return {key: archive[key] for key in archive.files}
+        except (*_UNREADABLE, AttributeError) as error:
+            msg = f"{name} in {self.path} holds no plain arrays ({error})."
+            raise BundleError(msg) from error
+
+    def add(self, name: str, data: bytes | memoryview) -> None:
+        """Add or replace a member; it waits in an unnamed temporary file, not in memory, until `save`.
+
+        Raises:
+            OutputError: If there is no room for temporary files.
+        """
+        try:
+            if self._spool is None:
+                self._spool = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the bundle
+                weakref.finalize(self, self._spool.close)
+            with self._position:
+                self._spooled[name] = (self._spool.seek(0, io.SEEK_END), len(data))
+                self._spool.write(data)
+                self._spool.flush()
+        except OSError as error:
+            raise output_error(name, error) from error
+        self.manifest["members"][name] = {"sha256": _sha256(data), "bytes": len(data)}
+
+    def add_json(self, name: str, data: Any) -> None:
+        """Add or replace a JSON member; raises what `add` raises."""
+        self.add(name, json.dumps(data, indent=1, allow_nan=False).encode())
+
+    def add_engine(self, target: str, member: str, data: bytes | memoryview, built_with: dict[str, str]) -> None:
+        """Add or replace an engine. A member shared with the portable graph is stored once."""
+        self.add(member, data)
+        entry = {
+            "target": target,
+            "member": member,
+            **self.manifest["members"][member],
+            "built_with": built_with,
+        }
+        self.manifest["engines"] = [*(old for old in self.engines if old["target"] != target), entry]
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write everything to a temporary file beside `path`, then rename it.
+
+        Raises:
+            OutputError: If the file exists and may not be replaced, or cannot be written.
+        """
+        path = Path(path)
+        check_output(path, overwrite=overwrite)
+        temporary = None
+        try:
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+            with os.fdopen(handle, "wb") as file:
+                with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                    archive.writestr(_entry(MANIFEST), json.dumps(self.manifest, indent=1, allow_nan=False))
+                    for name in self.manifest["members"]:
+                        archive.writestr(_entry(name), self.read(name))
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o666 & ~_umask())
+            Path(temporary).replace(path)
+        except OSError as error:
+            msg = f"{path} cannot be written: {error.strerror or error}. Choose another path with -o."
+            raise OutputError(msg) from error
+        finally:
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
+        if self._spool is not None:
+            self._spool.close()
+        self.path, self._spool, self._spooled = path, None, {}
+        return path
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Refuse early what `save` could not do after a long build.
+
+    Raises:
+        OutputError: If the file exists and may not be replaced, or its folder is missing or not writable.
+    """
+    try:
+        exists = path.exists()
+    except OSError as error:
+        msg = f"{path} cannot be a file here: {error.strerror}. Choose another path with -o."
+        raise OutputError(msg) from error
+    if path.is_dir():
+        msg = f"{path} is a folder; -o takes a file name such as {path / 'model.pcn'}."
+        raise OutputError(msg)
+    if exists and not overwrite:
+        msg = f"{path} exists. Give --overwrite to replace it, or another path with -o."
+        raise OutputError(msg)
+    if not path.parent.is_dir():
+        msg = f"The folder {path.parent} does not exist. Create it, or choose another path with -o."
+        raise OutputError(msg)
+    if not os.access(path.parent, os.W_OK):
+        msg = f"The folder {path.parent} is not writable. Choose another path with -o."
+        raise OutputError(msg)
+    try:
+        tempfile.TemporaryFile(dir=path.parent, prefix=path.name).close()
+    except OSError as error:
+        msg = f"{path} cannot be written: {error.strerror}. Choose another path with -o."
+        raise OutputError(msg) from error
+
+
+def _read_manifest(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
+    try:
+        info = archive.getinfo(MANIFEST)
+        if not _is_plain(info) or archive.namelist().count(MANIFEST) != 1:
+            msg = f"{path} has a {MANIFEST} that is compressed, encrypted or stored twice. Do not use it."
+            raise BundleError(msg)
+        if info.file_size > _MAX_MANIFEST_BYTES:
+            msg = f"{path} has a manifest of {info.file_size} bytes; at most {_MAX_MANIFEST_BYTES} are read."
+            raise BundleError(msg)
+        manifest = json.loads(archive.read(MANIFEST))
+        schema, members = manifest["schema"], manifest["members"]
+        sizes = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in members.items()}
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        # golden.npz is an archive too: of a truncated bundle its directory may be the last one
+        msg = f"{path} has no valid {MANIFEST} ({error}): it is not a bundle, or is truncated. Copy or build it again."
+        raise BundleError(msg) from error
+    if type(schema) is not int or schema != SCHEMA:
+        advice = "Upgrade pcn-deploy." if isinstance(schema, int) and schema > SCHEMA else "Build it again."
+        msg = f"{path} has bundle schema {schema}; this version reads schema {SCHEMA}. {advice}"
+        raise BundleError(msg)
+    for name in sizes:
+        parts = PurePosixPath(name).parts
+        if name.startswith("/") or "\\" in name or ".." in parts or not parts or ":" in name:
+            msg = f"{path} names a member {name!r} outside the bundle. Do not use it."
+            raise BundleError(msg)
+    result: dict[str, Any] = manifest
+    return result
+
+
+def _check_members(archive: zipfile.ZipFile, manifest: dict[str, Any], path: Path) -> None:
+    present = [info for info in archive.infolist() if info.filename != MANIFEST]
+    names = [info.filename for info in present]
+    declared = manifest["members"]
+    if sorted(names) != sorted(declared):
+        odd = sorted(set(names) ^ set(declared)) or ["a member stored twice"]
+        msg = f"{path} does not hold what its manifest declares: {', '.join(odd)}. It is corrupt or was altered."
+        raise BundleError(msg)
+    for info in present:
+        if info.file_size != declared[info.filename]["bytes"]:
+            msg = (
+                f"{info.filename} in {path} has {info.file_size} bytes instead of "
+                f"{declared[info.filename]['bytes']}. The bundle is corrupt or was altered."
+            )
+            raise BundleError(msg)
+        if not _is_plain(info):
+            msg = f"{info.filename} in {path} is compressed or encrypted; a bundle stores plain bytes. Do not use it."
+            raise BundleError(msg)
+
+
+def _is_plain(info: zipfile.ZipInfo) -> bool:
+    return info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & _ENCRYPTED
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    """Header of a member; a fixed date keeps equal contents equal files."""
+    return zipfile.ZipInfo(name, date_time=_EPOCH)
+
+
+def _sha256(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,251 @@
+"""The runtime: open a bundle's engine and run it. numpy and the engine's own library, no torch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pcn_deploy.artefact.bundle import Bundle
+from pcn_deploy.calibration.plan.rules import in_fp32
+from pcn_deploy.data.transform import Transform
+from pcn_deploy.engines.base import Backend, Session
+from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.errors import DataError, DependencyError, ParityError, PcnDeployError
+from pcn_deploy.specs import LOGITS, EngineSpec
+
+log = logging.getLogger(__name__)
+
+PREFERENCE = ("tensorrt", "tensorrt-rtx", "cpu", "torchscript")
+"""Order in which `load` tries the engines of a bundle: fastest first."""
+
+
+class Engine:
+    """An opened engine of a bundle; use it as a context manager, or call `close`.
+
+    Attributes:
+        bundle: Where it comes from.
+        target: Which engine of the bundle it is.
+        executed_by: What executes it; another target only where `target` cannot run on this machine.
+        spec: Its inputs, outputs and batch range.
+        transform: The evaluation transform that its inputs went through.
+    """
+
+    def __init__(self, bundle: Bundle, target: str, executed_by: str, session: Session) -> None:
+        self.bundle = bundle
+        self.target = target
+        self.executed_by = executed_by
+        self.spec = session.spec
+        self.transform = Transform.from_json(bundle.manifest["transform"])
+        self._session = session
+
+    @classmethod
+    def open(cls, bundle: Bundle, target: str, *, executed_by: str | None = None) -> Engine:
+        """Open one engine; its hash is checked before anything is deserialised.
+
+        Args:
+            bundle: A bundle that holds an engine for `target`.
+            target: Which one.
+            executed_by: Let this backend run the portable graph in its place.
+
+        Raises:
+            BundleError: If there is no such engine, or its bytes are not what was packed.
+            DependencyError: If its library is missing, or it needs a GPU that is not there.
+            IncompatibleError: If it does not fit this device or library version.
+        """
+        entry = bundle.engine(target)
+        backend = get_backend(executed_by or target)
+        member = entry["member"] if backend.target == target else backend.member
+        spec = EngineSpec.from_json(bundle.manifest["interface"])
+        backend.check_can_run()
+        if backend.target == "cpu":
+            _warn_of_cut_codes(bundle.manifest)
+        return cls(bundle, target, backend.target, backend.open(bundle.read(member), spec))
+
+    def __call__(self, images: Any) -> Any:
+        """Run any number of images.
+
+        Args:
+            images: float32 `(N, C, H, W)`, transformed; a numpy array or a torch tensor.
+
+        Returns:
+            Logits `(N, K)`, float32, of the same kind as `images`.
+
+        Raises:
+            DataError: If the images do not fit the engine.
+        """
+        if isinstance(images, np.ndarray):
+            return self.predict(images)
+        import torch
+
+        return torch.from_numpy(self.predict(images.detach().cpu().numpy())).to(images.device)
+
+    def predict(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Run any number of images, in as few batches as the engine allows.
+
+        Args:
+            images: float32 `(N, C, H, W)`, transformed.
+
+        Returns:
+            Logits, float32 `(N, K)`.
+
+        Raises:
+            DataError: If the images do not fit the engine, or there are none.
+        """
+        return self.outputs(images)[LOGITS]
+
+    def outputs(self, images: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.float32]]:
+        """Run any number of images and return everything the engine gives.
+
+        Args:
+            images: float32 `(N, C, H, W)`, transformed.
+
+        Returns:
+            `logits`, float32 `(N, K)`, and where the bundle was built with it `attention_map`, float32
+            `(N, T, H', W')`: the weight of each position for each of T class tokens.
+
+        Raises:
+            DataError: If the images do not fit the engine, or there are none.
+        """
+        if images.ndim == 0 or len(images) == 0:
+            msg = "No images were given."
+            raise DataError(msg)
+        batches = [self.run_batch(batch) for batch in self._batches(images)]
+        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+    def run_batch(self, images: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.float32]]:
+        """Run at most `spec.batch.max` images; a batch below the engine's minimum is filled up with copies."""
+        missing = self.spec.batch.min - len(images)
+        batch = images
+        if missing > 0:
+            batch = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
+        outputs = self._session.run({self.spec.inputs[0].name: batch})
+        return {name: values[: len(images)] for name, values in outputs.items()}
+
+    def _batches(self, images: npt.NDArray[np.float32]) -> Iterator[npt.NDArray[np.float32]]:
+        size = self.spec.batch.max
+        for start in range(0, len(images), size):
+            yield images[start : start + size]
+
+    def close(self) -> None:
+        """Release the engine."""
+        self._session.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _warn_of_cut_codes(manifest: dict[str, Any]) -> None:
+    """Say so where ONNX Runtime cuts off the INT8 codes of a graph that was built with a version that rounds them."""
+    if (manifest["precision"], manifest["remainder"]) != ("int8", "fp16"):
+        return
+    import onnxruntime
+
+    from pcn_deploy.engines.onnxruntime import truncates_half
+
+    here, built_by = onnxruntime.__version__, manifest["provenance"].get("built_by", {}).get("onnxruntime")
+    if built_by != here and truncates_half():
+        log.warning(
+            "ONNX Runtime %s cuts INT8 codes off where they are made of FP16, and this bundle was built with %s: "
+            "answers may have more error than was proven. pcn-compile verify says how much. Install onnxruntime>=1.30, "
+            "or build with --remainder fp32.",
+            here,
+            built_by,
+        )
+
+
+def check_finite(
+    outputs: dict[str, npt.NDArray[np.float32]],
+    engine: Engine,
+    image: str,
+    images: npt.NDArray[np.float32] | None = None,
+) -> None:
+    """Refuse what an engine returned where it is no answer.
+
+    Args:
+        outputs: Of the engine, by name.
+        engine: The engine.
+        image: What it was asked about.
+        images: The same as `(N, C, H, W)`, transformed, to find out whether FP32 has an answer.
+
+    Raises:
+        ParityError: If a value is NaN or infinite.
+    """
+    for name, values in outputs.items():
+        if not np.isfinite(values).all():
+            target, manifest = engine.target, engine.bundle.manifest
+            precision, option = manifest["precision"], in_fp32(manifest["precision"], manifest["remainder"])
+            advice = f"Check it: pcn-compile verify --target {target}. "
+            answered = None if images is None or precision == "fp32" else _answers_in_fp32(engine, images)
+            if precision == "fp32":
+                advice += "It is FP32 already: if that passes, see whether the trained network answers this image."
+            elif answered is False:
+                advice = (
+                    "Its graph has no answer in FP32 either, so no precision helps: it is the trained network that has "
+                    "none. Do not ask it about such images, or mend it, as by a division that cannot be by zero."
+                )
+            else:
+                advice += f"If that fails, build with {option or '--precision fp32'}."
+                advice += " In FP32 the graph has an answer." if answered else ""
+            msg = f"The {target} engine returns NaN or infinite {name} for {image}, which is no answer. {advice}"
+            raise ParityError(msg)
+
+
+def _answers_in_fp32(engine: Engine, images: npt.NDArray[np.float32]) -> bool | None:
+    """Whether the graph of an engine is finite for images where nothing but its weights is rounded; None if unknown."""
+    try:
+        from pcn_deploy.engines.onnxruntime import open_plain
+        from pcn_deploy.engines.rounded import widen
+
+        spec = EngineSpec.from_json(engine.bundle.manifest["interface"])
+        graph = widen(engine.bundle.read("model.onnx"))
+        with Engine(engine.bundle, engine.target, "cpu", open_plain(graph, spec)) as plain:
+            found = plain.outputs(images)
+    except (ImportError, PcnDeployError):  # without the libraries of a build
+        return None
+    return all(bool(np.isfinite(values).all()) for values in found.values())
+
+
+def executor(backend: Backend) -> str:
+    """Which backend runs an engine on this machine: its own, or `cpu` with the same graph where that cannot run."""
+    return backend.target if backend.availability().can_run else "cpu"
+
+
+def load(path: str | Path, target: str | None = None) -> Engine:
+    """Open a bundle and the fastest of its engines that this machine can run.
+
+    Args:
+        path: The bundle.
+        target: Take this engine instead.
+
+    Returns:
+        The opened engine.
+
+    Raises:
+        BundleError: If the bundle is corrupt, altered, of a newer schema, or holds no such engine.
+        DependencyError: If none of its engines can run here; every reason is in the message.
+        IncompatibleError: If the chosen engine does not fit this device or library version.
+    """
+    bundle = Bundle.open(path)
+    if target is not None:
+        return Engine.open(bundle, target)
+    present = {entry["target"] for entry in bundle.engines}
+    reasons = []
+    for candidate in PREFERENCE:
+        if candidate in present:
+            state = get_backend(candidate).availability()
+            if state.can_run:
+                return Engine.open(bundle, candidate)
+            reasons.append(f"{candidate}: {state.detail}. {state.remedy}".rstrip())
+    msg = f"None of the engines in {path} can run here:\n  " + "\n  ".join(reasons or ["it holds no engine"])
+    raise DependencyError(msg)

@@ -1,0 +1,314 @@
+"""Precision by accuracy budget: find the plan that keeps the budget, then prove it on the engines that were built."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pcn_deploy.calibration.search.evaluation import Answers, Forward
+from pcn_deploy.calibration.search.ledger import Ledger
+from pcn_deploy.data.images import ImageSource
+from pcn_deploy.errors import DataError, OptionError, ParityError
+from pcn_deploy.progress import Progress
+from pcn_deploy.tasks.bound import CONFIDENCE, PairedCounts, drop_failures, images_needed, judge_drop
+from pcn_deploy.tasks.parity import listed
+
+if TYPE_CHECKING:
+    from pcn_deploy.artefact.engine import Engine
+    from pcn_deploy.calibration.search.search import Search, SearchResult
+    from pcn_deploy.calibration.search.simulate import Simulation
+    from pcn_deploy.data.images import ImageSource
+    from pcn_deploy.verbs.steps.preparation import Prepared
+
+NOT_LABELLED = "no labelled images were at hand that did not calibrate: give --data DIR with a folder for each class"
+"""Why a build did not judge the accuracy."""
+
+RANKING_IMAGES = 64
+"""Images on which the layers are ranked; an order needs fewer than a proof."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetProof:
+    """Whether a built engine keeps the budget; true if it does.
+
+    Attributes:
+        target: The engine judged.
+        executed_by: What answered: the target, or `cpu` where the engine cannot run here.
+        data: Where the images came from.
+        held_out: Whether no image took part in the search.
+        labelled: Whether the images have labels; if not, the answers of the trained network count as right.
+        counts: Images judged, lost and gained.
+        top1: Of the trained network, in percent.
+        budget: Largest drop of top-1, in percentage points.
+        given: Images given in all, those that chose the plan included.
+        asked: Whether the budget was asked for, so that it must be proven; else it must not be shown broken.
+        unanswered: Images for which the engine returned NaN or infinite logits; with any there is no pass.
+    """
+
+    target: str
+    executed_by: str
+    data: str
+    held_out: bool
+    labelled: bool
+    counts: PairedCounts
+    top1: float
+    budget: float
+    given: int
+    asked: bool = True
+    unanswered: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return not self.failures
+
+    @property
+    def verdict(self) -> str:
+        """`proven`, `broken` or `open`, each with 95 % confidence."""
+        return judge_drop(self.counts, self.budget)
+
+    @property
+    def failures(self) -> list[str]:
+        """What speaks against a pass, in words."""
+        if self.unanswered:
+            return [f"NaN or infinite logits for {listed(self.unanswered)}"]
+        return drop_failures(self.counts, self.budget, to_prove=self.asked, given=self.given)
+
+    @property
+    def images_needed(self) -> int | None:
+        """Images to give, at the rates seen, such that those that judge prove the budget; None if no number would."""
+        needed = images_needed(self.counts, self.budget)
+        return None if needed is None else math.ceil(needed * self.given / self.counts.images)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        counts = self.counts
+        return {
+            "passed": bool(self),
+            **asdict(self),
+            "verdict": self.verdict,
+            "drop": counts.drop,
+            "drop_bound": counts.drop_bound,
+            "confidence": CONFIDENCE,
+            "images_needed": None if self.verdict == "proven" else self.images_needed,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judges:
+    """The images of an evaluation, shared out.
+
+    Attributes:
+        search: Those that choose the plan.
+        proof: Those that judge the engine: others if there are enough, the same ones otherwise.
+        held_out: Whether they are others.
+        budget: Largest drop of top-1, in percentage points.
+        asked: Whether it was asked for.
+    """
+
+    search: Answers
+    proof: Answers
+    held_out: bool
+    budget: float
+    asked: bool = True
+
+    @property
+    def given(self) -> int:
+        """Images in all."""
+        return len(self.proof) if self.search is self.proof else len(self.search) + len(self.proof)
+
+    @classmethod
+    def share_out(cls, answers: Answers, budget: float, *, searching: bool, asked: bool = True) -> Judges:
+        """Halve the images if half of them can prove the budget; every other one of each class, so that both see all.
+
+        Args:
+            answers: All images.
+            budget: Largest drop of top-1, in percentage points.
+            searching: Whether a plan will be chosen by them at all.
+            asked: Whether the budget was asked for.
+
+        Raises:
+            OptionError: If a budget asked for is 0: no number of images proves that nothing is lost.
+            ParityError: If there are too few to prove one that was asked for even for an engine that loses none.
+        """
+        needed = check_count(len(answers), budget) if asked else 0
+        if not searching or len(answers) < 2 * needed:
+            return cls(search=answers, proof=answers, held_out=not searching, budget=budget, asked=asked)
+        indices = np.argsort(answers.expected, kind="stable")
+        halves = answers.select(np.sort(indices[::2])), answers.select(np.sort(indices[1::2]))
+        return cls(search=halves[0], proof=halves[1], held_out=True, budget=budget, asked=asked)
+
+
+def judge_held_out(
+    forward: Forward, images: ImageSource, budget: float, progress: Progress
+) -> tuple[Judges | None, str]:
+    """Let labelled images judge that were held out of the calibration, where their labels are the network's classes.
+
+    Args:
+        forward: The trained network.
+        images: The images.
+        budget: Largest drop of top-1, in percentage points; nobody asked for it.
+        progress: Told the number of images done.
+
+    Returns:
+        The judges; or None and why not.
+    """
+    try:
+        answers = Answers.of(forward, images, progress)
+    except DataError as error:  # nobody said that these labels are the network's classes
+        return None, str(error)
+    return Judges.share_out(answers, budget, searching=False, asked=False), ""
+
+
+def check_count(images: int, budget: float) -> int:
+    """Refuse a budget that so many images cannot prove.
+
+    Args:
+        images: Number of images.
+        budget: Largest drop of top-1, in percentage points.
+
+    Returns:
+        The least number that could.
+
+    Raises:
+        OptionError: If the budget is 0: no number of images proves that nothing is lost.
+        ParityError: If there are too few even for an engine that loses none of them.
+    """
+    needed = images_needed(PairedCounts(images), budget)
+    if needed is None:
+        msg = f"--max-drop {budget}: no number of images proves that nothing at all is lost; allow 0.1, say."
+        raise OptionError(msg)
+    if images < needed:
+        best = PairedCounts(images).drop_bound
+        msg = (
+            f"{images} images cannot prove a drop within {budget} points: even if none is lost, the drop may be "
+            f"{best:.2f} with {CONFIDENCE:.0%} confidence. Give {needed} images or more with --data ({2 * needed} to "
+            "judge the engine on images that did not choose its plan), or allow a larger drop."
+        )
+        raise ParityError(msg)
+    return needed
+
+
+def search_plan(
+    network: Prepared, judges: Judges, record: Path | None, progress: Progress
+) -> tuple[Prepared, SearchResult]:
+    """Find the fewest layers to leave unquantised; before any is given up, the ranges of other calibrators are tried.
+
+    Args:
+        network: The network with every layer quantised that may be.
+        judges: The images.
+        record: Where judgements are kept, so that a killed search goes on; None for nowhere. It is left there.
+        progress: Told how far the steps are.
+
+    Returns:
+        The network with the plan found, perhaps with other ranges, and what the search found.
+
+    Raises:
+        DataError: If `record` belongs to another run.
+        ParityError: If no layer at all can be quantised within the budget.
+    """
+    from pcn_deploy.calibration.search.sensitivity import rank
+
+    ledger = Ledger(record, {**run_digests(network, [judges.search, judges.proof]), "budget": judges.budget})
+    simulation, search = _search(network, judges, ledger, progress)
+    if not search.holds_all():
+        better = _with_better_ranges(network, judges.search.source, progress)
+        if better is not network:
+            network, ledger = better, ledger.part("other ranges")
+            simulation, search = _search(network, judges, ledger, progress)
+    units, chosen = network.units(), judges.search.spread(RANKING_IMAGES)
+
+    def ranked() -> list[str]:
+        return rank(simulation, units, chosen, ledger, progress)
+
+    found = search.run(ranked)
+    if judges.held_out and len(found.unquantized) < len(units):
+        found = search.confirm(found, judges.proof, ranked)
+    codes = network.plan.precision.upper()
+    if len(found.unquantized) == len(units):
+        last, counts = search.judge_last(ranked)
+        msg = (
+            f"No {codes} layer is left within the budget of {judges.budget} points of top-1. The best found is {last} "
+            f"alone in {codes}: {counts.lost} of {counts.images} images lost, {counts.gained} gained, a drop of up to "
+            f"{counts.drop_bound:.2f} with {CONFIDENCE:.0%} confidence. Build with --precision "
+            f"{network.plan.remainder}, give more images with --data, or allow a larger drop."
+        )
+        raise ParityError(msg)
+    left = frozenset(layer for unit in found.unquantized for layer in units[unit])
+    reason = f"{codes} here would break the budget of {judges.budget} points of top-1"
+    return network.leave_out(left, reason), found
+
+
+def _search(network: Prepared, judges: Judges, ledger: Ledger, progress: Progress) -> tuple[Simulation, Search]:
+    from pcn_deploy.calibration.quantized import apply_scales
+    from pcn_deploy.calibration.search.search import Search
+    from pcn_deploy.calibration.search.simulate import Simulation
+
+    simulation = Simulation(network.unrounded, apply_scales(network.deployed, network.scales), network.scales)
+    return simulation, Search(simulation, network.units(), judges.search, judges.budget, ledger, progress)
+
+
+def _with_better_ranges(network: Prepared, source: ImageSource, progress: Progress) -> Prepared:
+    """The network with the ranges of the calibrator that costs its logits least, where histograms were kept."""
+    from pcn_deploy.calibration.auto import take_best
+    from pcn_deploy.calibration.calibrators import CALIBRATORS, FLOAT_CALIBRATORS, PERCENTILE
+    from pcn_deploy.calibration.quantized import apply_scales
+
+    seen = network.calibration
+    if seen is None or not all(each.counts.size for each in seen.statistics.values()):
+        return network
+    found = take_best(
+        network.unrounded,
+        lambda candidate: apply_scales(network.deployed, network.with_calibration(candidate).scales),
+        seen,
+        source,
+        percentile=seen.percentile or PERCENTILE,
+        names=CALIBRATORS if network.plan.precision == "int8" else FLOAT_CALIBRATORS,
+        progress=progress,
+    )
+    return network if found.ranges == seen.ranges else network.with_calibration(found)
+
+
+def prove_budget(engine: Engine, judges: Judges, progress: Progress) -> BudgetProof:
+    """Judge a built engine.
+
+    Args:
+        engine: What answers: the engine, or its graph where it cannot run here.
+        judges: The images.
+        progress: Told the number of images done.
+    """
+    found = judges.proof.predict(engine.predict, progress, f"Judging {engine.target}")
+    return BudgetProof(
+        target=engine.target,
+        executed_by=engine.executed_by,
+        data=judges.proof.source.name,
+        held_out=judges.held_out,
+        labelled=judges.proof.labelled,
+        counts=judges.proof.count(found),
+        unanswered=judges.proof.unanswered(found),
+        asked=judges.asked,
+        top1=judges.proof.top1,
+        budget=judges.budget,
+        given=judges.given,
+    )
+
+
+def run_digests(network: Prepared, judges: list[Answers]) -> dict[str, str]:
+    """Digests of all that decides a measurement: weights, scales, images and expected answers."""
+    from pcn_deploy.calibration.cache import digest_weights
+
+    scales, images, answers = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+    for path, own in network.scales.items():
+        scales.update(f"{path}{own.input!r}".encode() + own.weight.tobytes())
+    for judge in judges:
+        images.update(judge.source.digest.encode())
+        answers.update(judge.expected.tobytes() + judge.reference.tobytes())
+    return {
+        "weights": digest_weights(network.deployed),
+        "scales": scales.hexdigest(),
+        "images to judge by": images.hexdigest(),
+        "expected answers": answers.hexdigest(),
+    }

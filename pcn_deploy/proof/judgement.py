@@ -1,0 +1,108 @@
+"""The verdict on one execution of a bundle's graph: its answers to the golden set. numpy only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from pcn_deploy.artefact.engine import Engine
+from pcn_deploy.artefact.golden import NOISE, GoldenSet
+from pcn_deploy.progress import Progress, silent
+from pcn_deploy.specs import ATTENTION_MAP, LOGITS
+from pcn_deploy.tasks.limits import BUDGETS, GUARD_DB, ParityBudget
+from pcn_deploy.tasks.noise_floor import ON_CPU, NoiseFloor
+from pcn_deploy.tasks.parity import ParityMeter, ParityReport
+
+Images = npt.NDArray[np.float32]
+
+TWICE_DB = 3.0
+"""Twice the power of a noise."""
+
+
+def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = silent) -> ParityReport:
+    """Compare an engine with the outputs that the golden set of its bundle holds.
+
+    Real images are judged by the budget, against the eager network. Edge images too; but those of an 8-bit graph, and
+    its real images once more, against the simulation of that graph. Where the network answers an edge image with its
+    own rounding, the engine's answer must be finite.
+
+    Raises:
+        BundleError: If the golden set was altered.
+    """
+    names = [tensor.name for tensor in engine.spec.outputs]
+    golden = GoldenSet.read(engine.bundle, names)
+    found = engine_outputs(engine, golden.images, progress)
+    meters = {name: _compared(golden, ~golden.edge, golden.outputs[name], found[name], name) for name in names}
+    floor = NoiseFloor.of(golden, golden.images[~golden.edge], engine.bundle.manifest, engine.executed_by)
+    report = meters[LOGITS].report(
+        target=engine.target,
+        executed_by=engine.executed_by,
+        data="golden",
+        budget=budget,
+        attention=meters.get(ATTENTION_MAP),
+        changes=floor.judges_noise() or engine.bundle.manifest.get("golden") != NOISE,
+        floor=floor,
+    )
+    guard = GUARD_DB.get(engine.bundle.manifest["precision"], 0.0) if engine.executed_by in ON_CPU else 0.0
+    if budget.sqnr_db <= report.metrics["sqnr_db"] < budget.sqnr_db + guard:
+        failure = (
+            f"SQNR {report.metrics['sqnr_db']:.1f} dB is below {budget.sqnr_db + guard:.1f} dB, the least on a CPU"
+        )
+        report = replace(report, failures=(*report.failures, failure))
+    limit = budget
+    if golden.simulated:
+        limit = simulation_limit(golden, budget, engine.bundle.manifest["remainder"])
+    edge_limit = replace(limit, sqnr_db=min(limit.sqnr_db, budget.sqnr_db))
+    for name in names:
+        expected = golden.simulated.get(name, golden.outputs[name])
+        if golden.simulated:
+            seen = _compared(golden, ~golden.edge, expected, found[name], name)
+            report = report.with_comparison("simulated", seen, limit)
+        if golden.judged_edge.any():
+            seen = _compared(golden, golden.judged_edge, expected, found[name], name)
+            report = report.with_comparison("edge", seen, edge_limit)
+    asked = [(index, golden.names[index]) for index in np.flatnonzero(golden.rounding)]
+    broken = [name for index, name in asked if not all(np.isfinite(values[index]).all() for values in found.values())]
+    if broken:
+        failure = f"edge images: NaN or infinite outputs for {', '.join(broken)}"
+        report = replace(report, failures=(*report.failures, failure))
+    return report
+
+
+def simulation_limit(golden: GoldenSet, budget: ParityBudget, remainder: str) -> ParityBudget:
+    """How far an 8-bit engine may be from the simulation of its graph: twice the power of the noise of quantisation.
+
+    Two right executions of one graph round a few codes to different sides, and from there on draw their rounding errors
+    anew: at worst they share none of them. Where that is less than FP16 rounds, the limit is that of FP16.
+
+    Args:
+        golden: A golden set with simulated outputs.
+        budget: What is parity with the trained network.
+        remainder: Type of the graph outside Q/DQ.
+    """
+    meter = _compared(golden, ~golden.edge, golden.outputs[LOGITS], golden.simulated[LOGITS], LOGITS)
+    noise = meter.metrics()["sqnr_differences_db"]
+    return replace(budget, sqnr_db=min(noise - TWICE_DB, BUDGETS[remainder].sqnr_db))
+
+
+def engine_outputs(engine: Engine, images: Images, progress: Progress, size: int | None = None) -> dict[str, Images]:
+    """All outputs of an engine for all images `(N, C, H, W)`, by name; by default as many at once as it takes."""
+    size, step = size or engine.spec.batch.max, f"Proving {engine.target}"
+    batches = []
+    progress(step, 0, len(images), "images")
+    for start in range(0, len(images), size):
+        batches.append(engine.outputs(images[start : start + size]))
+        progress(step, min(start + size, len(images)), len(images), "images")
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def _compared(
+    golden: GoldenSet, chosen: npt.NDArray[np.bool_], expected: Images, found: Images, output: str
+) -> ParityMeter:
+    """Some of the golden images, compared."""
+    meter = ParityMeter(output, golden.live if output == LOGITS else None)
+    names = [name for name, one in zip(golden.names, chosen, strict=True) if one]
+    meter.update(expected[chosen], found[chosen], name=names.__getitem__)
+    return meter

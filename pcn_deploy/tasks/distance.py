@@ -1,0 +1,62 @@
+"""How far outputs are from what they should be, for checks of our own; verdicts are in `parity.py`. numpy only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from pcn_deploy.specs import LOGITS
+from pcn_deploy.tasks.metrics import Logits, centred, power_of_changes
+from pcn_deploy.tasks.parity import ParityMeter
+
+Array = npt.NDArray[np.float32]
+Live: TypeAlias = npt.NDArray[np.bool_]
+
+
+def least_sqnr_db(expected: Iterable[Logits], found: Iterable[Logits], *, live: Live | None = None) -> float:
+    """The least SQNR, in dB, between two lists of outputs `(N, ...)`, each compared with its counterpart.
+
+    Of outputs `(N, K)`, such as logits, that of the differences in a row counts too, and only those that are `live`.
+
+    Raises:
+        DataError: If shapes differ, or what is expected is not finite.
+    """
+    ratios = []
+    for first, second in zip(expected, found, strict=True):
+        meter = ParityMeter(LOGITS, live) if first.ndim == 2 else ParityMeter("output")
+        meter.update(first, second)
+        metrics = meter.metrics()
+        ratios.append(min(metrics["sqnr_db"], metrics.get("sqnr_differences_db", math.inf)))
+    return min(ratios)
+
+
+def sqnr_of_images(expected: Array, found: Array, live: Live) -> npt.NDArray[np.float64]:
+    """Mean power of what is expected, over the noise of each image, in dB; of logits, of what the images change in it.
+
+    An image to which a network answers little has no less noise than another one, so it is not compared with its own.
+    What every image gets alike, such as a large constant, would make every error look small.
+
+    Args:
+        expected: `(N, ...)`; of `(N, K)`, such as logits, the differences in a row count.
+        found: The same of an engine.
+        live: Which of K logits are compared, `(K,)`.
+
+    Returns:
+        `(N,)`, minus infinity where an answer is not finite.
+    """
+    wanted, seen = (values.reshape(len(values), -1).astype(np.float64) for values in (expected, found))
+    if expected.ndim == 2:
+        wanted, seen = centred(wanted[:, live]), centred(seen[:, live])
+    noise = np.square(seen - wanted).mean(1)
+    noise = np.where(np.isfinite(noise), noise, np.inf)
+    power = float(np.square(wanted).sum())
+    if expected.ndim == 2:
+        changes = power_of_changes(power, float(np.square(wanted.sum(0)).sum()), len(wanted))
+        power = min(power, changes or power)
+    power = max(power / wanted.size, np.finfo(np.float64).tiny)
+    ratios: npt.NDArray[np.float64] = 10 * np.log10(power / np.maximum(noise, power * 1e-20))
+    return ratios

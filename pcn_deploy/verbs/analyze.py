@@ -1,0 +1,115 @@
+"""The verb `analyze`: what does each layer cost when it becomes INT8?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pcn_deploy.calibration.search.evaluation import Answers
+from pcn_deploy.calibration.search.ledger import Ledger
+from pcn_deploy.errors import DataError
+from pcn_deploy.progress import Progress, silent
+from pcn_deploy.proof.budget import run_digests
+from pcn_deploy.verbs.options import CompileOptions
+from pcn_deploy.verbs.steps.preparation import in_evaluation_mode, prepare
+from pcn_deploy.verbs.steps.sources import CalibrationImages, as_source, hold_out
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pcn_deploy.calibration.search.sensitivity import Sensitivity
+
+SAMPLE = 128
+"""Images of an analysis by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What an analysis found.
+
+    Attributes:
+        sensitivity: Effects per layer, most harmful first.
+        order: Names of the layers in the order of the network.
+        unquantized: Layers that the plan does not quantise at all, with the reason.
+        data: Where the images came from.
+        resumed: Measurements taken over from a run that was killed.
+        notes: What the user should know of the images.
+    """
+
+    sensitivity: Sensitivity
+    order: tuple[str, ...]
+    unquantized: dict[str, str]
+    data: str
+    resumed: int
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "data": self.data,
+            **self.sensitivity.to_json(),
+            "order": list(self.order),
+            "unquantized": self.unquantized,
+            "notes": list(self.notes),
+        }
+
+
+def analyze(
+    model: nn.Module,
+    options: CompileOptions,
+    calibration: CalibrationImages,
+    *,
+    evaluation: CalibrationImages | None = None,
+    images: int = SAMPLE,
+    record: Path | None = None,
+    progress: Progress = silent,
+) -> Analysis:
+    """Measure what each layer costs when it becomes INT8: alone, with all the others, by its weights, by its input.
+
+    Args:
+        model: Network of one input `(N, C, H, W)` and one output `(N, K)`; left as it is.
+        options: As for `compile`; the precision is INT8 whatever it says.
+        calibration: Images for the ranges.
+        evaluation: Images to measure on; the calibration images if None.
+        images: Use at most so many of them, taken as the calibration images are.
+        record: File in which measurements are kept while it runs, so that a killed run goes on with them.
+        progress: Told the number of measurements done.
+
+    Returns:
+        The effects, ranked.
+
+    Raises:
+        DataError: If images are unusable, or `record` belongs to another run.
+        ModelError: If the network cannot run, or no layer gains from INT8.
+    """
+    from pcn_deploy.calibration.quantized import apply_scales
+    from pcn_deploy.calibration.search.sensitivity import measure_sensitivity
+    from pcn_deploy.calibration.search.simulate import Simulation
+
+    options = replace(options, precision="int8")
+    source, _ = hold_out(calibration, options, judged=True)  # nothing is proven here
+    network = prepare(in_evaluation_mode(model), options, source, progress)
+    simulation = Simulation(network.unrounded, apply_scales(network.deployed, network.scales), network.scales)
+    judged_by = source if evaluation is None else as_source(evaluation, options)
+    sample, notes = judged_by.subset(images), [*source.notes, *judged_by.notes]
+    try:
+        answers = Answers.of(simulation.logits, sample, progress)
+    except DataError as error:
+        if evaluation is not None or not sample.has_labels:
+            raise
+        notes.append(f"the labels of the calibration images are not used. {error}")  # nobody asked for them
+        answers = Answers.of(simulation.logits, sample.without_labels(), progress)
+    notes += judged_by.notes  # what showed when they were judged
+    ledger = Ledger(record, run_digests(network, [answers]))
+    kinds = {entry.op: entry.kind for entry in network.plan.entries}
+    sensitivity = measure_sensitivity(simulation, kinds, answers, ledger, progress)
+    ledger.remove()
+    return Analysis(
+        sensitivity=sensitivity,
+        order=simulation.layers,
+        unquantized={entry.op: entry.reason for entry in network.plan.entries if entry.precision != "int8"},
+        data=judged_by.name,
+        resumed=ledger.resumed,
+        notes=tuple(dict.fromkeys(notes)),
+    )

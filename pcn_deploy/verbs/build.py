@@ -1,0 +1,344 @@
+"""The verb `compile`: network to bundle. The steps, in order, are the functions of this module."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pcn_deploy.artefact.bundle import Bundle
+from pcn_deploy.artefact.engine import Engine, executor
+from pcn_deploy.artefact.golden import MEMBER, NOISE, GoldenSet
+from pcn_deploy.calibration.search.evaluation import Answers
+from pcn_deploy.data.images import ImageSource
+from pcn_deploy.engines.base import Array, Backend, GraphSource
+from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.errors import DependencyError
+from pcn_deploy.memory import release_unused
+from pcn_deploy.progress import Progress, silent
+from pcn_deploy.proof.agreement import Forms, check_agreement
+from pcn_deploy.proof.budget import (
+    NOT_LABELLED,
+    BudgetProof,
+    Judges,
+    check_count,
+    judge_held_out,
+    prove_budget,
+    search_plan,
+)
+from pcn_deploy.proof.executions import prove
+from pcn_deploy.proof.reference import eager_outputs, golden_set, with_simulation
+from pcn_deploy.specs import LOGITS, EngineSpec
+from pcn_deploy.tasks.limits import ParityBudget
+from pcn_deploy.tasks.parity import ParityReport
+from pcn_deploy.verbs.options import CompileOptions
+from pcn_deploy.verbs.steps.advice import Attempt, advise, judge, remainder_in_fp32
+from pcn_deploy.verbs.steps.engine_builds import EngineBuilds, engine_builds
+from pcn_deploy.verbs.steps.preparation import Prepared, in_evaluation_mode, prepare
+from pcn_deploy.verbs.steps.sources import CalibrationImages, open_evaluation, open_sources, repeatable
+from pcn_deploy.verbs.verify import eager
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pcn_deploy.calibration.plan.rules import PrecisionPlan
+    from pcn_deploy.calibration.search.search import SearchResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileResult:
+    """What a build produced; true if every engine passed its parity budget.
+
+    Attributes:
+        bundle: The artefact, in memory until `bundle.save(path)`.
+        plan: Precision per layer, with reasons.
+        reports: One parity report per target.
+        search: What the search for the plan found, if there was one.
+        proofs: Whether each engine keeps the budget on the evaluation images, one per target if there were any.
+        advice: What would help an 8-bit build whose engines differ too much, best first.
+    """
+
+    bundle: Bundle
+    plan: PrecisionPlan
+    reports: tuple[ParityReport, ...]
+    search: SearchResult | None = None
+    proofs: tuple[BudgetProof, ...] = ()
+    advice: tuple[Attempt, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of the network, the images and the verdict, one sentence each."""
+        calibration = self.bundle.manifest["calibration"] or {}
+        return (*self.bundle.manifest["notes"], *calibration.get("notes", ()))
+
+    def __bool__(self) -> bool:
+        return all(self.reports) and all(self.proofs)
+
+
+def compile(  # noqa: A001 - the verb's public name, as in torch.compile
+    model: nn.Module,
+    options: CompileOptions | None = None,
+    *,
+    calibration: CalibrationImages | None = None,
+    evaluation: CalibrationImages | None = None,
+    search_record: Path | None = None,
+    provenance: dict[str, Any] | None = None,
+    progress: Progress = silent,
+) -> CompileResult:
+    """Turn a network into a bundle of engines with the proof of parity.
+
+    Args:
+        model: Network of one float input `(N, C, H, W)` and one output `(N, K)`; left as it is, built in evaluation
+            mode.
+        options: What to build.
+        calibration: Images for INT8 ranges and for the golden set; required for INT8
+            unless a recipe gives every range.
+        evaluation: Images that judge the accuracy, labelled or not. With `options.max_drop` every engine must keep the
+            drop of top-1 within it with 95 % confidence, and for INT8 the plan is searched so that it does; without,
+            no engine may be shown to drop by more than the precision allows. With `options.max_drop` and no images
+            here, all calibration images judge; without both, labelled ones that are held out of the calibration.
+        search_record: File in which the search keeps its measurements, so that a killed build goes on with them. It is
+            left there: remove it when the bundle is on disk.
+        provenance: Where the network comes from, kept in the manifest as it is, but for `notes`, which go to the notes.
+        progress: Told how far each step is.
+
+    Returns:
+        The bundle, the plan and the parity reports. Look at `bool(result)` before you ship it.
+
+    Raises:
+        DataError: If INT8 has no calibration images, or images are unusable.
+        OptionError: If a target cannot have an engine of this precision.
+        ModelError: If the network cannot be exported or run at this resolution.
+        DependencyError: If a library is missing; the message holds the pip line.
+        BuildError: If a backend refuses the graph.
+        ParityError: If the images are too few to prove the budget, or no layer can be INT8 within it.
+    """
+    options = options or CompileOptions()
+    backends = [get_backend(target) for target in options.targets]
+    _check_backends(backends, options)
+    if options.max_drop is not None and evaluation is None:
+        calibration = repeatable(calibration)  # it calibrates and judges
+    source, held_out = open_sources(calibration, evaluation, options)
+    judged_by = open_evaluation(evaluation, calibration, options)
+    if judged_by is not None and options.max_drop is not None:
+        check_count(len(judged_by), options.max_drop)
+    model = in_evaluation_mode(model)
+    network = prepare(model, options, source, progress, exporting=True)
+    judges = found = None
+    why_not = NOT_LABELLED
+    if judged_by is not None:
+        answers = Answers.of(eager(model), judged_by, progress)
+        asked = options.max_drop is not None
+        judges = Judges.share_out(answers, options.budget.top1_drop, searching=options.searches, asked=asked)
+        if options.searches:
+            network, found = search_plan(network, judges, search_record, progress)
+    elif held_out is not None:
+        judges, why_not = judge_held_out(eager(model), held_out, options.budget.top1_drop, progress)
+    unseen = held_out if evaluation is None else judged_by
+    golden, broken = golden_set(model, options, unseen or source, progress)
+    origin = _origin(model, provenance or {})
+    notes = [*origin.pop("notes", ()), *network.notes, *broken]
+    notes += [note for images in (source, judged_by) if images for note in images.notes]
+    bundle = _new_bundle(network, options, unseen or source, origin, list(dict.fromkeys(notes)))
+    bundle.manifest["judged"] = {
+        "golden_images": int((~golden.edge).sum()),
+        "edge_images": int(golden.edge.sum()),
+        "golden_calibrated": network.calibration is not None and unseen is None,
+        "accuracy": "" if judges else why_not,
+    }
+    plan, spec = _add_graphs(bundle, network, golden, options, progress)
+    forms = Forms.of(eager_outputs(model, options), network, plan)
+    golden, widened = check_agreement(bundle, golden, spec, options, forms)
+    bundle.manifest["judged"]["widened_images"] = len(golden.widened_db)
+    simulated = forms.simulated
+    del forms, model  # the caller may keep it
+    release_unused()  # engines take memory of their own
+    with engine_builds(bundle, backends, _graphs(bundle, spec, options), progress) as builds:
+        if options.quantizes:
+            golden = with_simulation(golden, simulated, spec, progress)
+        del simulated
+        advice: tuple[Attempt, ...] = ()
+        if golden.simulated and not judge("", golden, golden.simulated[LOGITS], options.budget).passed:
+            advice = advise(network, golden, options, progress)
+        del network  # its folded weights are in the graphs now
+        bundle.add(MEMBER, golden.to_npz())
+        release_unused()
+        reports, proofs = _prove(bundle, backends, builds, options.budget, judges, widened, progress)
+    if proofs:
+        search = found.to_json() if found else None
+        bundle.add_json("budget.json", {"search": search, "proofs": [proof.to_json() for proof in proofs]})
+    if golden.simulated and not all(reports) and not advice:
+        advice = remainder_in_fp32(golden, options)
+    return CompileResult(bundle=bundle, plan=plan, reports=reports, search=found, proofs=proofs, advice=advice)
+
+
+def _check_backends(backends: list[Backend], options: CompileOptions) -> None:
+    """Find out before the long work what would stop it after."""
+    try:
+        import onnx_ir  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise DependencyError.for_extra(error.name or "torch", "compile", "building a bundle") from error
+    for backend in backends:
+        backend.check_can_build()
+        backend.check_precision(options.precision)
+
+
+def _new_bundle(
+    network: Prepared,
+    options: CompileOptions,
+    source: ImageSource | None,
+    provenance: dict[str, Any],
+    notes: list[str],
+) -> Bundle:
+    """A bundle that holds the decisions: manifest and calibration."""
+    calibration = network.calibration
+    manifest = {
+        "model": provenance.get("model", network.name),
+        "precision": options.precision,
+        "remainder": options.graph_type,
+        "transform": options.transform.to_json(),
+        "calibration": {**calibration.summary(), **_recovery(network)} if calibration else None,
+        "golden": source.name if source else NOISE,
+        "rewrites": network.rewrites,
+        "notes": notes,
+        "parity_budget": asdict(options.budget),
+        "provenance": {**provenance, "built_by": _versions(), "host": platform.platform()},
+    }
+    bundle = Bundle(manifest)
+    if calibration:
+        bundle.add_json("calibration.json", calibration.to_json(network.scales))
+    return bundle
+
+
+def _origin(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """Where the network comes from, and the digest of its weights as they are."""
+    from pcn_deploy.calibration.cache import digest_weights
+
+    return {"weights_from": "memory", **given, "network_sha256": digest_weights(model)}
+
+
+def _recovery(network: Prepared) -> dict[str, Any]:
+    if not network.recovered:
+        return {}
+    return {"recovery": network.recovered, "recovery_trials": {one.name: one.to_json() for one in network.trials}}
+
+
+def _add_graphs(
+    bundle: Bundle, network: Prepared, golden: GoldenSet, options: CompileOptions, progress: Progress
+) -> tuple[PrecisionPlan, EngineSpec]:
+    """Add the TorchScript module where a target runs it, the typed ONNX graph, and the plan with its nodes in FP32.
+
+    Returns:
+        The plan, and the interface of both graphs.
+    """
+    import torch
+
+    from pcn_deploy.calibration.quantized import apply_scales
+    from pcn_deploy.graph.export import engine_spec, release_weights, serialise, to_onnx
+    from pcn_deploy.graph.keep import keep_nodes
+    from pcn_deploy.graph.portable import make_portable
+    from pcn_deploy.graph.torchscript import to_torchscript
+    from pcn_deploy.graph.typed import reduce_precision
+
+    if options.scripts:
+        progress("Scripting", 0, 1)
+        quantized = apply_scales(network.deployed, network.scales)
+        bundle.add("model.ts", to_torchscript(quantized, torch.from_numpy(golden.images[:2]), options.batch))
+        progress("Scripting", 1, 1)
+    graph = to_onnx(
+        network.deployed,
+        options.transform.shape,
+        options.batch,
+        network.scales,
+        progress,
+        outputs=options.outputs,
+        exported=network.exported,
+    )
+    plan = network.plan
+    if options.graph_type == "fp16":
+        observed = _observed(golden, network, options) if network.magnitudes else None
+        plan = keep_nodes(plan, graph, network.deployed, observed)
+    layers, operations = plan.types(), plan.types(operations=True)
+    if {options.graph_type, *layers.values(), *operations.values()} != {"fp32"}:
+        reduce_precision(graph, options.graph_type, layers, operations, plan.nodes())
+    make_portable(graph.graph)
+    bundle.add_json("plan.json", plan.to_json())
+    spec = engine_spec(graph, options.batch)
+    bundle.manifest["interface"] = spec.to_json()
+    bundle.add("model.onnx", serialise(graph))
+    release_weights(graph)
+    return plan, spec
+
+
+def _observed(golden: GoldenSet, network: Prepared, options: CompileOptions) -> Array:
+    """Images on which the graph is observed: as many real ones of the golden set as are affordable, and edge images."""
+    from pcn_deploy.calibration.plan.magnitudes import affordable_images
+
+    real, edge = golden.images[~golden.edge], golden.images[golden.edge]
+    count = min(len(real), affordable_images(network.layers))
+    chosen = real[np.linspace(0, len(real) - 1, count).astype(int)]
+    images = np.concatenate([chosen, edge[: max(count, 2)]])
+    whole = -(-len(images) // options.batch.min) * options.batch.min
+    repeated: Array = images[np.arange(whole) % len(images)]
+    return repeated
+
+
+def _graphs(bundle: Bundle, spec: EngineSpec, options: CompileOptions) -> GraphSource:
+    return GraphSource(
+        onnx=partial(bundle.read, "model.onnx"),
+        torchscript=bundle.read("model.ts") if options.scripts else b"",
+        spec=spec,
+    )
+
+
+def _prove(
+    bundle: Bundle,
+    backends: list[Backend],
+    builds: EngineBuilds,
+    budget: ParityBudget,
+    judges: Judges | None,
+    widened: dict[str, Array],
+    progress: Progress,
+) -> tuple[tuple[ParityReport, ...], tuple[BudgetProof, ...]]:
+    """Add every engine, and run it on the golden set and on the images that judge the accuracy, if there are any.
+
+    Where an engine cannot run here, ONNX Runtime runs the graph it was built from; the others are judged before it, so
+    that the time until it is built is used.
+    """
+    reports: dict[str, ParityReport] = {}
+    proofs: dict[str, BudgetProof] = {}
+    by = {backend.target: executor(backend) for backend in backends}
+    for backend in sorted(backends, key=lambda backend: by[backend.target] != backend.target):
+        executed_by = by[backend.target]
+        if executed_by in reports:
+            continue
+        builds.add(backend)
+        reports[executed_by] = prove(bundle, backend.target, budget, progress, widened)
+        if judges is not None:
+            with Engine.open(bundle, backend.target, executed_by=executed_by) as engine:
+                proofs[executed_by] = prove_budget(engine, judges, progress)
+    builds.add_all()
+    found = tuple(replace(reports[executed_by], target=target) for target, executed_by in by.items())
+    for report in found:
+        bundle.add_json(f"parity/{report.target}.json", report.to_json())
+        bundle.manifest["notes"] += [note for note in report.notes if note not in bundle.manifest["notes"]]
+    return found, tuple(replace(proofs[executed_by], target=target) for target, executed_by in by.items() if proofs)
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the packages that decide the outcome."""
+    found = {"python": platform.python_version()}
+    for package in ("pcn-deploy", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

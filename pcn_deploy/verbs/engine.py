@@ -1,0 +1,68 @@
+"""The verb behind `pcn-compile engine`: add an engine for this device to a bundle. No torch needed."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from pcn_deploy.artefact.bundle import Bundle, check_output
+from pcn_deploy.engines.base import GraphSource
+from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.errors import BundleError
+from pcn_deploy.progress import Progress, silent
+from pcn_deploy.proof.executions import prove
+from pcn_deploy.specs import EngineSpec
+from pcn_deploy.tasks.parity import ParityReport
+from pcn_deploy.verbs.options import check_target_precision
+
+
+def add_engine(
+    path: str | Path,
+    target: str,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> ParityReport:
+    """Build an engine from the graph in a bundle, prove it as a build does, and write the bundle again.
+
+    Nothing is written if the engine, or another execution of its graph, fails its parity budget. What cannot be
+    executed here for want of a library is noted in the report.
+
+    Args:
+        path: The bundle.
+        target: The engine to add or to replace.
+        output: Where to write; the same file by default.
+        overwrite: Replace `output` if it exists.
+        progress: Told how far each step is.
+
+    Returns:
+        The parity report; its truth value is the verdict.
+
+    Raises:
+        BundleError: If the bundle is corrupt, altered or of a newer schema.
+        DependencyError: If the backend's library is missing.
+        OptionError: If the target has no engine of this precision.
+        BuildError: If the backend refuses the graph.
+        OutputError: If the output exists and may not be replaced, or cannot be written.
+    """
+    bundle, backend = Bundle.open(path), get_backend(target)
+    destination = Path(path if output is None else output)
+    overwrite = overwrite or output is None
+    check_output(destination, overwrite=overwrite)
+    check_target_precision(target, bundle.manifest["precision"])
+    if backend.member == "model.ts" and backend.member not in bundle:
+        msg = f"{path} holds no TorchScript module: build it again from the network with --target {target}."
+        raise BundleError(msg)
+    source = GraphSource(
+        onnx=partial(bundle.read, "model.onnx"),
+        torchscript=bundle.read("model.ts") if backend.member == "model.ts" else b"",
+        spec=EngineSpec.from_json(bundle.manifest["interface"]),
+    )
+    artifact = backend.build(source, progress)
+    bundle.add_engine(target, backend.member, artifact.data, artifact.built_with)
+    report = prove(bundle, target, progress=progress)
+    if report:
+        bundle.add_json(f"parity/{target}.json", report.to_json())
+        bundle.save(destination, overwrite=overwrite)
+    return report

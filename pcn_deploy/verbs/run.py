@@ -1,0 +1,110 @@
+"""The verb `run`: the most likely classes of real images, through an opened engine. numpy and Pillow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pcn_deploy.artefact.engine import Engine, check_finite
+from pcn_deploy.data.image_files import read_image
+from pcn_deploy.errors import DataError, OptionError, ParityError
+from pcn_deploy.show.heatmap import MapRange, choose_map, overlay, save
+from pcn_deploy.specs import ATTENTION_MAP, LOGITS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The most likely classes of one image, best first.
+
+    Attributes:
+        image: The file.
+        classes: Indices of the classes.
+        names: Their names; the indices as text where no names were given.
+        probabilities: Softmax of the logits, 0 to 1.
+        heatmap: The picture of where the network looked, if one was asked for.
+        attention: What its colours stand for, and whose class the map is.
+        error: Why there is no answer: the file is no image, or the outputs are NaN or infinite. Nothing else is set.
+    """
+
+    image: str
+    classes: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    heatmap: str | None = None
+    attention: MapRange | None = None
+    error: DataError | ParityError | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, the error as its message."""
+        return {**asdict(self), "error": None if self.error is None else str(self.error)}
+
+
+def classify(
+    engine: Engine,
+    images: Sequence[Path],
+    *,
+    top: int = 5,
+    class_names: Sequence[str] | None = None,
+    heatmaps: Sequence[Path] | None = None,
+    heatmap_class: int | None = None,
+) -> list[Prediction]:
+    """Classify image files.
+
+    Args:
+        engine: An opened engine.
+        images: Image files.
+        top: Number of classes per image.
+        class_names: Name of every class, in order.
+        heatmaps: Where to write, for each image, the attention map over it: that of the most likely class where every
+            class has its own.
+        heatmap_class: The class whose map is drawn instead.
+
+    Returns:
+        One prediction per image. An image without an answer has an error instead; it does not stop the others.
+
+    Raises:
+        DataError: If the names are not as many as the classes.
+        OptionError: If heatmaps are asked of a bundle without attention map, or for a class without one of its own.
+        OutputError: If a picture cannot be written.
+        DependencyError: If Pillow is missing.
+    """
+    if heatmaps is not None and len(engine.spec.outputs) == 1:
+        msg = "The bundle holds no attention map. Build it with --with-attention-map."
+        raise OptionError(msg)
+    if heatmaps is None and heatmap_class is not None:
+        msg = f"Class {heatmap_class} was chosen for a picture that is not drawn. Give --heatmap, or leave --class out."
+        raise OptionError(msg)
+    results = []
+    for index, path in enumerate(images):
+        try:
+            image = read_image(path, engine.transform)
+            outputs = engine.outputs(image[None])
+            check_finite(outputs, engine, str(path), image[None])
+        except (DataError, ParityError) as error:
+            results.append(Prediction(image=str(path), error=error))
+            continue
+        logits = outputs[LOGITS][0].astype(np.float64)
+        if class_names is not None and len(class_names) != len(logits):
+            msg = f"{len(class_names)} class names were given; the network has {len(logits)} classes."
+            raise DataError(msg)
+        weights = np.exp(logits - logits.max())
+        best = np.argsort(-logits, kind="stable")[:top]
+        attention = None
+        if heatmaps is not None:
+            drawn, attention = choose_map(outputs[ATTENTION_MAP][0], int(best[0]), heatmap_class)
+            save(overlay(image, drawn, engine.transform), heatmaps[index])
+        results.append(
+            Prediction(
+                image=str(path),
+                classes=tuple(int(index) for index in best),
+                names=tuple(str(index) if class_names is None else class_names[index] for index in best),
+                probabilities=tuple(float(value) for value in (weights / weights.sum())[best]),
+                heatmap=None if heatmaps is None else str(heatmaps[index]),
+                attention=attention,
+            )
+        )
+    return results

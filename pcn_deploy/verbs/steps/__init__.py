@@ -1,0 +1,1 @@
+"""Steps that several verbs take, and the long ones of a build."""
