@@ -28,7 +28,8 @@ from pcn_deploy.calibration.calibrators import CALIBRATORS
 from pcn_deploy.calibration.collect import calibrate, recalibrate
 from pcn_deploy.calibration.quantized import apply_scales, plan_scales
 from pcn_deploy.progress import silent
-from pcn_deploy.verbs.steps.preparation import Prepared, prepare
+from pcn_deploy.verbs.steps.preparation import prepare
+from pcn_deploy.verbs.steps.prepared import Prepared
 
 DEFAULT = CompileOptions(precision="int8").calibrator
 SHORTFALL_DB, SLOWER, RESAMPLES = 0.5, 1.2, 1000

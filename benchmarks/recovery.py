@@ -22,10 +22,11 @@ from pcn_deploy import CompileOptions, ImageSource
 from pcn_deploy.calibration.quantized import apply_scales
 from pcn_deploy.calibration.recovery import AFTER, BEFORE, RECOVERIES
 from pcn_deploy.cli import display
+from pcn_deploy.network.evaluation_mode import in_evaluation_mode
 from pcn_deploy.progress import silent
 from pcn_deploy.tasks.bound import PairedCounts
 from pcn_deploy.tasks.parity import ParityMeter
-from pcn_deploy.verbs.steps.preparation import in_evaluation_mode, prepare
+from pcn_deploy.verbs.steps.preparation import prepare
 
 CHOICES = ((), *((name,) for name in RECOVERIES), BEFORE, AFTER, RECOVERIES)
 COLUMNS = ["recovery", "layers changed", "SQNR dB", "top-1 %", "lost", "gained", "drop", "95 % bound", "s"]

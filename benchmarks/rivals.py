@@ -32,7 +32,8 @@ from pcn_deploy.progress import silent
 from pcn_deploy.specs import BatchRange
 from pcn_deploy.tasks.bound import PairedCounts
 from pcn_deploy.tasks.parity import ParityMeter
-from pcn_deploy.verbs.steps.preparation import Prepared, prepare
+from pcn_deploy.verbs.steps.preparation import prepare
+from pcn_deploy.verbs.steps.prepared import Prepared
 
 HERE = Path(__file__).parent
 BATCH = BatchRange(min=1, opt=8, max=64)

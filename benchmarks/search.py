@@ -29,7 +29,8 @@ from pcn_deploy.calibration.search.simulate import Simulation
 from pcn_deploy.progress import silent
 from pcn_deploy.proof.budget import RANKING_IMAGES, Judges
 from pcn_deploy.tasks.bound import PairedCounts, images_needed
-from pcn_deploy.verbs.steps.preparation import Prepared, prepare
+from pcn_deploy.verbs.steps.preparation import prepare
+from pcn_deploy.verbs.steps.prepared import Prepared
 
 BUDGETS = (0.4, 0.8, 1.5)
 COST_LIMIT = 3

@@ -1,7 +1,6 @@
 """A calibration kept in a file, and what must be equal before it is used again.
 
-`FILE.json` is written when it is absent and read when it is there; of a bundle, `FILE.pcn`, its `calibration.json` is
-read. It holds for the very weights, images and transform it was made with, and is refused for others.
+`FILE.json` is written when it is absent and read when it is there. It holds for the very weights, images and transform it was made with, and is refused for others.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.calibration.record import Calibration, from_json
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.errors import DataError, OutputError
@@ -35,15 +33,12 @@ def digest_weights(model: nn.Module) -> str:
 
 
 def read_cache(path: Path) -> bytes:
-    """The text of a kept calibration; empty if a `.json` is yet to be written.
+    """The text of a kept calibration; empty if it is yet to be written.
 
     Raises:
-        BundleError: If it is a bundle that is corrupt, or was built without calibration.
         DataError: If it cannot be read.
         OutputError: If it could not be written either.
     """
-    if path.suffix == ".pcn":
-        return Bundle.open(path).read("calibration.json")
     try:
         if not path.exists():
             _check_writable(path)

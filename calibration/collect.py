@@ -43,6 +43,7 @@ def calibrate(
     *,
     percentile: float = PERCENTILE,
     cache: str | Path | None = None,
+    read: Callable[[Path], bytes] = read_cache,
 ) -> Calibration:
     """Observe the inputs of `layers` on every image of `source`, in one pass and constant memory.
 
@@ -55,8 +56,10 @@ def calibrate(
         calibrator: One of `calibrators.CALIBRATORS`.
         progress: Told the number of images done.
         percentile: For the percentile calibrator, in percent, above 50 and at most 100.
-        cache: A `.json` that keeps what is seen: written if absent; if there, or a bundle, its histograms are used and
-            the images only read to see that they are the same.
+        cache: A `.json` that keeps what is seen: written if absent; if there, its histograms are used and the images
+            only read to see that they are the same.
+        read: Returns the text of the cache, empty where there is none yet; `artefact.bundle.read_calibration` opens
+            bundles too.
 
     Returns:
         The ranges and what they are bound to.
@@ -71,7 +74,7 @@ def calibrate(
     get_calibrator(calibrator, percentile)
     processes, weights, path = current(), digest_weights(model), Path(cache or "")
     processes.check_equal(weights=weights, layers=layers)
-    text = processes.gather(read_cache(path) if cache and processes.first else b"")[0]
+    text = processes.gather(read(path) if cache and processes.first else b"")[0]
     if text:
         kept = open_cache(text, str(path), layers, weights, source)
         statistics, notes = {layer: kept.statistics[layer] for layer in layers}, kept.notes

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pcn_deploy.artefact.bundle import Bundle as Bundle
     from pcn_deploy.artefact.engine import Engine as Engine
-    from pcn_deploy.artefact.engine import load as load
     from pcn_deploy.data.images import ImageSource as ImageSource
     from pcn_deploy.data.transform import Transform as Transform
     from pcn_deploy.errors import PcnDeployError as PcnDeployError
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from pcn_deploy.tasks.parity import ParityReport as ParityReport
     from pcn_deploy.verbs.build import CompileResult as CompileResult
     from pcn_deploy.verbs.build import compile as compile  # noqa: A004 - the verb's public name
+    from pcn_deploy.verbs.load import load as load
     from pcn_deploy.verbs.options import CompileOptions as CompileOptions
     from pcn_deploy.verbs.verify import verify as verify
 
@@ -40,7 +40,7 @@ _HOMES = {
     "compile": "verbs.build",
     "create_model": "models.registry",
     "list_models": "models.registry",
-    "load": "artefact.engine",
+    "load": "verbs.load",
     "verify": "verbs.verify",
 }
 

@@ -13,7 +13,8 @@ from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d
 from pcn_deploy.models.augmentation import Augmentation
 from pcn_deploy.progress import silent
 from pcn_deploy.tasks.parity import ParityMeter
-from pcn_deploy.verbs.steps.preparation import Prepared, prepare
+from pcn_deploy.verbs.steps.preparation import prepare
+from pcn_deploy.verbs.steps.prepared import Prepared
 
 SHAPE = (3, 12, 12)
 TRANSFORM = Transform(resolution=SHAPE[1:])

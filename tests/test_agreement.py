@@ -19,10 +19,11 @@ from pcn_deploy.errors import ExecutionError, ModelError
 from pcn_deploy.graph.export import serialise, to_onnx
 from pcn_deploy.graph.torchscript import to_torchscript
 from pcn_deploy.network.deploy import to_deploy
+from pcn_deploy.network.evaluation_mode import in_evaluation_mode
 from pcn_deploy.progress import silent
 from pcn_deploy.proof.agreement import SHARPEST_DB, Forms, check_agreement, executing
 from pcn_deploy.specs import EngineSpec
-from pcn_deploy.verbs.steps.preparation import in_evaluation_mode, prepare
+from pcn_deploy.verbs.steps.preparation import prepare
 from pcn_deploy.verbs.steps.sources import open_sources
 
 OPTIONS = options(precision="int8", targets=("cpu", "torchscript"))
@@ -33,13 +34,14 @@ def built() -> dict[str, Any]:
     bundle = pcn_deploy.compile(network(), OPTIONS, calibration=[images()]).bundle
     source, _ = open_sources([images()], None, OPTIONS)
     prepared = prepare(in_evaluation_mode(network()), OPTIONS, source, silent)
+    plan = PrecisionPlan.from_json(bundle.read_json("plan.json"))
     other, _ = to_deploy(network(seed=7), torch.from_numpy(images(1)))
     spec = EngineSpec.from_json(bundle.manifest["interface"])
     return {
         "bundle": bundle,
         "golden": GoldenSet.read(bundle, [tensor.name for tensor in spec.outputs]),
         "spec": spec,
-        "forms": Forms.of(network(), prepared, PrecisionPlan.from_json(bundle.read_json("plan.json"))),
+        "forms": Forms.of(network(), prepared.deployed, prepared.unrounded, prepared.scales, plan),
         "other": other,
         "model.ts": to_torchscript(other, torch.from_numpy(images(2)), OPTIONS.batch),
         "model.onnx": serialise(to_onnx(other, (3, 32, 32), OPTIONS.batch, {})),
@@ -51,7 +53,7 @@ def with_member(bundle: Any, name: str, data: bytes) -> Any:
 
 
 def check(built: dict[str, Any], bundle: Any, forms: Forms) -> GoldenSet:
-    return check_agreement(bundle, built["golden"], built["spec"], OPTIONS, forms)[0]
+    return check_agreement(bundle, built["golden"], built["spec"], forms, scripted=True, rounded=True)[0]
 
 
 def test_what_was_built_agrees(built: dict[str, Any]) -> None:

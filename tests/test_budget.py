@@ -17,13 +17,15 @@ import pcn_deploy
 from pcn_deploy import CompileResult
 from pcn_deploy.calibration.collect import recalibrate
 from pcn_deploy.calibration.record import Calibration
+from pcn_deploy.calibration.search.digests import run_digests
 from pcn_deploy.calibration.search.evaluation import Answers
 from pcn_deploy.calibration.statistics import Statistics
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.errors import DataError, OptionError, ParityError
+from pcn_deploy.network.evaluation_mode import in_evaluation_mode
 from pcn_deploy.progress import silent
-from pcn_deploy.proof.budget import Judges, check_count, prove_budget, run_digests
-from pcn_deploy.verbs.steps.preparation import in_evaluation_mode, prepare
+from pcn_deploy.proof.budget import Judges, check_count, prove_budget
+from pcn_deploy.verbs.steps.preparation import prepare
 from pcn_deploy.verbs.steps.sources import open_sources
 
 torch = pytest.importorskip("torch")
@@ -134,7 +136,7 @@ def test_each_difference_of_two_runs_has_a_digest_of_its_own() -> None:
         source = ImageSource([images(judged)], chosen.transform)
         assert sum(len(batch) for batch, _ in source.batches(8)) == judged
         expected, reference = np.full(judged, labels), np.full(judged, answers)
-        return run_digests(prepared, [Answers(source, expected, reference, labelled=True)])
+        return run_digests(prepared.deployed, prepared.scales, [Answers(source, expected, reference, labelled=True)])
 
     first = digests()
     assert digests() == first

@@ -17,9 +17,10 @@ from pcn_deploy.artefact.golden import GoldenSet, edge_images
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.progress import silent
 from pcn_deploy.proof.executions import Execution, prove
-from pcn_deploy.proof.reference import golden_set
+from pcn_deploy.proof.reference import eager_outputs, golden_set
 from pcn_deploy.specs import EngineSpec
 from pcn_deploy.tasks.parity import report_from_json
+from pcn_deploy.verbs.steps.sources import real_images
 
 torch = pytest.importorskip("torch")
 
@@ -181,17 +182,23 @@ def test_an_engine_that_is_not_finite_where_the_network_rounds_fails_by_name() -
     assert any("broken: edge images: NaN or infinite outputs for" in failure for failure in report.failures)
 
 
+def golden_of(model: Any, **given: Any) -> tuple[GoldenSet, list[str]]:
+    chosen = options(precision="fp32", **given)
+    forward, real = eager_outputs(model, attention_map=False), real_images(chosen, None)
+    return golden_set(forward, real, chosen.transform, chosen.outputs, chosen.batch, silent)
+
+
 def test_a_network_that_only_runs_in_float32_keeps_its_edge_images() -> None:
     torch.manual_seed(0)
     model = InFloat32().eval()
     model.first.weight.data += 0.1
-    golden, notes = golden_set(model, options(precision="fp32"), None, silent)
+    golden, notes = golden_of(model)
     assert (int(golden.edge.sum()), notes) == (7, [])
 
 
 def test_an_exact_answer_of_nothing_is_an_answer() -> None:
     black_is_zero = Transform(resolution=(32, 32), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    golden, _ = golden_set(HighPass().eval(), options(precision="fp32", transform=black_is_zero), None, silent)
+    golden, _ = golden_of(HighPass().eval(), transform=black_is_zero)
     assert "black" in golden.names
 
 

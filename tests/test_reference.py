@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from small_builds import options
 from torch import Tensor, nn
 
 from pcn_deploy.artefact.golden import GoldenSet
@@ -55,6 +54,6 @@ def test_every_image_has_its_own_simulation(batch: BatchRange) -> None:
 
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 def test_every_image_has_its_own_answer_in_double(batch: BatchRange) -> None:
-    rows = list(_rows_in_double(nn.Flatten(), IMAGES, options(precision="fp32", batch=batch)))
+    rows = list(_rows_in_double(nn.Flatten(), IMAGES, batch))
     assert [row[0].dtype for row in rows] == [np.float64] * len(IMAGES)
     np.testing.assert_array_equal(np.concatenate([row[0] for row in rows]), IMAGES.reshape(len(IMAGES), -1))

@@ -10,12 +10,13 @@ import pytest
 
 import pcn_deploy
 from pcn_deploy import BatchRange, Bundle, CompileOptions, Engine, Transform
-from pcn_deploy.artefact.engine import PREFERENCE, check_finite, executor
+from pcn_deploy.artefact.engine import check_finite, executor
 from pcn_deploy.engines.base import Availability, Session
 from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend, _OnnxRuntimeSession
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.engines.torchscript import TorchScriptBackend
 from pcn_deploy.errors import BundleError, DataError, DependencyError, ParityError
+from pcn_deploy.verbs.load import PREFERENCE
 
 torch = pytest.importorskip("torch")
 

@@ -9,12 +9,13 @@ from typing import Any
 import click
 
 from pcn_deploy.artefact.bundle import check_output
+from pcn_deploy.calibration.search.analysis import Analysis
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.data.processes import Processes, join
 from pcn_deploy.errors import DataError, OutputError
 from pcn_deploy.show.analysis import check_picture, draw
-from pcn_deploy.verbs.analyze import SAMPLE, Analysis, analyze
+from pcn_deploy.verbs.analyze import SAMPLE, analyze
 from pcn_deploy.verbs.options import CompileOptions
 from pcn_deploy.verbs.steps.preparation import take_part
 from pcn_deploy.verbs.steps.sources import synthetic_source

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from pcn_deploy.artefact.engine import load
 from pcn_deploy.cli import display, options
 from pcn_deploy.data.classes import read_names
 from pcn_deploy.data.image_files import ImageFile, survey
 from pcn_deploy.errors import ParityError
 from pcn_deploy.show.heatmap import picture_paths
+from pcn_deploy.verbs.load import load
 from pcn_deploy.verbs.run import Prediction, classify
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from pcn_deploy.artefact.engine import load
 from pcn_deploy.artefact.provenance import make_again
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
@@ -17,6 +16,7 @@ from pcn_deploy.data.processes import join
 from pcn_deploy.errors import ParityError
 from pcn_deploy.tasks.limits import ParityBudget, budget_for
 from pcn_deploy.tasks.parity import ParityReport
+from pcn_deploy.verbs.load import load
 from pcn_deploy.verbs.verify import verify
 
 

@@ -326,3 +326,16 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def read_calibration(path: Path) -> bytes:
+    """The text of a calibration that a bundle or a calibration cache keeps; empty if a `.json` is yet to be written.
+
+    Raises:
+        BundleError: If it is a bundle that is corrupt, or was built without calibration.
+        DataError: If it cannot be read.
+        OutputError: If it could not be written either.
+    """
+    from pcn_deploy.calibration.cache import read_cache
+
+    return Bundle.open(path).read("calibration.json") if path.suffix == ".pcn" else read_cache(path)

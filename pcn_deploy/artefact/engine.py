@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,13 +15,10 @@ from pcn_deploy.calibration.plan.rules import in_fp32
 from pcn_deploy.data.transform import Transform
 from pcn_deploy.engines.base import Backend, Session
 from pcn_deploy.engines.registry import get_backend
-from pcn_deploy.errors import DataError, DependencyError, ParityError, PcnDeployError
+from pcn_deploy.errors import DataError, ParityError, PcnDeployError
 from pcn_deploy.specs import LOGITS, EngineSpec
 
 log = logging.getLogger(__name__)
-
-PREFERENCE = ("tensorrt", "tensorrt-rtx", "cpu", "torchscript")
-"""Order in which `load` tries the engines of a bundle: fastest first."""
 
 
 class Engine:
@@ -219,33 +215,3 @@ def _answers_in_fp32(engine: Engine, images: npt.NDArray[np.float32]) -> bool | 
 def executor(backend: Backend) -> str:
     """Which backend runs an engine on this machine: its own, or `cpu` with the same graph where that cannot run."""
     return backend.target if backend.availability().can_run else "cpu"
-
-
-def load(path: str | Path, target: str | None = None) -> Engine:
-    """Open a bundle and the fastest of its engines that this machine can run.
-
-    Args:
-        path: The bundle.
-        target: Take this engine instead.
-
-    Returns:
-        The opened engine.
-
-    Raises:
-        BundleError: If the bundle is corrupt, altered, of a newer schema, or holds no such engine.
-        DependencyError: If none of its engines can run here; every reason is in the message.
-        IncompatibleError: If the chosen engine does not fit this device or library version.
-    """
-    bundle = Bundle.open(path)
-    if target is not None:
-        return Engine.open(bundle, target)
-    present = {entry["target"] for entry in bundle.engines}
-    reasons = []
-    for candidate in PREFERENCE:
-        if candidate in present:
-            state = get_backend(candidate).availability()
-            if state.can_run:
-                return Engine.open(bundle, candidate)
-            reasons.append(f"{candidate}: {state.detail}. {state.remedy}".rstrip())
-    msg = f"None of the engines in {path} can run here:\n  " + "\n  ".join(reasons or ["it holds no engine"])
-    raise DependencyError(msg)

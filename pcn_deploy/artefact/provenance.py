@@ -129,7 +129,7 @@ def make_again(manifest: dict[str, Any], weights: Path | None = None) -> nn.Modu
         CheckpointError: If the checkpoint is not there or is another, or the network comes out with other weights.
     """
     from pcn_deploy.calibration.cache import digest_weights
-    from pcn_deploy.verbs.steps.preparation import in_evaluation_mode
+    from pcn_deploy.network.evaluation_mode import in_evaluation_mode
 
     source = ModelSource.from_manifest(manifest, weights)
     network = source.create()

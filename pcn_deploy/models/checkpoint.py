@@ -187,7 +187,7 @@ def load_strict(model: nn.Module, state: StateDict, origin: str) -> None:
     Raises:
         CheckpointError: If a key is missing, extra or misshapen; all three lists are in the message.
     """
-    from pcn_deploy.network.deploy import unwrapped
+    from pcn_deploy.models.wrappers import unwrapped
 
     model = unwrapped(model)
     state = _with_counters(model, _named_as(model, state))

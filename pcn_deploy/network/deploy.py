@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.optim.swa_utils import AveragedModel
 
 from pcn_deploy.models.aggregation import Aggregation, AttentionPool2d, TokenBlock
 from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d, RelativeSelfAttention2d
 from pcn_deploy.models.patchconvnet import PatchConvNet, TrunkBlock
+from pcn_deploy.models.wrappers import unwrapped
 from pcn_deploy.network.additions import separate_additions
 from pcn_deploy.network.dataflow import DataFlow, is_plain_layer
 from pcn_deploy.network.lifting import become, lift_products
@@ -201,15 +200,6 @@ REWRITES: tuple[Rewrite, ...] = (
     fold_attention_scale,
     absorb_key_value,
 )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside of wrappers that add nothing to it: `torch.compile`, data parallelism, averaged weights."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
-    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        inner: Any = model.module if isinstance(model, wrappers) else model._orig_mod
-        model = inner
-    return model
 
 
 def simplify(model: nn.Module) -> None:

@@ -21,13 +21,12 @@ from pcn_deploy.proof.reference import Images, Network, run, run_together
 from pcn_deploy.specs import EngineSpec
 from pcn_deploy.tasks.distance import Live, least_sqnr_db, sqnr_of_images
 from pcn_deploy.tasks.noise_floor import ORDER_DB
-from pcn_deploy.verbs.options import CompileOptions
-from pcn_deploy.verbs.steps.preparation import Prepared
 
 if TYPE_CHECKING:
     from torch import nn
 
     from pcn_deploy.calibration.plan.rules import PrecisionPlan
+    from pcn_deploy.calibration.quantized import Quantization
 
 EQUAL_DB = 80.0
 """Least SQNR between two float32 executions of one function: they sum in other orders, and leave 100 dB and more. A
@@ -66,29 +65,38 @@ class Forms:
     floating: nn.Module
 
     @classmethod
-    def of(cls, eager: Network, network: Prepared, plan: PrecisionPlan) -> Forms:
-        """Those of a prepared network.
+    def of(
+        cls,
+        eager: Network,
+        deployed: nn.Module,
+        unrounded: nn.Module,
+        scales: dict[str, Quantization],
+        plan: PrecisionPlan,
+    ) -> Forms:
+        """Those of a deploy form.
 
         Args:
-            eager: What it was prepared from, with all outputs.
-            network: Deploy form and scales.
+            eager: What it was made from, with all outputs.
+            deployed: The deploy form.
+            unrounded: The deploy form before any recovery.
+            scales: Of its quantised layers.
             plan: With the types of everything that is not quantised.
         """
         from pcn_deploy.calibration.quantized import apply_scales, with_stored_weights
 
-        simulated = apply_scales(network.deployed, network.scales)
+        simulated = apply_scales(deployed, scales)
         stored = with_stored_weights(simulated, plan)
         return cls(
             eager=eager,
-            unrounded=network.unrounded,
+            unrounded=unrounded,
             simulated=simulated,
             stored=stored,
-            floating=network.deployed,
+            floating=deployed,
         )
 
 
 def check_agreement(
-    bundle: Bundle, golden: GoldenSet, spec: EngineSpec, options: CompileOptions, forms: Forms
+    bundle: Bundle, golden: GoldenSet, spec: EngineSpec, forms: Forms, *, scripted: bool, rounded: bool
 ) -> tuple[GoldenSet, dict[str, Array]]:
     """Run every form of the network, in float32: each must compute what it was made from.
 
@@ -103,8 +111,9 @@ def check_agreement(
         bundle: With both graphs.
         golden: The golden set.
         spec: Their interface.
-        options: What is built.
         forms: The network.
+        scripted: Whether there is TorchScript too.
+        rounded: Whether the ONNX graph rounds: it has codes, or a type smaller than float32.
 
     Returns:
         The golden set; of a rounded graph with what the network answers with its weights, and how far from that the
@@ -124,9 +133,9 @@ def check_agreement(
         golden.live,
         partial(eager, double=True),
     )
-    if options.scripts:
+    if scripted:
         _check_scripted(bundle, golden, spec, forms)
-    if options.quantizes or options.graph_type != "fp32":
+    if rounded:
         return _check_widened(bundle, golden, spec, forms)
     with executing("cpu"), open_plain(bundle.read("model.onnx"), spec) as session:
         exported = _outputs(session, [np.repeat(image[None], spec.batch.min, axis=0) for image in images])

@@ -1,17 +1,14 @@
-"""Precision by accuracy budget: find the plan that keeps the budget, then prove it on the engines that were built."""
+"""The proof of an accuracy budget, on the engines that were built."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pcn_deploy.calibration.search.evaluation import Answers, Forward
-from pcn_deploy.calibration.search.ledger import Ledger
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.errors import DataError, OptionError, ParityError
 from pcn_deploy.progress import Progress
@@ -20,16 +17,10 @@ from pcn_deploy.tasks.parity import listed
 
 if TYPE_CHECKING:
     from pcn_deploy.artefact.engine import Engine
-    from pcn_deploy.calibration.search.search import Search, SearchResult
-    from pcn_deploy.calibration.search.simulate import Simulation
     from pcn_deploy.data.images import ImageSource
-    from pcn_deploy.verbs.steps.preparation import Prepared
 
 NOT_LABELLED = "no labelled images were at hand that did not calibrate: give --data DIR with a folder for each class"
 """Why a build did not judge the accuracy."""
-
-RANKING_IMAGES = 64
-"""Images on which the layers are ranked; an order needs fewer than a proof."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,86 +183,6 @@ def check_count(images: int, budget: float) -> int:
     return needed
 
 
-def search_plan(
-    network: Prepared, judges: Judges, record: Path | None, progress: Progress
-) -> tuple[Prepared, SearchResult]:
-    """Find the fewest layers to leave unquantised; before any is given up, the ranges of other calibrators are tried.
-
-    Args:
-        network: The network with every layer quantised that may be.
-        judges: The images.
-        record: Where judgements are kept, so that a killed search goes on; None for nowhere. It is left there.
-        progress: Told how far the steps are.
-
-    Returns:
-        The network with the plan found, perhaps with other ranges, and what the search found.
-
-    Raises:
-        DataError: If `record` belongs to another run.
-        ParityError: If no layer at all can be quantised within the budget.
-    """
-    from pcn_deploy.calibration.search.sensitivity import rank
-
-    ledger = Ledger(record, {**run_digests(network, [judges.search, judges.proof]), "budget": judges.budget})
-    simulation, search = _search(network, judges, ledger, progress)
-    if not search.holds_all():
-        better = _with_better_ranges(network, judges.search.source, progress)
-        if better is not network:
-            network, ledger = better, ledger.part("other ranges")
-            simulation, search = _search(network, judges, ledger, progress)
-    units, chosen = network.units(), judges.search.spread(RANKING_IMAGES)
-
-    def ranked() -> list[str]:
-        return rank(simulation, units, chosen, ledger, progress)
-
-    found = search.run(ranked)
-    if judges.held_out and len(found.unquantized) < len(units):
-        found = search.confirm(found, judges.proof, ranked)
-    codes = network.plan.precision.upper()
-    if len(found.unquantized) == len(units):
-        last, counts = search.judge_last(ranked)
-        msg = (
-            f"No {codes} layer is left within the budget of {judges.budget} points of top-1. The best found is {last} "
-            f"alone in {codes}: {counts.lost} of {counts.images} images lost, {counts.gained} gained, a drop of up to "
-            f"{counts.drop_bound:.2f} with {CONFIDENCE:.0%} confidence. Build with --precision "
-            f"{network.plan.remainder}, give more images with --data, or allow a larger drop."
-        )
-        raise ParityError(msg)
-    left = frozenset(layer for unit in found.unquantized for layer in units[unit])
-    reason = f"{codes} here would break the budget of {judges.budget} points of top-1"
-    return network.leave_out(left, reason), found
-
-
-def _search(network: Prepared, judges: Judges, ledger: Ledger, progress: Progress) -> tuple[Simulation, Search]:
-    from pcn_deploy.calibration.quantized import apply_scales
-    from pcn_deploy.calibration.search.search import Search
-    from pcn_deploy.calibration.search.simulate import Simulation
-
-    simulation = Simulation(network.unrounded, apply_scales(network.deployed, network.scales), network.scales)
-    return simulation, Search(simulation, network.units(), judges.search, judges.budget, ledger, progress)
-
-
-def _with_better_ranges(network: Prepared, source: ImageSource, progress: Progress) -> Prepared:
-    """The network with the ranges of the calibrator that costs its logits least, where histograms were kept."""
-    from pcn_deploy.calibration.auto import take_best
-    from pcn_deploy.calibration.calibrators import CALIBRATORS, FLOAT_CALIBRATORS, PERCENTILE
-    from pcn_deploy.calibration.quantized import apply_scales
-
-    seen = network.calibration
-    if seen is None or not all(each.counts.size for each in seen.statistics.values()):
-        return network
-    found = take_best(
-        network.unrounded,
-        lambda candidate: apply_scales(network.deployed, network.with_calibration(candidate).scales),
-        seen,
-        source,
-        percentile=seen.percentile or PERCENTILE,
-        names=CALIBRATORS if network.plan.precision == "int8" else FLOAT_CALIBRATORS,
-        progress=progress,
-    )
-    return network if found.ranges == seen.ranges else network.with_calibration(found)
-
-
 def prove_budget(engine: Engine, judges: Judges, progress: Progress) -> BudgetProof:
     """Judge a built engine.
 
@@ -294,21 +205,3 @@ def prove_budget(engine: Engine, judges: Judges, progress: Progress) -> BudgetPr
         budget=judges.budget,
         given=judges.given,
     )
-
-
-def run_digests(network: Prepared, judges: list[Answers]) -> dict[str, str]:
-    """Digests of all that decides a measurement: weights, scales, images and expected answers."""
-    from pcn_deploy.calibration.cache import digest_weights
-
-    scales, images, answers = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
-    for path, own in network.scales.items():
-        scales.update(f"{path}{own.input!r}".encode() + own.weight.tobytes())
-    for judge in judges:
-        images.update(judge.source.digest.encode())
-        answers.update(judge.expected.tobytes() + judge.reference.tobytes())
-    return {
-        "weights": digest_weights(network.deployed),
-        "scales": scales.hexdigest(),
-        "images to judge by": images.hexdigest(),
-        "expected answers": answers.hexdigest(),
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +13,18 @@ from pcn_deploy.artefact.golden import NOISE, GoldenSet
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.specs import ATTENTION_MAP, LOGITS
 from pcn_deploy.tasks.limits import BUDGETS, GUARD_DB, ParityBudget
-from pcn_deploy.tasks.noise_floor import ON_CPU, NoiseFloor
+from pcn_deploy.tasks.metrics import power_of_noise
+from pcn_deploy.tasks.noise_floor import ON_CPU, NoiseFloor, natural_db
 from pcn_deploy.tasks.parity import ParityMeter, ParityReport
 
 Images = npt.NDArray[np.float32]
+
+_COARSER = {"fp32": 2.0**26, "fp16": 2.0**26, "bf16": 2.0**32}
+"""How many times more power the rounding errors of a type have than those of float32: its mantissa has 13 or 16 bits
+less. A GPU may round the factors of an FP32 product as FP16."""
+
+_TWICE = 2.0
+"""Power of the noise between two executions that share none of their rounding errors."""
 
 TWICE_DB = 3.0
 """Twice the power of a noise."""
@@ -35,7 +44,7 @@ def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = sil
     golden = GoldenSet.read(engine.bundle, names)
     found = engine_outputs(engine, golden.images, progress)
     meters = {name: _compared(golden, ~golden.edge, golden.outputs[name], found[name], name) for name in names}
-    floor = NoiseFloor.of(golden, golden.images[~golden.edge], engine.bundle.manifest, engine.executed_by)
+    floor = noise_floor(golden, golden.images[~golden.edge], engine.bundle.manifest, engine.executed_by)
     report = meters[LOGITS].report(
         target=engine.target,
         executed_by=engine.executed_by,
@@ -85,6 +94,26 @@ def simulation_limit(golden: GoldenSet, budget: ParityBudget, remainder: str) ->
     meter = _compared(golden, ~golden.edge, golden.outputs[LOGITS], golden.simulated[LOGITS], LOGITS)
     noise = meter.metrics()["sqnr_differences_db"]
     return replace(budget, sqnr_db=min(noise - TWICE_DB, BUDGETS[remainder].sqnr_db))
+
+
+def noise_floor(golden: GoldenSet, images: Images, manifest: dict[str, Any], by: str) -> NoiseFloor:
+    """What rounding leaves of what the images change, in an execution.
+
+    Args:
+        golden: Holds what was measured.
+        images: Those that are compared, or some of them, `(N, C, H, W)`, transformed.
+        manifest: Of the bundle.
+        by: What executes its graph.
+    """
+    precision, power = manifest["precision"], golden.float32_noise
+    exact = precision == "fp32" and by in ON_CPU
+    if not exact:
+        power *= _COARSER[manifest["remainder"]]
+    if golden.simulated:
+        real = ~golden.edge
+        pair = (values[LOGITS][real][:, golden.live] for values in (golden.outputs, golden.simulated))
+        power += _TWICE * power_of_noise(*pair)
+    return NoiseFloor(natural_db=natural_db(images, precision), power=power, exact=exact)
 
 
 def engine_outputs(engine: Engine, images: Images, progress: Progress, size: int | None = None) -> dict[str, Images]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -12,15 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.artefact.golden import GoldenSet, edge_images
-from pcn_deploy.data.images import ImageSource
+from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import DataError
 from pcn_deploy.progress import Progress
 from pcn_deploy.specs import BatchRange, EngineSpec
 from pcn_deploy.tasks.distance import least_sqnr_db
 from pcn_deploy.tasks.limits import BUDGETS, GUARD_DB
 from pcn_deploy.tasks.metrics import alike, centred, live_classes, power_of_noise
-from pcn_deploy.verbs.options import CompileOptions
-from pcn_deploy.verbs.steps.sources import synthetic_images
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -72,14 +69,21 @@ def run(network: Network, images: Images, *, double: bool = False) -> list[npt.N
 
 
 def golden_set(
-    model: nn.Module, options: CompileOptions, source: ImageSource | None, progress: Progress
+    forward: Network,
+    real: dict[str, Array],
+    transform: Transform,
+    outputs: tuple[str, ...],
+    batch: BatchRange,
+    progress: Progress,
 ) -> tuple[GoldenSet, list[str]]:
     """A few real images and the edge images, with the outputs of the plain eager network.
 
     Args:
-        model: In evaluation mode; left as it is.
-        options: What is built.
-        source: Where the real images come from; noise stands in for them where there is none.
+        forward: The network in evaluation mode, with all outputs; see `eager_outputs`.
+        real: The real images, `(C, H, W)`, transformed, by name.
+        transform: Makes the edge images.
+        outputs: Names of the outputs in their order, logits first.
+        batch: Least and most images that the network takes at once.
         progress: Told the number of images done.
 
     Returns:
@@ -89,16 +93,16 @@ def golden_set(
     Raises:
         DataError: If the network is not finite for a real image.
     """
-    real, edge = _real_images(options, source), edge_images(options.transform)
+    edge = edge_images(transform)
     names, images = [*real, *edge], [*real.values(), *edge.values()]
-    rows = _eager_rows(model, images, options, progress)
+    rows = _eager_rows(forward, images, progress)
     finite = [all(np.isfinite(values).all() for values in row) for row in rows]
     broken = [name for name, good in zip(names, finite, strict=True) if not good]
     if not all(finite[: len(real)]):
         first = ", ".join(name for name in broken if name in real)
         msg = f"The eager network returns NaN or infinite logits for {first}; there is nothing to be equal to."
         raise DataError(msg)
-    rounding = _rounding(model, images, rows, np.arange(len(images)) >= len(real), options)
+    rounding = _rounding(forward, images, rows, np.arange(len(images)) >= len(real), batch)
     noise, own_db = rounding.answered, rounding.own_db
     kept = np.flatnonzero(finite)
     columns = zip(*(rows[index] for index in kept), strict=True)
@@ -106,7 +110,7 @@ def golden_set(
         images=np.stack([images[index] for index in kept]),
         names=tuple(names[index] for index in kept),
         edge=kept >= len(real),
-        outputs={name: np.concatenate(values) for name, values in zip(options.outputs, columns, strict=True)},
+        outputs={name: np.concatenate(values) for name, values in zip(outputs, columns, strict=True)},
         rounding=np.isin(kept, noise),
         float32_noise=rounding.noise,
     )
@@ -172,7 +176,7 @@ class _Rounding:
 
 
 def _rounding(
-    model: nn.Module, images: list[Array], rows: list[Row], edge: npt.NDArray[np.bool_], options: CompileOptions
+    forward: Network, images: list[Array], rows: list[Row], edge: npt.NDArray[np.bool_], batch: BatchRange
 ) -> _Rounding:
     def size(index: int) -> float:
         return float(np.sqrt(np.square(centred(rows[index][0].astype(np.float64))).mean()))
@@ -187,7 +191,7 @@ def _rounding(
     real = real[: TOGETHER if alike(logits, SMALL_DB) else 1]  # one tells enough where nothing hangs on the figure
     try:
         asked = np.stack([images[index] for index in (*real, *chosen)])
-        doubles = list(_rows_in_double(model, asked, options))
+        doubles = list(_rows_in_double(forward, asked, batch))
     except Exception:  # the network's own code may insist on float32: nothing to compare with
         return _Rounding(answered=sorted(faint), own_db=math.inf, noise=math.nan)
     answers = zip(chosen, doubles[len(real) :], strict=True)
@@ -208,10 +212,10 @@ def _noise(logits: npt.NDArray[np.floating[Any]], exact: npt.NDArray[np.floating
     return max(power_of_noise(exact, logits[: len(exact)]), float(last_bit.sum(1).mean()))
 
 
-def _rows_in_double(model: nn.Module, images: Images, options: CompileOptions) -> Iterator[Row]:
+def _rows_in_double(forward: Network, images: Images, batch: BatchRange) -> Iterator[Row]:
     """The outputs of the network computed in float64, for each image."""
-    forward, count = eager_outputs(model, options), len(images)
-    for chosen in run_together(count, options.batch):
+    count = len(images)
+    for chosen in run_together(count, batch):
         outputs = run(forward, images[chosen % count], double=True)
         for index in np.flatnonzero(chosen < count):
             yield tuple(values[[index]] for values in outputs)
@@ -219,15 +223,6 @@ def _rows_in_double(model: nn.Module, images: Images, options: CompileOptions) -
 
 def _reproduced(found: Row, exact: Row) -> bool:
     return all(np.isfinite(row).all() for row in exact) and least_sqnr_db(exact, found) >= REPRODUCED_DB
-
-
-def _real_images(options: CompileOptions, source: ImageSource | None) -> dict[str, Array]:
-    """By name, that of a file within its folder."""
-    count = options.golden_images
-    if source is None:
-        return {f"noise {index}": image for index, image in enumerate(synthetic_images(count, options))}
-    root = f"{source.name}{os.sep}"
-    return {sample.name.removeprefix(root): sample.image for sample in source.subset(count)}
 
 
 def run_together(count: int, allowed: BatchRange) -> Iterator[npt.NDArray[np.intp]]:
@@ -245,9 +240,8 @@ def run_together(count: int, allowed: BatchRange) -> Iterator[npt.NDArray[np.int
         yield np.arange(start, max(min(start + size, count), start + allowed.min))
 
 
-def _eager_rows(model: nn.Module, images: list[Array], options: CompileOptions, progress: Progress) -> list[Row]:
+def _eager_rows(forward: Network, images: list[Array], progress: Progress) -> list[Row]:
     """The outputs of the network, one image at a time: engines that run several are held against that."""
-    forward = eager_outputs(model, options)
     rows: list[Row] = []
     for image in images:
         progress("Eager reference", len(rows), len(images), "images")
@@ -256,8 +250,8 @@ def _eager_rows(model: nn.Module, images: list[Array], options: CompileOptions, 
     return rows
 
 
-def eager_outputs(model: nn.Module, options: CompileOptions) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def eager_outputs(model: nn.Module, *, attention_map: bool) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """The network as a function from images `(N, C, H, W)` to all outputs that are built, logits first."""
     from pcn_deploy.network.attention_map import with_attention_map
 
-    return with_attention_map(model) if options.with_attention_map else lambda images: (model(images),)
+    return with_attention_map(model) if attention_map else lambda images: (model(images),)

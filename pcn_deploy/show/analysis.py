@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pcn_deploy.errors import DependencyError, OutputError
 
 if TYPE_CHECKING:
-    from pcn_deploy.verbs.analyze import Analysis
+    from pcn_deploy.calibration.search.analysis import Analysis
 
 SHOWN = 25
 """Layers in the ranking; a picture of all of them could not be read."""

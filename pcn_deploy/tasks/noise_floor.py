@@ -2,7 +2,7 @@
 
 What the images change may be tiny beside what they all have in common, such as a large constant in the logits. Then an
 engine that is right may miss it, since its rounding is larger; but so may a wrong one. How much of it the network
-itself loses in float32 is measured, against float64, when a bundle is built (`GoldenSet.float32_noise`); what an 8-bit
+itself loses in float32 is measured, against float64, when a bundle is built (`golden.GoldenSet.float32_noise`); what an 8-bit
 graph loses, its simulation tells.
 """
 
@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.artefact.golden import GoldenSet
-from pcn_deploy.specs import LOGITS
 from pcn_deploy.tasks.limits import ParityBudget, changes_limit
-from pcn_deploy.tasks.metrics import alike, power_of_noise, sqnr_db
+from pcn_deploy.tasks.metrics import alike, sqnr_db
 
 ON_CPU = ("cpu", "stock", "torchscript")
 """What executes a graph of FP32 in FP32."""
@@ -26,13 +23,6 @@ ON_CPU = ("cpu", "stock", "torchscript")
 _NATURAL_DB = {"fp32": 80.0, "fp16": 60.0, "bf16": 42.0, "int8": 60.0, "fp8": 60.0}
 """SQNR that rounding leaves of the logits, less some for deep networks: right engines have 110 dB in FP32, 65 to 74 in
 FP16 and 18 dB less in BF16. What images change less than that, a precision cannot tell; 8-bit engines as FP16."""
-
-_COARSER = {"fp32": 2.0**26, "fp16": 2.0**26, "bf16": 2.0**32}
-"""How many times more power the rounding errors of a type have than those of float32: its mantissa has 13 or 16 bits
-less. A GPU may round the factors of an FP32 product as FP16."""
-
-_TWICE = 2.0
-"""Power of the noise between two executions that share none of their rounding errors."""
 
 ORDER_DB = 15.0
 """How much further apart two libraries may be than one of them is from float64: plain sums err more than pairwise ones,
@@ -74,26 +64,6 @@ class NoiseFloor:
     natural_db: float = math.inf
     power: float = math.nan
     exact: bool = False
-
-    @classmethod
-    def of(cls, golden: GoldenSet, images: npt.NDArray[np.float32], manifest: dict[str, Any], by: str) -> NoiseFloor:
-        """That of an execution.
-
-        Args:
-            golden: Holds what was measured.
-            images: Those that are compared, or some of them, `(N, C, H, W)`, transformed.
-            manifest: Of the bundle.
-            by: What executes its graph.
-        """
-        precision, power = manifest["precision"], golden.float32_noise
-        exact = precision == "fp32" and by in ON_CPU
-        if not exact:
-            power *= _COARSER[manifest["remainder"]]
-        if golden.simulated:
-            real = ~golden.edge
-            pair = (values[LOGITS][real][:, golden.live] for values in (golden.outputs, golden.simulated))
-            power += _TWICE * power_of_noise(*pair)
-        return cls(natural_db=natural_db(images, precision), power=power, exact=exact)
 
     @property
     def nothing(self) -> str:

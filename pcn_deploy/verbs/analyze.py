@@ -2,57 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pcn_deploy.calibration.search.analysis import Analysis
 from pcn_deploy.calibration.search.evaluation import Answers
 from pcn_deploy.calibration.search.ledger import Ledger
 from pcn_deploy.errors import DataError
+from pcn_deploy.network.evaluation_mode import in_evaluation_mode
 from pcn_deploy.progress import Progress, silent
-from pcn_deploy.proof.budget import run_digests
 from pcn_deploy.verbs.options import CompileOptions
-from pcn_deploy.verbs.steps.preparation import in_evaluation_mode, prepare
+from pcn_deploy.verbs.steps.preparation import prepare
 from pcn_deploy.verbs.steps.sources import CalibrationImages, as_source, hold_out
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from pcn_deploy.calibration.search.sensitivity import Sensitivity
 
 SAMPLE = 128
 """Images of an analysis by default."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Analysis:
-    """What an analysis found.
-
-    Attributes:
-        sensitivity: Effects per layer, most harmful first.
-        order: Names of the layers in the order of the network.
-        unquantized: Layers that the plan does not quantise at all, with the reason.
-        data: Where the images came from.
-        resumed: Measurements taken over from a run that was killed.
-        notes: What the user should know of the images.
-    """
-
-    sensitivity: Sensitivity
-    order: tuple[str, ...]
-    unquantized: dict[str, str]
-    data: str
-    resumed: int
-    notes: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "data": self.data,
-            **self.sensitivity.to_json(),
-            "order": list(self.order),
-            "unquantized": self.unquantized,
-            "notes": list(self.notes),
-        }
 
 
 def analyze(
@@ -84,6 +53,7 @@ def analyze(
         ModelError: If the network cannot run, or no layer gains from INT8.
     """
     from pcn_deploy.calibration.quantized import apply_scales
+    from pcn_deploy.calibration.search.digests import run_digests
     from pcn_deploy.calibration.search.sensitivity import measure_sensitivity
     from pcn_deploy.calibration.search.simulate import Simulation
 
@@ -101,7 +71,7 @@ def analyze(
         notes.append(f"the labels of the calibration images are not used. {error}")  # nobody asked for them
         answers = Answers.of(simulation.logits, sample.without_labels(), progress)
     notes += judged_by.notes  # what showed when they were judged
-    ledger = Ledger(record, run_digests(network, [answers]))
+    ledger = Ledger(record, run_digests(network.deployed, network.scales, [answers]))
     kinds = {entry.op: entry.kind for entry in network.plan.entries}
     sensitivity = measure_sensitivity(simulation, kinds, answers, ledger, progress)
     ledger.remove()

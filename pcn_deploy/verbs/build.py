@@ -20,6 +20,7 @@ from pcn_deploy.engines.base import Array, Backend, GraphSource
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DependencyError
 from pcn_deploy.memory import release_unused
+from pcn_deploy.network.evaluation_mode import in_evaluation_mode
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof.agreement import Forms, check_agreement
 from pcn_deploy.proof.budget import (
@@ -29,7 +30,6 @@ from pcn_deploy.proof.budget import (
     check_count,
     judge_held_out,
     prove_budget,
-    search_plan,
 )
 from pcn_deploy.proof.executions import prove
 from pcn_deploy.proof.reference import eager_outputs, golden_set, with_simulation
@@ -39,8 +39,9 @@ from pcn_deploy.tasks.parity import ParityReport
 from pcn_deploy.verbs.options import CompileOptions
 from pcn_deploy.verbs.steps.advice import Attempt, advise, judge, remainder_in_fp32
 from pcn_deploy.verbs.steps.engine_builds import EngineBuilds, engine_builds
-from pcn_deploy.verbs.steps.preparation import Prepared, in_evaluation_mode, prepare
-from pcn_deploy.verbs.steps.sources import CalibrationImages, open_evaluation, open_sources, repeatable
+from pcn_deploy.verbs.steps.preparation import prepare
+from pcn_deploy.verbs.steps.prepared import Prepared
+from pcn_deploy.verbs.steps.sources import CalibrationImages, open_evaluation, open_sources, real_images, repeatable
 from pcn_deploy.verbs.verify import eager
 
 if TYPE_CHECKING:
@@ -136,11 +137,15 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
         asked = options.max_drop is not None
         judges = Judges.share_out(answers, options.budget.top1_drop, searching=options.searches, asked=asked)
         if options.searches:
+            from pcn_deploy.verbs.steps.search_plan import search_plan
+
             network, found = search_plan(network, judges, search_record, progress)
     elif held_out is not None:
         judges, why_not = judge_held_out(eager(model), held_out, options.budget.top1_drop, progress)
     unseen = held_out if evaluation is None else judged_by
-    golden, broken = golden_set(model, options, unseen or source, progress)
+    forward = eager_outputs(model, attention_map=options.with_attention_map)
+    real = real_images(options, unseen or source)
+    golden, broken = golden_set(forward, real, options.transform, options.outputs, options.batch, progress)
     origin = _origin(model, provenance or {})
     notes = [*origin.pop("notes", ()), *network.notes, *broken]
     notes += [note for images in (source, judged_by) if images for note in images.notes]
@@ -152,11 +157,12 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
         "accuracy": "" if judges else why_not,
     }
     plan, spec = _add_graphs(bundle, network, golden, options, progress)
-    forms = Forms.of(eager_outputs(model, options), network, plan)
-    golden, widened = check_agreement(bundle, golden, spec, options, forms)
+    forms = Forms.of(forward, network.deployed, network.unrounded, network.scales, plan)
+    rounded = options.quantizes or options.graph_type != "fp32"
+    golden, widened = check_agreement(bundle, golden, spec, forms, scripted=options.scripts, rounded=rounded)
     bundle.manifest["judged"]["widened_images"] = len(golden.widened_db)
     simulated = forms.simulated
-    del forms, model  # the caller may keep it
+    del forms, forward, real, model  # the caller may keep it
     release_unused()  # engines take memory of their own
     with engine_builds(bundle, backends, _graphs(bundle, spec, options), progress) as builds:
         if options.quantizes:

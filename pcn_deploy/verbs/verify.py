@@ -21,10 +21,9 @@ from pcn_deploy.data.processes import current, shared_batches
 from pcn_deploy.errors import DataError
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof.executions import with_executions
-from pcn_deploy.proof.judgement import verify_golden
+from pcn_deploy.proof.judgement import noise_floor, verify_golden
 from pcn_deploy.proof.widened import WIDENED
 from pcn_deploy.tasks.limits import ParityBudget
-from pcn_deploy.tasks.noise_floor import NoiseFloor
 from pcn_deploy.tasks.parity import ParityMeter, ParityReport
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ def verify(
         budget=budget,
         tolerant=True,
         to_prove=to_prove,
-        floor=NoiseFloor.of(golden, some, engine.bundle.manifest, engine.executed_by),
+        floor=noise_floor(golden, some, engine.bundle.manifest, engine.executed_by),
     )
     return replace(report, unreadable=len(source.unreadable), notes=(*report.notes, *source.notes))
 

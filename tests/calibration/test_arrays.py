@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pcn_deploy.artefact.engine import load
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import DataError, OptionError
+from pcn_deploy.verbs.load import load
 from pcn_deploy.verbs.options import CompileOptions
 from pcn_deploy.verbs.steps.sources import HELD_OUT, as_source, open_sources, repeatable
 from pcn_deploy.verbs.verify import verify

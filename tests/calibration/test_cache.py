@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from pcn_deploy.artefact.bundle import read_calibration
 from pcn_deploy.calibration.cache import digest_weights
 from pcn_deploy.calibration.calibrators import CALIBRATORS
 from pcn_deploy.calibration.collect import calibrate, recalibrate
@@ -248,7 +249,7 @@ def test_places_that_cannot_be(net: Counting, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
         calibrate(net, LAYERS, source(), "max", cache=tmp_path)
     with pytest.raises(BundleError, match="does not exist"):
-        calibrate(net, LAYERS, source(), "max", cache=tmp_path / "absent.pcn")
+        calibrate(net, LAYERS, source(), "max", cache=tmp_path / "absent.pcn", read=read_calibration)
     assert net.runs == 0, "found out before the work"
 
 

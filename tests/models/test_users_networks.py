@@ -19,7 +19,7 @@ from pcn_deploy.errors import CheckpointError, ModelError
 from pcn_deploy.models.checkpoint import load_strict, read_state_dict
 from pcn_deploy.models.registry import create_model
 from pcn_deploy.network.deploy import to_deploy
-from pcn_deploy.verbs.steps.preparation import in_evaluation_mode
+from pcn_deploy.network.evaluation_mode import in_evaluation_mode
 
 IMAGES = torch.rand(2, 3, 8, 8)
 

@@ -20,7 +20,7 @@ from pcn_deploy.tasks.parity import ParityMeter
 from pcn_deploy.verbs.options import CompileOptions
 
 if TYPE_CHECKING:
-    from pcn_deploy.verbs.steps.preparation import Prepared
+    from pcn_deploy.verbs.steps.prepared import Prepared
 
 Array = npt.NDArray[np.float32]
 

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
-from pcn_deploy.artefact.engine import PREFERENCE, Engine
+from pcn_deploy.artefact.engine import Engine
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import ModelError, ParityError
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.verbs.bench import bench
 from pcn_deploy.verbs.build import CompileResult
+from pcn_deploy.verbs.load import PREFERENCE
 from pcn_deploy.verbs.options import CompileOptions
 
 ROUNDS = 5

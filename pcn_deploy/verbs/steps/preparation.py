@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from pcn_deploy.artefact.bundle import read_calibration
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.errors import DataError, ModelError
+from pcn_deploy.network.evaluation_mode import in_evaluation_mode
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.verbs.options import CompileOptions
+from pcn_deploy.verbs.steps.prepared import Prepared
 from pcn_deploy.verbs.steps.sources import NO_IMAGES, CalibrationImages, open_sources, synthetic_images, two_images
 
 if TYPE_CHECKING:
@@ -18,90 +20,7 @@ if TYPE_CHECKING:
     from pcn_deploy.calibration.plan.magnitudes import Magnitudes
     from pcn_deploy.calibration.plan.rules import LayerFacts, PrecisionPlan
     from pcn_deploy.calibration.quantized import Quantization
-    from pcn_deploy.calibration.record import Calibration
-    from pcn_deploy.calibration.recovery.trial import Trial, Trials
-    from pcn_deploy.graph.export import Exported
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """The deploy form whose graph is built, the name of the network, and how it is quantised.
-
-    `unrounded` is the same network before any recovery changed weights and biases for INT8: what a layer is that is
-    not quantised after all. It is `deployed` itself where none did. `exported` is the float graph before any recovery,
-    where one was asked for. `recovered` tells how many INT8 layers each recovery changed, 0 for one that was not
-    kept, and `trials` why. `magnitudes` is what `observe_magnitudes` saw, where the graph is FP16. `notes` is what the
-    user should know of the network at this resolution.
-    """
-
-    name: str
-    deployed: nn.Module
-    unrounded: nn.Module
-    exported: Exported | None
-    layers: tuple[LayerFacts, ...]
-    plan: PrecisionPlan
-    scales: dict[str, Quantization]
-    calibration: Calibration | None
-    rewrites: dict[str, int]
-    recovered: dict[str, int] = field(default_factory=dict)
-    trials: tuple[Trial, ...] = ()
-    magnitudes: dict[str, Magnitudes] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    def leave_out(self, layers: frozenset[str], reason: str) -> Prepared:
-        """The network with some of its INT8 layers left unquantised, and in FP32 where FP16 cannot hold them."""
-        from pcn_deploy.calibration.plan.half import keep_in_range
-        from pcn_deploy.network.sharing import share_weights
-
-        deployed = self.deployed
-        if deployed is not self.unrounded:
-            deployed = share_weights(deployed)
-            for path in layers:
-                deployed.set_submodule(path, self.unrounded.get_submodule(path))
-        scales = {path: scale for path, scale in self.scales.items() if path not in layers}
-        plan = self.plan.leave_out(layers, reason)
-        if self.magnitudes:
-            others = {entry.op for entry in plan.entries} - layers
-            plan = keep_in_range(plan, self.unrounded, self.magnitudes, self.layers, others)
-        return replace(self, deployed=deployed, plan=plan, scales=scales)
-
-    def with_calibration(self, calibration: Calibration) -> Prepared:
-        """The network with other ranges from the same images; weights and their scales stay."""
-        from pcn_deploy.calibration.quantized import plan_scales
-
-        plan = self.plan.with_ranges(calibration.ranges, again=True)
-        inputs = plan_scales(self.deployed, plan)
-        scales = {path: replace(own, input=inputs[path].input) for path, own in self.scales.items()}
-        return replace(self, plan=plan, scales=scales, calibration=calibration)
-
-    def units(self) -> dict[str, tuple[str, ...]]:
-        """The INT8 layers, each with the residual additions that are INT8 because it is, by its name."""
-        branches = {layer.path: layer.branch for layer in self.layers if layer.branch and layer.path in self.scales}
-        return {
-            path: (path, *(addition for addition, branch in branches.items() if branch == path))
-            for path in self.scales
-            if path not in branches
-        }
-
-
-def in_evaluation_mode(model: nn.Module) -> nn.Module:
-    """A copy that shares the weights: the caller's network keeps its mode and its running statistics.
-
-    Wrappers that compute nothing are taken away.
-
-    Raises:
-        ModelError: If no graph can be made from the network as it is defined.
-    """
-    from pcn_deploy.network.deploy import simplify, unwrapped
-    from pcn_deploy.network.preconditions import check_definition
-    from pcn_deploy.network.sharing import share_weights
-
-    model = unwrapped(model)
-    check_definition(model)
-    copied = share_weights(model)
-    simplify(copied)
-    copied.eval()  # returns nothing where a network has a `train` of its own without a return
-    return copied
+    from pcn_deploy.calibration.recovery.trial import Trials
 
 
 def take_part(
@@ -226,6 +145,7 @@ def prepare(
             progress,
             percentile=options.percentile,
             cache=options.calibration_cache,
+            read=read_calibration,
         )
         if automatic:
             seen = choose_calibrator(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from pcn_deploy.artefact.bundle import read_calibration
 from pcn_deploy.artefact.golden import NOISE
 from pcn_deploy.data.arrays import ArraysGiven, is_stream
 from pcn_deploy.data.images import ImageSource
@@ -132,11 +134,10 @@ def _split(every: ImageSource, whole: Indices) -> tuple[Indices, Indices]:
 
 def _images_kept(cache: Path) -> int | None:
     """Number of images a calibration cache was made with, unreadable ones included; None if there is none yet."""
-    from pcn_deploy.calibration.cache import read_cache
     from pcn_deploy.calibration.record import from_json
     from pcn_deploy.data.processes import current
 
-    text = current().gather(read_cache(cache) if current().first else b"")[0]
+    text = current().gather(read_calibration(cache) if current().first else b"")[0]
     if not text:
         return None
     kept = from_json(text, str(cache))
@@ -168,6 +169,15 @@ def synthetic_images(count: int, options: CompileOptions) -> npt.NDArray[np.floa
     """Standard normal images `(count, C, H, W)`, float32: what is compared where the user gives no images."""
     shape = (count, *options.transform.shape)
     return np.random.default_rng(options.seed).standard_normal(shape, dtype=np.float32)
+
+
+def real_images(options: CompileOptions, source: ImageSource | None) -> dict[str, npt.NDArray[np.float32]]:
+    """The images `(C, H, W)` of the golden set by name, that of a file within its folder; noise where there are none."""
+    count = options.golden_images
+    if source is None:
+        return {f"noise {index}": image for index, image in enumerate(synthetic_images(count, options))}
+    root = f"{source.name}{os.sep}"
+    return {sample.name.removeprefix(root): sample.image for sample in source.subset(count)}
 
 
 def two_images(options: CompileOptions, source: ImageSource | None) -> npt.NDArray[np.float32]:

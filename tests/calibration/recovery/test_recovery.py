@@ -19,7 +19,8 @@ from pcn_deploy.calibration.recovery.trial import EVERY
 from pcn_deploy.data.sampling import spread
 from pcn_deploy.errors import OptionError
 from pcn_deploy.progress import silent
-from pcn_deploy.verbs.steps.preparation import Prepared, prepare
+from pcn_deploy.verbs.steps.preparation import prepare
+from pcn_deploy.verbs.steps.prepared import Prepared
 
 LAYER = "blocks.0.attn.qkv_pos.5"
 

@@ -16,7 +16,7 @@ from pcn_deploy.calibration.recovery.trial import EVERY
 from pcn_deploy.data.sampling import spread
 from pcn_deploy.graph.export import to_onnx
 from pcn_deploy.specs import BatchRange
-from pcn_deploy.verbs.steps.preparation import Prepared
+from pcn_deploy.verbs.steps.prepared import Prepared
 
 AFTER = ("weight-rounding", "bias-correction")
 

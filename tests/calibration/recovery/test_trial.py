@@ -18,7 +18,8 @@ from pcn_deploy.calibration.recovery.trial import EVERY, Trials
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.data.sampling import spread
 from pcn_deploy.progress import silent
-from pcn_deploy.verbs.steps.preparation import Prepared, prepare
+from pcn_deploy.verbs.steps.preparation import prepare
+from pcn_deploy.verbs.steps.prepared import Prepared
 
 HEAD = "blocks.1.attn.qkv_pos.5"
 FUNCTIONS = {
