@@ -1,6 +1,7 @@
 """A calibration kept in a file, and what must be equal before it is used again.
 
-`FILE.json` is written when it is absent and read when it is there. It holds for the very weights, images and transform it was made with, and is refused for others.
+`FILE.json` is written when it is absent and read when it is there. It holds for the very weights, images and transform
+it was made with, and is refused for others.
 """
 
 from __future__ import annotations

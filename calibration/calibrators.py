@@ -138,7 +138,7 @@ _CALIBRATORS: dict[str, Callable[[Histogram], float]] = {
 }
 CALIBRATORS = tuple(_CALIBRATORS)
 AUTO = "auto"
-"""Asks for the one of `CALIBRATORS` that costs the network least, see `calibration.choose`."""
+"""Asks for the one of `CALIBRATORS` that costs the network least, see `calibration.auto`."""
 
 
 def get_calibrator(name: str, percentile: float = PERCENTILE) -> Callable[[Histogram], float]:

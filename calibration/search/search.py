@@ -1,6 +1,6 @@
 """The fewest layers left unquantised such that the drop of accuracy stays within a budget, with 95 % confidence.
 
-Layers are given up one by one, most harmful first, until the bound of `calibration.bound` is within the budget; then
+Layers are given up one by one, most harmful first, until the bound of `tasks.bound` is within the budget; then
 each of them is tried in INT8 again, least harmful first, because some harmed only in company. So the plan found never
 leaves more layers unquantised than giving up in that order alone would.
 

@@ -41,7 +41,7 @@ def verify_widened(engine: Engine, budget: ParityBudget, progress: Progress = si
     """Judge a widened graph, and the codes of the graph that it was made from.
 
     Args:
-        engine: Executes `graph.rounded.widen` of the bundle's graph.
+        engine: Executes `engines.rounded.widen` of the bundle's graph.
         budget: Of the bundle; of it only what has no limit here is kept.
         progress: Told the number of images done.
 

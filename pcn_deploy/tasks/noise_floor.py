@@ -2,8 +2,8 @@
 
 What the images change may be tiny beside what they all have in common, such as a large constant in the logits. Then an
 engine that is right may miss it, since its rounding is larger; but so may a wrong one. How much of it the network
-itself loses in float32 is measured, against float64, when a bundle is built (`golden.GoldenSet.float32_noise`); what an 8-bit
-graph loses, its simulation tells.
+itself loses in float32 is measured, against float64, when a bundle is built, and kept in its golden set; what an
+8-bit graph loses, its simulation tells.
 """
 
 from __future__ import annotations

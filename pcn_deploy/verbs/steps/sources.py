@@ -172,7 +172,7 @@ def synthetic_images(count: int, options: CompileOptions) -> npt.NDArray[np.floa
 
 
 def real_images(options: CompileOptions, source: ImageSource | None) -> dict[str, npt.NDArray[np.float32]]:
-    """The images `(C, H, W)` of the golden set by name, that of a file within its folder; noise where there are none."""
+    """Those of the golden set, `(C, H, W)`, by name, that of a file within its folder; noise where there are none."""
     count = options.golden_images
     if source is None:
         return {f"noise {index}": image for index, image in enumerate(synthetic_images(count, options))}
