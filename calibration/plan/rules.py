@@ -101,6 +101,11 @@ class PrecisionPlan:
         """The quantised layers by name."""
         return {entry.op: entry for entry in self.entries if entry.precision in CODES}
 
+    @property
+    def without_range(self) -> list[str]:
+        """Names of the quantised layers whose input has no range yet."""
+        return [path for path, entry in self.quantized_entries.items() if entry.input_amax is None]
+
     def types(self, *, operations: bool = False) -> dict[str, str]:
         """Floating-point type of every layer, by name; of operations that modules do themselves, if asked for those."""
         return {

@@ -12,6 +12,28 @@ BRANCH_SHARE = 0.2
 """Weight of the last BatchNorm of a fresh residual branch."""
 
 
+class ChoosesResolution(nn.Module):
+    """A network that does not take every resolution."""
+
+    def check_resolution(self, height: int, width: int) -> None:
+        """Refuse images of a size that the network cannot take, in pixels.
+
+        Raises:
+            OptionError: If it cannot; the message says which it can.
+        """
+        raise NotImplementedError
+
+
+def check_resolution(network: nn.Module, height: int, width: int) -> None:
+    """Ask a network that does not take every resolution whether it takes this one, in pixels.
+
+    Raises:
+        OptionError: If it does not.
+    """
+    if isinstance(network, ChoosesResolution):
+        network.check_resolution(height, width)
+
+
 class LayerNorm2d(nn.LayerNorm):
     """Layer normalisation over the channels of a feature map.
 

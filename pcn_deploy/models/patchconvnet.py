@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pcn_deploy.errors import OptionError
 from pcn_deploy.models.aggregation import NORM_EPS, TokenBlock
-from pcn_deploy.models.layers import LayerNorm2d, SqueezeExcite
+from pcn_deploy.models.layers import ChoosesResolution, LayerNorm2d, SqueezeExcite
 
 
 class ConvStem(nn.Module):
@@ -99,7 +99,7 @@ class PerClassHead(nn.Module):
         return (tokens * self.weight).sum(-1) + self.bias
 
 
-class PatchConvNet(nn.Module):
+class PatchConvNet(ChoosesResolution):
     """A PatchConvNet of any width, depth, patch size and number of classes.
 
     Args:

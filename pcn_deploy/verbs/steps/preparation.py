@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from pcn_deploy.artefact.bundle import read_calibration
 from pcn_deploy.data.images import ImageSource
@@ -20,7 +24,11 @@ if TYPE_CHECKING:
     from pcn_deploy.calibration.plan.magnitudes import Magnitudes
     from pcn_deploy.calibration.plan.rules import LayerFacts, PrecisionPlan
     from pcn_deploy.calibration.quantized import Quantization
+    from pcn_deploy.calibration.record import Calibration
     from pcn_deploy.calibration.recovery.trial import Trials
+    from pcn_deploy.graph.export import Exported
+
+REWRITING = "Rewriting and planning"
 
 
 def take_part(
@@ -62,131 +70,208 @@ def prepare(
         ModelError: If the network cannot run at this resolution, returns no logits, is no function of the image, or
             cannot be exported.
     """
-    import torch
+    from pcn_deploy.calibration.quantized import plan_scales
 
-    from pcn_deploy.calibration.auto import choose_calibrator
-    from pcn_deploy.calibration.calibrators import AUTO, CALIBRATORS
-    from pcn_deploy.calibration.collect import calibrate
-    from pcn_deploy.calibration.plan.facts import note_hidden_products, survey
-    from pcn_deploy.calibration.quantized import apply_scales, plan_scales
-    from pcn_deploy.calibration.recovery import BEFORE, apply_after, apply_before
-    from pcn_deploy.calibration.recovery.trial import Trials
-    from pcn_deploy.graph.export import export_network
-    from pcn_deploy.models.attention_conv import note_stretched
-    from pcn_deploy.models.checkpoint import check_finite
-    from pcn_deploy.models.patchconvnet import PatchConvNet
-    from pcn_deploy.network.attention_map import output_attention_map
-    from pcn_deploy.network.deploy import to_deploy
-    from pcn_deploy.network.preconditions import check_behaviour
-
-    name = type(model).__name__
-    check_finite(model.state_dict(), "The network")
-    if isinstance(model, PatchConvNet):
-        model.check_resolution(*options.transform.resolution)
-    progress("Rewriting and planning", 0, 4)
-    pair = torch.from_numpy(two_images(options, source))
-    check_behaviour(model, pair, batched=options.batch.max > 1)
-    progress("Rewriting and planning", 1, 4)
-    deployed, rewrites = to_deploy(model, pair[:1])
-    progress("Rewriting and planning", 2, 4)
-
-    def with_outputs(network: nn.Module) -> nn.Module:
-        return output_attention_map(network, options.transform.shape) if options.with_attention_map else network
-
-    complete = with_outputs(deployed)
-    exported = None
-    if exporting:
-        exported = export_network(complete, options.transform.shape, options.batch, outputs=options.outputs)
-    progress("Rewriting and planning", 3, 4)
-    layers, hidden = survey(deployed, pair[:1].clone(), places=options.quantizes)
-    notes = note_stretched(deployed, options.transform.shape)
-    if options.quantizes:
-        notes += note_hidden_products(hidden, options.graph_type)
-    plan, magnitudes = _plan(deployed, layers, options, source)
-    progress("Rewriting and planning", 4, 4)
-    recovered: dict[str, int] = {}
-    trials = None
-    if source is not None and options.recovery:
-        trials = Trials(deployed, source, progress)
-        if set(options.recovery) & set(BEFORE):
-            trials.start(_quantized_roughly(deployed, plan, options, trials.choosing))
-        deployed, recovered = apply_before(
-            deployed,
-            list(plan.quantized_entries),
-            trials.choosing,
-            options.recovery,
-            progress,
-            partial(_gains_before, trials, plan, options),
-        )
-    elif options.recovery:
-        msg = f"Recovery {', '.join(options.recovery)} needs calibration images, also where a recipe has the ranges."
-        raise DataError(msg)
-    if any(recovered.values()):  # other weights, other magnitudes
-        plan, magnitudes = _plan(deployed, layers, options, source)
-        complete = with_outputs(deployed)
-    deployed = complete
-    if options.quantizes and not plan.quantized_entries:
-        codes = options.precision.upper()
-        floats = f"--precision {options.graph_type}"
-        msg = f"The plan leaves no layer in {codes}. Build it with {floats}, or put layers in it in the recipe."
-        raise ModelError(msg)
-    missing = [path for path, entry in plan.quantized_entries.items() if entry.input_amax is None]
-    if missing and source is None:
-        msg = f"The recipe gives no range for {len(missing)} quantised layers, such as {missing[0]}. {NO_IMAGES}"
-        raise DataError(msg)
-    seen = None
-    if missing and source is not None:
-        automatic = options.calibrator == AUTO
-        seen = calibrate(
-            deployed,
-            missing,
-            source,
-            CALIBRATORS[-1] if automatic else options.calibrator,
-            progress,
-            percentile=options.percentile,
-            cache=options.calibration_cache,
-            read=read_calibration,
-        )
-        if automatic:
-            seen = choose_calibrator(
-                deployed,
-                plan,
-                seen,
-                source,
-                percentile=options.percentile,
-                weight_calibrator=options.weight_calibrator,
-                progress=progress,
-            )
-        plan = plan.with_ranges(seen.ranges)
+    made = _rewrite(model, options, two_images(options, source), progress, exporting=exporting)
+    plan, magnitudes = _plan(made.network, made.layers, options, source)
+    progress(REWRITING, 4, 4)
+    deployed, recovered, notes = made.complete, dict[str, int](), made.notes
+    trials = _trials(made.network, source, options.recovery, progress)
+    if trials is not None:
+        network, recovered = _recover_before(made.network, plan, options, trials, progress)
+        if any(recovered.values()):  # other weights, other magnitudes
+            plan, magnitudes = _plan(network, made.layers, options, source)
+            deployed = _with_outputs(network, options)
+    _check_plan(plan, options, calibrates=source is not None)
+    plan, seen = _calibrate(deployed, plan, options, source, progress)
     scales = plan_scales(deployed, plan, options.weight_calibrator)
     rounded = deployed
     if trials is not None:
-        trials.start(apply_scales(deployed, scales))
-        rounded, after = apply_after(
-            deployed,
-            scales,
-            trials.choosing,
-            options.recovery,
-            progress,
-            partial(_gains_after, trials, scales),
-        )
+        rounded, after = _recover_after(deployed, scales, options.recovery, trials, progress)
         recovered |= after
         notes += tuple(trial.note for trial in trials.found if not trial.kept)
     return Prepared(
-        name=name,
+        name=type(model).__name__,
         deployed=rounded,
-        exported=exported,
+        exported=made.exported,
         unrounded=deployed,
-        layers=tuple(layers),
+        layers=tuple(made.layers),
         plan=plan,
         scales=scales,
         calibration=seen,
         recovered=recovered,
         trials=tuple(trials.found) if trials else (),
-        rewrites=rewrites,
+        rewrites=made.rewrites,
         magnitudes=magnitudes,
         notes=notes,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rewritten:
+    """A deploy form before its precision is planned.
+
+    Attributes:
+        network: It, with the outputs that the network has of itself.
+        complete: It, with all outputs that are built.
+        exported: Its float graph, where one was asked for.
+        layers: What was seen of its layers.
+        rewrites: How many places each rewrite changed.
+        notes: What the user should know of the network at this resolution.
+    """
+
+    network: nn.Module
+    complete: nn.Module
+    exported: Exported | None
+    layers: list[LayerFacts]
+    rewrites: dict[str, int]
+    notes: tuple[str, ...]
+
+
+def _rewrite(
+    model: nn.Module, options: CompileOptions, images: npt.NDArray[np.float32], progress: Progress, *, exporting: bool
+) -> _Rewritten:
+    """Check the network, bring it into its deploy form and look at its layers, on two images `(2, C, H, W)`."""
+    import torch
+
+    from pcn_deploy.calibration.plan.facts import note_hidden_products, survey
+    from pcn_deploy.graph.export import export_network
+    from pcn_deploy.models.attention_conv import note_stretched
+    from pcn_deploy.models.checkpoint import check_finite
+    from pcn_deploy.models.layers import check_resolution
+    from pcn_deploy.network.deploy import to_deploy
+    from pcn_deploy.network.preconditions import check_behaviour
+
+    check_finite(model.state_dict(), "The network")
+    check_resolution(model, *options.transform.resolution)
+    progress(REWRITING, 0, 4)
+    pair = torch.from_numpy(images)
+    check_behaviour(model, pair, batched=options.batch.max > 1)
+    progress(REWRITING, 1, 4)
+    network, rewrites = to_deploy(model, pair[:1])
+    progress(REWRITING, 2, 4)
+    complete = _with_outputs(network, options)
+    exported = None
+    if exporting:
+        exported = export_network(complete, options.transform.shape, options.batch, outputs=options.outputs)
+    progress(REWRITING, 3, 4)
+    layers, hidden = survey(network, pair[:1].clone(), places=options.quantizes)
+    notes = note_stretched(network, options.transform.shape)
+    if options.quantizes:
+        notes += note_hidden_products(hidden, options.graph_type)
+    return _Rewritten(
+        network=network, complete=complete, exported=exported, layers=layers, rewrites=rewrites, notes=notes
+    )
+
+
+def _with_outputs(network: nn.Module, options: CompileOptions) -> nn.Module:
+    """A deploy form with all outputs that are built."""
+    from pcn_deploy.network.attention_map import output_attention_map
+
+    return output_attention_map(network, options.transform.shape) if options.with_attention_map else network
+
+
+def _check_plan(plan: PrecisionPlan, options: CompileOptions, *, calibrates: bool) -> None:
+    """Refuse a plan with which there would be nothing in 8 bits, or no range for what is.
+
+    Args:
+        plan: The plan.
+        options: What was asked for.
+        calibrates: Whether there are calibration images.
+    """
+    if options.quantizes and not plan.quantized_entries:
+        codes = options.precision.upper()
+        floats = f"--precision {options.graph_type}"
+        msg = f"The plan leaves no layer in {codes}. Build it with {floats}, or put layers in it in the recipe."
+        raise ModelError(msg)
+    missing = plan.without_range
+    if missing and not calibrates:
+        msg = f"The recipe gives no range for {len(missing)} quantised layers, such as {missing[0]}. {NO_IMAGES}"
+        raise DataError(msg)
+
+
+def _calibrate(
+    deployed: nn.Module,
+    plan: PrecisionPlan,
+    options: CompileOptions,
+    source: ImageSource | None,
+    progress: Progress,
+) -> tuple[PrecisionPlan, Calibration | None]:
+    """The plan with a range for every layer that needs one, and what was seen to find them, if anything."""
+    from pcn_deploy.calibration.auto import choose_calibrator
+    from pcn_deploy.calibration.calibrators import AUTO, CALIBRATORS
+    from pcn_deploy.calibration.collect import calibrate
+
+    missing = plan.without_range
+    if not missing or source is None:
+        return plan, None
+    automatic = options.calibrator == AUTO
+    seen = calibrate(
+        deployed,
+        missing,
+        source,
+        CALIBRATORS[-1] if automatic else options.calibrator,
+        progress,
+        percentile=options.percentile,
+        cache=options.calibration_cache,
+        read=read_calibration,
+    )
+    if automatic:
+        seen = choose_calibrator(
+            deployed,
+            plan,
+            seen,
+            source,
+            percentile=options.percentile,
+            weight_calibrator=options.weight_calibrator,
+            progress=progress,
+        )
+    return plan.with_ranges(seen.ranges), seen
+
+
+def _trials(
+    network: nn.Module, source: ImageSource | None, recovery: tuple[str, ...], progress: Progress
+) -> Trials | None:
+    """What judges the recoveries that are asked for, if any.
+
+    Raises:
+        DataError: If there are no images that could.
+    """
+    if not recovery:
+        return None
+    if source is None:
+        msg = f"Recovery {', '.join(recovery)} needs calibration images, also where a recipe has the ranges."
+        raise DataError(msg)
+    from pcn_deploy.calibration.recovery.trial import Trials
+
+    return Trials(network, source, progress)
+
+
+def _recover_before(
+    network: nn.Module, plan: PrecisionPlan, options: CompileOptions, trials: Trials, progress: Progress
+) -> tuple[nn.Module, dict[str, int]]:
+    """The network with the ranges moved that gain by it, and how many layers each recovery changed."""
+    from pcn_deploy.calibration.recovery import BEFORE, apply_before
+
+    if set(options.recovery) & set(BEFORE):
+        trials.start(_quantized_roughly(network, plan, options, trials.choosing))
+    layers, gains = list(plan.quantized_entries), partial(_gains_before, trials, plan, options)
+    return apply_before(network, layers, trials.choosing, options.recovery, progress, gains)
+
+
+def _recover_after(
+    deployed: nn.Module,
+    scales: dict[str, Quantization],
+    recovery: tuple[str, ...],
+    trials: Trials,
+    progress: Progress,
+) -> tuple[nn.Module, dict[str, int]]:
+    """The network with the weights and biases changed that gain by it, and how many layers each recovery changed."""
+    from pcn_deploy.calibration.quantized import apply_scales
+    from pcn_deploy.calibration.recovery import apply_after
+
+    trials.start(apply_scales(deployed, scales))
+    return apply_after(deployed, scales, trials.choosing, recovery, progress, partial(_gains_after, trials, scales))
 
 
 def _quantized_roughly(
@@ -198,7 +283,7 @@ def _quantized_roughly(
     from pcn_deploy.calibration.quantized import apply_scales, plan_scales
     from pcn_deploy.calibration.recovery.trial import JUDGES
 
-    missing = [path for path, entry in plan.quantized_entries.items() if entry.input_amax is None]
+    missing = plan.without_range
     calibrator = "mse" if options.calibrator == AUTO else options.calibrator
     if missing:
         seen = calibrate(network, missing, source.subset(JUDGES), calibrator, percentile=options.percentile)
