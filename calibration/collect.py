@@ -84,12 +84,7 @@ def calibrate(
     else:
         observe = AmaxObserver if calibrator == "max" and not cache else HistogramObserver
         statistics, notes = _run(model, {layer: observe(layer) for layer in layers}, source, progress)
-    if statistics and not any(seen.amax for seen in statistics.values()):
-        msg = (
-            f"The inputs of all {len(layers)} layers are zero on every image: there is nothing to calibrate. "
-            "Check the images and the weights, or build without 8 bits."
-        )
-        raise DataError(msg)
+    _check_seen(statistics)
     found = Calibration(
         calibrator=calibrator,
         percentile=percentile if calibrator == "percentile" else None,
@@ -106,6 +101,15 @@ def calibrate(
     if cache and not text and processes.first:
         write_cache(path, found)
     return found
+
+
+def _check_seen(statistics: dict[str, Statistics]) -> None:
+    if statistics and not any(seen.amax for seen in statistics.values()):
+        msg = (
+            f"The inputs of all {len(statistics)} layers are zero on every image: there is nothing to calibrate. "
+            "Check the images and the weights, or build without 8 bits."
+        )
+        raise DataError(msg)
 
 
 def recalibrate(seen: Calibration, calibrator: str, percentile: float = PERCENTILE) -> Calibration:

@@ -123,82 +123,84 @@ def verbosity_options(command: Command) -> Command:
     return click.option("-v", "--verbose", count=True, help="More log lines on stderr; twice for all.")(command)
 
 
+_TRANSFORM = (
+    click.option(
+        "--resolution",
+        type=Resolution(),
+        help="Height and width of the input, in pixels. [default: by model]",
+    ),
+    click.option(
+        "--crop-pct",
+        type=float,
+        default=0.875,
+        show_default=True,
+        metavar="SHARE",
+        help="Share of the resized image that the centre crop keeps.",
+    ),
+    click.option(
+        "--crop-mode",
+        type=click.Choice(CROP_MODES),
+        default="center",
+        show_default=True,
+        help="Keep the proportions and cut what is too much, or squash to the very size.",
+    ),
+    click.option(
+        "--channels",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Channels of the input; files have 1 or 3, arrays any number. [default: as many as --mean has]",
+    ),
+    click.option(
+        "--mean",
+        type=Floats(),
+        help="Mean per channel, of values in [0, 1]; with --channels one for all. [default: ImageNet's, or 0]",
+    ),
+    click.option(
+        "--std",
+        type=Floats(),
+        help="Standard deviation per channel; with --channels one for all. [default: ImageNet's, or 1]",
+    ),
+    click.option(
+        "--channel-order",
+        type=click.Choice(CHANNEL_ORDERS),
+        default="rgb",
+        show_default=True,
+        help="bgr for a network trained on what OpenCV reads; --mean and --std are in this order.",
+    ),
+    click.option(
+        "--interpolation",
+        type=click.Choice(INTERPOLATIONS),
+        default="bicubic",
+        show_default=True,
+        help="How images are resized.",
+    ),
+    click.option(
+        "--exif",
+        type=click.Choice(EXIFS),
+        default="ignore",
+        show_default=True,
+        help="Orientation in EXIF: ignored as in torchvision and timm, or applied as in OpenCV.",
+    ),
+    click.option(
+        "--alpha",
+        type=click.Choice(ALPHAS),
+        default="drop",
+        show_default=True,
+        help="Transparency: dropped as in torchvision, or laid over white or black.",
+    ),
+    click.option(
+        "--white",
+        type=float,
+        metavar="VALUE",
+        help="Which value is white in images of more than 8 bits. [default: 65535 for 16 bits; floats and 32 bits "
+        "need it]",
+    ),
+)
+
+
 def transform_options(command: Command) -> Command:
     """The evaluation transform; stored in the bundle and used by every later command."""
-    decorators = [
-        click.option(
-            "--resolution",
-            type=Resolution(),
-            help="Height and width of the input, in pixels. [default: by model]",
-        ),
-        click.option(
-            "--crop-pct",
-            type=float,
-            default=0.875,
-            show_default=True,
-            metavar="SHARE",
-            help="Share of the resized image that the centre crop keeps.",
-        ),
-        click.option(
-            "--crop-mode",
-            type=click.Choice(CROP_MODES),
-            default="center",
-            show_default=True,
-            help="Keep the proportions and cut what is too much, or squash to the very size.",
-        ),
-        click.option(
-            "--channels",
-            type=click.IntRange(min=1),
-            metavar="N",
-            help="Channels of the input; files have 1 or 3, arrays any number. [default: as many as --mean has]",
-        ),
-        click.option(
-            "--mean",
-            type=Floats(),
-            help="Mean per channel, of values in [0, 1]; with --channels one for all. [default: ImageNet's, or 0]",
-        ),
-        click.option(
-            "--std",
-            type=Floats(),
-            help="Standard deviation per channel; with --channels one for all. [default: ImageNet's, or 1]",
-        ),
-        click.option(
-            "--channel-order",
-            type=click.Choice(CHANNEL_ORDERS),
-            default="rgb",
-            show_default=True,
-            help="bgr for a network trained on what OpenCV reads; --mean and --std are in this order.",
-        ),
-        click.option(
-            "--interpolation",
-            type=click.Choice(INTERPOLATIONS),
-            default="bicubic",
-            show_default=True,
-            help="How images are resized.",
-        ),
-        click.option(
-            "--exif",
-            type=click.Choice(EXIFS),
-            default="ignore",
-            show_default=True,
-            help="Orientation in EXIF: ignored as in torchvision and timm, or applied as in OpenCV.",
-        ),
-        click.option(
-            "--alpha",
-            type=click.Choice(ALPHAS),
-            default="drop",
-            show_default=True,
-            help="Transparency: dropped as in torchvision, or laid over white or black.",
-        ),
-        click.option(
-            "--white",
-            type=float,
-            metavar="VALUE",
-            help="Which value is white in images of more than 8 bits. [default: 65535 for 16 bits; floats and 32 bits "
-            "need it]",
-        ),
-    ]
-    return _with(command, decorators)
+    return _with(command, _TRANSFORM)
 
 
 def network_options(command: Command) -> Command:

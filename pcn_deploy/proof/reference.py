@@ -114,10 +114,22 @@ def golden_set(
         rounding=np.isin(kept, noise),
         float32_noise=rounding.noise,
     )
+    return golden, _notes(names[: len(real)], broken, [names[index] for index in noise], own_db)
+
+
+def _notes(real: list[str], broken: list[str], noise: list[str], own_db: float) -> list[str]:
+    """What the user should know of the golden set.
+
+    Args:
+        real: Names of the real images.
+        broken: Those of edge images for which the network is not finite.
+        noise: Those of edge images to which it answers its own rounding.
+        own_db: As `_Rounding` has it.
+    """
     notes = []
     if len(real) == 1:
         notes += [
-            f"the golden set has one image, {names[0]}: nothing tells whether the engines look at what they are given. "
+            f"the golden set has one image, {real[0]}: nothing tells whether the engines look at what they are given. "
             "Give more images."
         ]
     if broken:
@@ -127,18 +139,18 @@ def golden_set(
         ]
     if noise:
         notes += [
-            f"what the trained network answers to {', '.join(names[index] for index in noise)} (an edge image) is "
+            f"what the trained network answers to {', '.join(noise)} (an edge image) is "
             "its own rounding: float64 answers otherwise, or there is next to no answer. Of the engines it was "
             "only asked that theirs is finite."
         ]
     if own_db < REPRODUCED_DB:
         notes += [
-            f"the trained network enlarges its own rounding: its answers to {names[0]} in float32 and in float64 agree "
+            f"the trained network enlarges its own rounding: its answers to {real[0]} in float32 and in float64 agree "
             f"to {own_db:.1f} dB only. No engine can be closer to it, and FP16 rounds 8192 times as much as float32. "
             "Somewhere it takes the difference of nearly equal numbers: write a variance as the mean of (x - mean)^2, "
             "and take large constants off before squares, exponentials and periodic functions."
         ]
-    return golden, notes
+    return notes
 
 
 def with_simulation(golden: GoldenSet, simulation: nn.Module, spec: EngineSpec, progress: Progress) -> GoldenSet:

@@ -15,7 +15,6 @@ from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.engine import Engine, executor
 from pcn_deploy.artefact.golden import MEMBER, NOISE, GoldenSet
 from pcn_deploy.calibration.search.evaluation import Answers
-from pcn_deploy.data.images import ImageSource
 from pcn_deploy.engines.base import Array, Backend, GraphSource
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DependencyError
@@ -27,7 +26,6 @@ from pcn_deploy.proof.budget import (
     NOT_LABELLED,
     BudgetProof,
     Judges,
-    check_count,
     judge_held_out,
     prove_budget,
 )
@@ -41,7 +39,7 @@ from pcn_deploy.verbs.steps.advice import Attempt, advise, judge, remainder_in_f
 from pcn_deploy.verbs.steps.engine_builds import EngineBuilds, engine_builds
 from pcn_deploy.verbs.steps.preparation import prepare
 from pcn_deploy.verbs.steps.prepared import Prepared
-from pcn_deploy.verbs.steps.sources import CalibrationImages, open_evaluation, open_sources, real_images, repeatable
+from pcn_deploy.verbs.steps.sources import BuildImages, CalibrationImages, open_images, real_images
 from pcn_deploy.verbs.verify import eager
 
 if TYPE_CHECKING:
@@ -122,65 +120,91 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     options = options or CompileOptions()
     backends = [get_backend(target) for target in options.targets]
     _check_backends(backends, options)
-    if options.max_drop is not None and evaluation is None:
-        calibration = repeatable(calibration)  # it calibrates and judges
-    source, held_out = open_sources(calibration, evaluation, options)
-    judged_by = open_evaluation(evaluation, calibration, options)
-    if judged_by is not None and options.max_drop is not None:
-        check_count(len(judged_by), options.max_drop)
+    images = open_images(calibration, evaluation, options)
     model = in_evaluation_mode(model)
-    network = prepare(model, options, source, progress, exporting=True)
-    judges = found = None
-    why_not = NOT_LABELLED
-    if judged_by is not None:
-        answers = Answers.of(eager(model), judged_by, progress)
-        asked = options.max_drop is not None
-        judges = Judges.share_out(answers, options.budget.top1_drop, searching=options.searches, asked=asked)
-        if options.searches:
-            from pcn_deploy.verbs.steps.search_plan import search_plan
-
-            network, found = search_plan(network, judges, search_record, progress)
-    elif held_out is not None:
-        judges, why_not = judge_held_out(eager(model), held_out, options.budget.top1_drop, progress)
-    unseen = held_out if evaluation is None else judged_by
+    network = prepare(model, options, images.calibrating, progress, exporting=True)
+    network, judged_by = _judge_by(model, network, images, options, search_record, progress)
     forward = eager_outputs(model, attention_map=options.with_attention_map)
-    real = real_images(options, unseen or source)
+    real = real_images(options, images.shown)
     golden, broken = golden_set(forward, real, options.transform, options.outputs, options.batch, progress)
-    origin = _origin(model, provenance or {})
-    notes = [*origin.pop("notes", ()), *network.notes, *broken]
-    notes += [note for images in (source, judged_by) if images for note in images.notes]
-    bundle = _new_bundle(network, options, unseen or source, origin, list(dict.fromkeys(notes)))
-    bundle.manifest["judged"] = {
-        "golden_images": int((~golden.edge).sum()),
-        "edge_images": int(golden.edge.sum()),
-        "golden_calibrated": network.calibration is not None and unseen is None,
-        "accuracy": "" if judges else why_not,
-    }
+    bundle = _new_bundle(network, options, images, _origin(model, provenance or {}), broken)
     plan, spec = _add_graphs(bundle, network, golden, options, progress)
     forms = Forms.of(forward, network.deployed, network.unrounded, network.scales, plan)
     rounded = options.quantizes or options.graph_type != "fp32"
     golden, widened = check_agreement(bundle, golden, spec, forms, scripted=options.scripts, rounded=rounded)
-    bundle.manifest["judged"]["widened_images"] = len(golden.widened_db)
+    bundle.manifest["judged"] = _judged(golden, network, images, judged_by)
     simulated = forms.simulated
     del forms, forward, real, model  # the caller may keep it
     release_unused()  # engines take memory of their own
     with engine_builds(bundle, backends, _graphs(bundle, spec, options), progress) as builds:
+        advice: tuple[Attempt, ...] = ()
         if options.quantizes:
             golden = with_simulation(golden, simulated, spec, progress)
-        del simulated
-        advice: tuple[Attempt, ...] = ()
-        if golden.simulated and not judge("", golden, golden.simulated[LOGITS], options.budget).passed:
-            advice = advise(network, golden, options, progress)
-        del network  # its folded weights are in the graphs now
+            if not judge("", golden, golden.simulated[LOGITS], options.budget).passed:
+                advice = advise(network, golden, options, progress)
+        del simulated, network  # its folded weights are in the graphs now
         bundle.add(MEMBER, golden.to_npz())
         release_unused()
-        reports, proofs = _prove(bundle, backends, builds, options.budget, judges, widened, progress)
+        reports, proofs = _prove(bundle, backends, builds, options.budget, judged_by.judges, widened, progress)
+    found = judged_by.search
     if proofs:
         search = found.to_json() if found else None
         bundle.add_json("budget.json", {"search": search, "proofs": [proof.to_json() for proof in proofs]})
     if golden.simulated and not all(reports) and not advice:
         advice = remainder_in_fp32(golden, options)
     return CompileResult(bundle=bundle, plan=plan, reports=reports, search=found, proofs=proofs, advice=advice)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _JudgedBy:
+    """What judges the accuracy.
+
+    Attributes:
+        judges: The images, shared out; None where there are none.
+        search: What the search for a plan found, if there was one.
+        why_not: Why nothing judges it.
+    """
+
+    judges: Judges | None = None
+    search: SearchResult | None = None
+    why_not: str = NOT_LABELLED
+
+
+def _judge_by(
+    model: nn.Module,
+    network: Prepared,
+    images: BuildImages,
+    options: CompileOptions,
+    record: Path | None,
+    progress: Progress,
+) -> tuple[Prepared, _JudgedBy]:
+    """Let the network answer the images that judge it; with a budget of INT8, find the plan that keeps it."""
+    drop = options.budget.top1_drop
+    if images.judging is not None:
+        answers = Answers.of(eager(model), images.judging, progress)
+        asked = options.max_drop is not None
+        judges = Judges.share_out(answers, drop, searching=options.searches, asked=asked)
+        if not options.searches:
+            return network, _JudgedBy(judges=judges)
+        from pcn_deploy.verbs.steps.search_plan import search_plan
+
+        network, found = search_plan(network, judges, record, progress)
+        return network, _JudgedBy(judges=judges, search=found)
+    if images.held_out is None:
+        return network, _JudgedBy()
+    held_out, why_not = judge_held_out(eager(model), images.held_out, drop, progress)
+    return network, _JudgedBy(judges=held_out, why_not=why_not)
+
+
+def _judged(golden: GoldenSet, network: Prepared, images: BuildImages, by: _JudgedBy) -> dict[str, Any]:
+    """What the verdict rests on, for the manifest."""
+    return {
+        "golden_images": int((~golden.edge).sum()),
+        "edge_images": int(golden.edge.sum()),
+        "golden_calibrated": network.calibration is not None and images.unseen is None,
+        "accuracy": "" if by.judges else by.why_not,
+        "widened_images": len(golden.widened_db),
+    }
 
 
 def _check_backends(backends: list[Backend], options: CompileOptions) -> None:
@@ -200,21 +224,22 @@ def _check_backends(backends: list[Backend], options: CompileOptions) -> None:
 def _new_bundle(
     network: Prepared,
     options: CompileOptions,
-    source: ImageSource | None,
+    images: BuildImages,
     provenance: dict[str, Any],
-    notes: list[str],
+    broken: list[str],
 ) -> Bundle:
     """A bundle that holds the decisions: manifest and calibration."""
     calibration = network.calibration
+    notes = [*provenance.pop("notes", ()), *network.notes, *broken, *images.notes]
     manifest = {
         "model": provenance.get("model", network.name),
         "precision": options.precision,
         "remainder": options.graph_type,
         "transform": options.transform.to_json(),
         "calibration": {**calibration.summary(), **_recovery(network)} if calibration else None,
-        "golden": source.name if source else NOISE,
+        "golden": images.shown.name if images.shown else NOISE,
         "rewrites": network.rewrites,
-        "notes": notes,
+        "notes": list(dict.fromkeys(notes)),
         "parity_budget": asdict(options.budget),
         "provenance": {**provenance, "built_by": _versions(), "host": platform.platform()},
     }

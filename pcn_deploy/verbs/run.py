@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pcn_deploy.artefact.engine import Engine, check_finite
 from pcn_deploy.data.image_files import read_image
@@ -87,24 +88,31 @@ def classify(
         except (DataError, ParityError) as error:
             results.append(Prediction(image=str(path), error=error))
             continue
-        logits = outputs[LOGITS][0].astype(np.float64)
-        if class_names is not None and len(class_names) != len(logits):
-            msg = f"{len(class_names)} class names were given; the network has {len(logits)} classes."
-            raise DataError(msg)
-        weights = np.exp(logits - logits.max())
-        best = np.argsort(-logits, kind="stable")[:top]
-        attention = None
+        found = _most_likely(path, outputs[LOGITS][0].astype(np.float64), top, class_names)
         if heatmaps is not None:
-            drawn, attention = choose_map(outputs[ATTENTION_MAP][0], int(best[0]), heatmap_class)
+            drawn, attention = choose_map(outputs[ATTENTION_MAP][0], found.classes[0], heatmap_class)
             save(overlay(image, drawn, engine.transform), heatmaps[index])
-        results.append(
-            Prediction(
-                image=str(path),
-                classes=tuple(int(index) for index in best),
-                names=tuple(str(index) if class_names is None else class_names[index] for index in best),
-                probabilities=tuple(float(value) for value in (weights / weights.sum())[best]),
-                heatmap=None if heatmaps is None else str(heatmaps[index]),
-                attention=attention,
-            )
-        )
+            found = replace(found, heatmap=str(heatmaps[index]), attention=attention)
+        results.append(found)
     return results
+
+
+def _most_likely(
+    path: Path, logits: npt.NDArray[np.float64], top: int, class_names: Sequence[str] | None
+) -> Prediction:
+    """The classes with the largest of the logits `(K,)`.
+
+    Raises:
+        DataError: If the names are not as many as the classes.
+    """
+    if class_names is not None and len(class_names) != len(logits):
+        msg = f"{len(class_names)} class names were given; the network has {len(logits)} classes."
+        raise DataError(msg)
+    weights = np.exp(logits - logits.max())
+    best = np.argsort(-logits, kind="stable")[:top]
+    return Prediction(
+        image=str(path),
+        classes=tuple(int(index) for index in best),
+        names=tuple(str(index) if class_names is None else class_names[index] for index in best),
+        probabilities=tuple(float(value) for value in (weights / weights.sum())[best]),
+    )

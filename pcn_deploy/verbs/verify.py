@@ -89,18 +89,9 @@ def verify(
     golden = GoldenSet.read(engine.bundle, [tensor.name for tensor in engine.spec.outputs])
     if not hasattr(reference, "state_dict"):  # nothing is known of its rounding
         golden = replace(golden, float32_noise=math.nan)
-    meter, labelling, done, step = ParityMeter(live=golden.live), LabelCheck(source), 0, f"Verifying {engine.target}"
-    progress(step, 0, len(source), "images")
-    for images, labels in shared_batches(source, engine.spec.batch.max):
-        logits = expected(images)
-        labelling.update(labels, logits)
-        meter.update(logits, engine.predict(images), labels, partial(_name, source, images))
-        done = min(len(source), done + len(images) * current().count)
-        progress(step, done, len(source), "images")
-    progress(step, len(source), len(source), "images")
-    labelling.of_all_processes().check(int(engine.spec.outputs[0].shape[-1]))
+    meter = _compare(engine, source, expected, ParityMeter(live=golden.live), progress)
     some = np.stack([sample.image for sample in source.subset(SAMPLE)])
-    report = of_all_processes(meter).report(
+    report = meter.report(
         target=engine.target,
         executed_by=engine.executed_by,
         data=source.name,
@@ -110,6 +101,27 @@ def verify(
         floor=noise_floor(golden, some, engine.bundle.manifest, engine.executed_by),
     )
     return replace(report, unreadable=len(source.unreadable), notes=(*report.notes, *source.notes))
+
+
+def _compare(
+    engine: Engine, source: ImageSource, expected: Reference, meter: ParityMeter, progress: Progress
+) -> ParityMeter:
+    """What all processes measured, each on its share of the images.
+
+    Raises:
+        DataError: If images are unusable, or labels are not the classes of the network.
+    """
+    labelling, done, step = LabelCheck(source), 0, f"Verifying {engine.target}"
+    progress(step, 0, len(source), "images")
+    for images, labels in shared_batches(source, engine.spec.batch.max):
+        logits = expected(images)
+        labelling.update(labels, logits)
+        meter.update(logits, engine.predict(images), labels, partial(_name, source, images))
+        done = min(len(source), done + len(images) * current().count)
+        progress(step, done, len(source), "images")
+    progress(step, len(source), len(source), "images")
+    labelling.of_all_processes().check(int(engine.spec.outputs[0].shape[-1]))
+    return of_all_processes(meter)
 
 
 def _name(source: ImageSource, images: Images, index: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from pcn_deploy.data.images import ImageSource
 from pcn_deploy.data.sampling import Indices
 from pcn_deploy.data.transform import drawn_images
 from pcn_deploy.errors import DataError
+from pcn_deploy.proof.budget import check_count
 from pcn_deploy.verbs.options import CompileOptions
 
 CalibrationImages = str | Path | ArraysGiven | ImageSource
@@ -33,6 +35,33 @@ NO_IMAGES = (
     "INT8 and FP8 need calibration images: without them the ranges would be guesses. "
     "Give --calibration DIR or FILE.npz with a few hundred images like those the network will see."
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildImages:
+    """The images of a build.
+
+    Attributes:
+        calibrating: Those that calibrate, if any.
+        judging: Those that judge the accuracy, as was asked for.
+        held_out: Labelled calibration images that do not calibrate, so that they may judge it.
+        unseen: Those of `judging` and `held_out` that did not calibrate.
+    """
+
+    calibrating: ImageSource | None
+    judging: ImageSource | None
+    held_out: ImageSource | None
+    unseen: ImageSource | None
+
+    @property
+    def shown(self) -> ImageSource | None:
+        """Where the golden set comes from."""
+        return self.unseen or self.calibrating
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of them."""
+        return [note for source in (self.calibrating, self.judging) if source for note in source.notes]
 
 
 def as_source(images: CalibrationImages, options: CompileOptions, limit: int | None = None) -> ImageSource:
@@ -158,6 +187,20 @@ def open_evaluation(
             msg = f"--max-drop {options.max_drop} must be proven on images: give --data DIR or FILE.npz."
             raise DataError(msg)
     return None if evaluation is None else as_source(evaluation, options)
+
+
+def open_images(
+    calibration: CalibrationImages | None, evaluation: CalibrationImages | None, options: CompileOptions
+) -> BuildImages:
+    """Open all images, and find out whether they can prove what was asked for."""
+    if options.max_drop is not None and evaluation is None:
+        calibration = repeatable(calibration)  # it calibrates and judges
+    calibrating, held_out = open_sources(calibration, evaluation, options)
+    judging = open_evaluation(evaluation, calibration, options)
+    if judging is not None and options.max_drop is not None:
+        check_count(len(judging), options.max_drop)
+    unseen = held_out if evaluation is None else judging
+    return BuildImages(calibrating=calibrating, judging=judging, held_out=held_out, unseen=unseen)
 
 
 def synthetic_source(options: CompileOptions) -> ImageSource:
