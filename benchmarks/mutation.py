@@ -36,7 +36,7 @@ import pcn_deploy
 from pcn_deploy import Bundle, CompileOptions, ImageSource
 from pcn_deploy.proof.executions import prove
 from pcn_deploy.specs import BatchRange
-from pcn_deploy.tasks.parity import ParityBudget
+from pcn_deploy.tasks.limits import ParityBudget
 
 NETWORKS = [f"shapes, {kind}" for kind in KINDS]
 PRECISIONS = ("fp32", "fp16", "int8")

@@ -79,15 +79,22 @@ def calibrate(
         kept = open_cache(text, str(path), layers, weights, source)
         statistics, notes = {layer: kept.statistics[layer] for layer in layers}, kept.notes
         find_ranges(statistics, calibrator, percentile)  # before the images are read
-        _pass(source, progress, "Reading images", lambda _images: None)  # for their digest
-        check_images(kept, str(path), source)
+        _check_images(kept, path, source, progress)
     else:
         observe = AmaxObserver if calibrator == "max" and not cache else HistogramObserver
         statistics, notes = _run(model, {layer: observe(layer) for layer in layers}, source, progress)
     _check_seen(statistics)
-    found = Calibration(
-        calibrator=calibrator,
-        percentile=percentile if calibrator == "percentile" else None,
+    found = recalibrate(_of(source, weights, statistics, notes), calibrator, percentile)
+    if cache and not text and processes.first:
+        write_cache(path, found)
+    return found
+
+
+def _of(source: ImageSource, weights: str, statistics: dict[str, Statistics], notes: tuple[str, ...]) -> Calibration:
+    """What was seen of the images, without ranges yet."""
+    return Calibration(
+        calibrator="",
+        percentile=None,
         images=len(source) - len(source.unreadable),
         unreadable=len(source.unreadable),
         source=source.name,
@@ -95,12 +102,15 @@ def calibrate(
         dataset_sha256=source.digest,
         transform=source.transform,
         statistics=statistics,
-        ranges=find_ranges(statistics, calibrator, percentile),
+        ranges={},
         notes=notes,
     )
-    if cache and not text and processes.first:
-        write_cache(path, found)
-    return found
+
+
+def _check_images(kept: Calibration, path: Path, source: ImageSource, progress: Progress) -> None:
+    """Read the images to see that they are those of the cache."""
+    _pass(source, progress, "Reading images", lambda _images: None)
+    check_images(kept, str(path), source)
 
 
 def _check_seen(statistics: dict[str, Statistics]) -> None:

@@ -33,7 +33,7 @@ from pcn_deploy.specs import ATTENTION_MAP
 if TYPE_CHECKING:
     from pcn_deploy.calibration.search.search import SearchResult
     from pcn_deploy.proof.budget import BudgetProof
-    from pcn_deploy.tasks.parity import ParityReport
+    from pcn_deploy.tasks.report import ParityReport
 
 
 SECONDS_BETWEEN_LINES = 10.0

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pcn_deploy.models.registry import list_models as list_models
     from pcn_deploy.specs import BatchRange as BatchRange
     from pcn_deploy.tasks.limits import ParityBudget as ParityBudget
-    from pcn_deploy.tasks.parity import ParityReport as ParityReport
+    from pcn_deploy.tasks.report import ParityReport as ParityReport
     from pcn_deploy.verbs.build import CompileResult as CompileResult
     from pcn_deploy.verbs.build import compile as compile  # noqa: A004 - the verb's public name
     from pcn_deploy.verbs.load import load as load
@@ -34,7 +34,7 @@ _HOMES = {
     "Engine": "artefact.engine",
     "ImageSource": "data.images",
     "ParityBudget": "tasks.limits",
-    "ParityReport": "tasks.parity",
+    "ParityReport": "tasks.report",
     "PcnDeployError": "errors",
     "Transform": "data.transform",
     "compile": "verbs.build",

@@ -28,12 +28,9 @@ def piped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def log_level() -> Iterator[None]:
-    """A command that ran with -q leaves no later test without warnings."""
-    logger = logging.getLogger("pcn_deploy")
-    before = logger.level
-    yield
-    logger.setLevel(before)
+def log_level() -> None:
+    """A command that ran with -q, in another test or in a fixture, leaves no test without warnings."""
+    logging.getLogger("pcn_deploy").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session", autouse=True)

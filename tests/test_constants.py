@@ -23,7 +23,7 @@ from pcn_deploy.cli.display import parity_rows
 from pcn_deploy.proof import executions as proof
 from pcn_deploy.proof.executions import prove
 from pcn_deploy.tasks.noise_floor import CONSTANT, SAME
-from pcn_deploy.tasks.parity import report_from_json
+from pcn_deploy.tasks.report import report_from_json
 from pcn_deploy.verbs.engine import add_engine
 
 

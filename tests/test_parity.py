@@ -20,7 +20,8 @@ from pcn_deploy.errors import DataError, OptionError
 from pcn_deploy.tasks.limits import BUDGETS, ParityBudget, budget_for
 from pcn_deploy.tasks.metrics import SQNR_CEILING_DB
 from pcn_deploy.tasks.noise_floor import ALIKE, NoiseFloor, natural_db
-from pcn_deploy.tasks.parity import ParityMeter, ParityReport, report_from_json
+from pcn_deploy.tasks.parity import ParityMeter
+from pcn_deploy.tasks.report import ParityReport, report_from_json
 
 Floats = npt.NDArray[np.floating[Any]]
 STRICT = ParityBudget(cosine_min=0.99, sqnr_db=30.0, top1_drop=1.0)

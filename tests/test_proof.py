@@ -19,7 +19,7 @@ from pcn_deploy.progress import silent
 from pcn_deploy.proof.executions import Execution, prove
 from pcn_deploy.proof.reference import eager_outputs, golden_set
 from pcn_deploy.specs import EngineSpec
-from pcn_deploy.tasks.parity import report_from_json
+from pcn_deploy.tasks.report import report_from_json
 from pcn_deploy.verbs.steps.sources import real_images
 
 torch = pytest.importorskip("torch")

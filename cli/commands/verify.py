@@ -15,7 +15,7 @@ from pcn_deploy.data.images import ImageSource
 from pcn_deploy.data.processes import join
 from pcn_deploy.errors import ParityError
 from pcn_deploy.tasks.limits import ParityBudget, budget_for
-from pcn_deploy.tasks.parity import ParityReport
+from pcn_deploy.tasks.report import ParityReport
 from pcn_deploy.verbs.load import load
 from pcn_deploy.verbs.verify import verify
 

@@ -13,7 +13,7 @@ from pcn_deploy.data.images import ImageSource
 from pcn_deploy.errors import DataError, OptionError, ParityError
 from pcn_deploy.progress import Progress
 from pcn_deploy.tasks.bound import CONFIDENCE, PairedCounts, drop_failures, images_needed, judge_drop
-from pcn_deploy.tasks.parity import listed
+from pcn_deploy.tasks.report import listed
 
 if TYPE_CHECKING:
     from pcn_deploy.artefact.engine import Engine

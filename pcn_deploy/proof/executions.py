@@ -22,7 +22,7 @@ from pcn_deploy.proof.judgement import verify_golden
 from pcn_deploy.proof.widened import WIDENED, has_widened, judge_widened, verify_widened
 from pcn_deploy.specs import EngineSpec
 from pcn_deploy.tasks.limits import ParityBudget
-from pcn_deploy.tasks.parity import ParityReport
+from pcn_deploy.tasks.report import ParityReport
 
 GRAPH = "model.onnx"
 

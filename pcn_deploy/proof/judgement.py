@@ -15,7 +15,8 @@ from pcn_deploy.specs import ATTENTION_MAP, LOGITS
 from pcn_deploy.tasks.limits import BUDGETS, GUARD_DB, ParityBudget
 from pcn_deploy.tasks.metrics import power_of_noise
 from pcn_deploy.tasks.noise_floor import ON_CPU, NoiseFloor, natural_db
-from pcn_deploy.tasks.parity import ParityMeter, ParityReport
+from pcn_deploy.tasks.parity import ParityMeter
+from pcn_deploy.tasks.report import ParityReport
 
 Images = npt.NDArray[np.float32]
 

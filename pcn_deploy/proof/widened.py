@@ -25,7 +25,8 @@ from pcn_deploy.proof.judgement import engine_outputs
 from pcn_deploy.specs import LOGITS
 from pcn_deploy.tasks.distance import sqnr_of_images
 from pcn_deploy.tasks.limits import ParityBudget
-from pcn_deploy.tasks.parity import ParityMeter, ParityReport
+from pcn_deploy.tasks.parity import ParityMeter
+from pcn_deploy.tasks.report import ParityReport
 
 Array = npt.NDArray[np.float32]
 WIDENED = "widened"

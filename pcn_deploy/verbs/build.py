@@ -15,6 +15,7 @@ from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.engine import Engine, executor
 from pcn_deploy.artefact.golden import MEMBER, NOISE, GoldenSet
 from pcn_deploy.calibration.search.evaluation import Answers
+from pcn_deploy.data.images import ImageSource
 from pcn_deploy.engines.base import Array, Backend, GraphSource
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DependencyError
@@ -30,10 +31,10 @@ from pcn_deploy.proof.budget import (
     prove_budget,
 )
 from pcn_deploy.proof.executions import prove
-from pcn_deploy.proof.reference import eager_outputs, golden_set, with_simulation
+from pcn_deploy.proof.reference import Network, eager_outputs, golden_set, with_simulation
 from pcn_deploy.specs import LOGITS, EngineSpec
 from pcn_deploy.tasks.limits import ParityBudget
-from pcn_deploy.tasks.parity import ParityReport
+from pcn_deploy.tasks.report import ParityReport
 from pcn_deploy.verbs.options import CompileOptions
 from pcn_deploy.verbs.steps.advice import Attempt, advise, judge, remainder_in_fp32
 from pcn_deploy.verbs.steps.engine_builds import EngineBuilds, engine_builds
@@ -92,17 +93,14 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     """Turn a network into a bundle of engines with the proof of parity.
 
     Args:
-        model: Network of one float input `(N, C, H, W)` and one output `(N, K)`; left as it is, built in evaluation
-            mode.
+        model: Network of one float input `(N, C, H, W)` and one output `(N, K)`; left in whatever mode it is.
         options: What to build.
-        calibration: Images for INT8 ranges and for the golden set; required for INT8
-            unless a recipe gives every range.
-        evaluation: Images that judge the accuracy, labelled or not. With `options.max_drop` every engine must keep the
-            drop of top-1 within it with 95 % confidence, and for INT8 the plan is searched so that it does; without,
-            no engine may be shown to drop by more than the precision allows. With `options.max_drop` and no images
-            here, all calibration images judge; without both, labelled ones that are held out of the calibration.
-        search_record: File in which the search keeps its measurements, so that a killed build goes on with them. It is
-            left there: remove it when the bundle is on disk.
+        calibration: Images for INT8 ranges and for the golden set; INT8 needs them unless a recipe gives every range.
+        evaluation: Images that judge the accuracy, labelled or not: with `options.max_drop` every engine must keep the
+            drop of top-1 within it with 95 % confidence, for which the plan of INT8 is searched; else none may be shown
+            to drop by more than its precision allows. By default all calibration images with `options.max_drop`, else
+            labelled ones that are held out of the calibration.
+        search_record: Keeps what a search measured for when it is killed; remove it when the bundle is on disk.
         provenance: Where the network comes from, kept in the manifest as it is, but for `notes`, which go to the notes.
         progress: Told how far each step is.
 
@@ -118,41 +116,30 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
         ParityError: If the images are too few to prove the budget, or no layer can be INT8 within it.
     """
     options = options or CompileOptions()
-    backends = [get_backend(target) for target in options.targets]
-    _check_backends(backends, options)
+    backends = _backends(options)
     images = open_images(calibration, evaluation, options)
     model = in_evaluation_mode(model)
     network = prepare(model, options, images.calibrating, progress, exporting=True)
-    network, judged_by = _judge_by(model, network, images, options, search_record, progress)
+    network, judging = _judge_by(model, network, images, options, search_record, progress)
     forward = eager_outputs(model, attention_map=options.with_attention_map)
-    real = real_images(options, images.shown)
-    golden, broken = golden_set(forward, real, options.transform, options.outputs, options.batch, progress)
+    golden, broken = _golden_set(forward, images.shown, options, progress)
     bundle = _new_bundle(network, options, images, _origin(model, provenance or {}), broken)
     plan, spec = _add_graphs(bundle, network, golden, options, progress)
     forms = Forms.of(forward, network.deployed, network.unrounded, network.scales, plan)
-    rounded = options.quantizes or options.graph_type != "fp32"
-    golden, widened = check_agreement(bundle, golden, spec, forms, scripted=options.scripts, rounded=rounded)
-    bundle.manifest["judged"] = _judged(golden, network, images, judged_by)
+    golden, widened = check_agreement(bundle, golden, spec, forms, scripted=options.scripts, rounded=options.rounds)
+    bundle.manifest["judged"] = _judged(golden, network, images, judging)
     simulated = forms.simulated
-    del forms, forward, real, model  # the caller may keep it
+    del forms, forward, model  # the caller may keep it
     release_unused()  # engines take memory of their own
     with engine_builds(bundle, backends, _graphs(bundle, spec, options), progress) as builds:
-        advice: tuple[Attempt, ...] = ()
-        if options.quantizes:
-            golden = with_simulation(golden, simulated, spec, progress)
-            if not judge("", golden, golden.simulated[LOGITS], options.budget).passed:
-                advice = advise(network, golden, options, progress)
+        golden, advice = _simulate(golden, simulated, spec, network, options, progress)
         del simulated, network  # its folded weights are in the graphs now
         bundle.add(MEMBER, golden.to_npz())
         release_unused()
-        reports, proofs = _prove(bundle, backends, builds, options.budget, judged_by.judges, widened, progress)
-    found = judged_by.search
-    if proofs:
-        search = found.to_json() if found else None
-        bundle.add_json("budget.json", {"search": search, "proofs": [proof.to_json() for proof in proofs]})
+        reports, proofs = _prove(bundle, backends, builds, options.budget, judging, widened, progress)
     if golden.simulated and not all(reports) and not advice:
         advice = remainder_in_fp32(golden, options)
-    return CompileResult(bundle=bundle, plan=plan, reports=reports, search=found, proofs=proofs, advice=advice)
+    return CompileResult(bundle=bundle, plan=plan, reports=reports, search=judging.search, proofs=proofs, advice=advice)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,8 +194,8 @@ def _judged(golden: GoldenSet, network: Prepared, images: BuildImages, by: _Judg
     }
 
 
-def _check_backends(backends: list[Backend], options: CompileOptions) -> None:
-    """Find out before the long work what would stop it after."""
+def _backends(options: CompileOptions) -> list[Backend]:
+    """What builds the engines; found out before the long work is what would stop it after."""
     try:
         import onnx_ir  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -216,9 +203,18 @@ def _check_backends(backends: list[Backend], options: CompileOptions) -> None:
         import torch  # noqa: F401
     except ModuleNotFoundError as error:
         raise DependencyError.for_extra(error.name or "torch", "compile", "building a bundle") from error
+    backends = [get_backend(target) for target in options.targets]
     for backend in backends:
         backend.check_can_build()
         backend.check_precision(options.precision)
+    return backends
+
+
+def _golden_set(
+    forward: Network, source: ImageSource | None, options: CompileOptions, progress: Progress
+) -> tuple[GoldenSet, list[str]]:
+    real = real_images(options, source)
+    return golden_set(forward, real, options.transform, options.outputs, options.batch, progress)
 
 
 def _new_bundle(
@@ -322,6 +318,23 @@ def _observed(golden: GoldenSet, network: Prepared, options: CompileOptions) -> 
     return repeated
 
 
+def _simulate(
+    golden: GoldenSet,
+    simulated: nn.Module,
+    spec: EngineSpec,
+    network: Prepared,
+    options: CompileOptions,
+    progress: Progress,
+) -> tuple[GoldenSet, tuple[Attempt, ...]]:
+    """The golden set with what the simulation of an 8-bit graph answers, and what would help where that is too far."""
+    if not options.quantizes:
+        return golden, ()
+    golden = with_simulation(golden, simulated, spec, progress)
+    if judge("", golden, golden.simulated[LOGITS], options.budget).passed:
+        return golden, ()
+    return golden, advise(network, golden, options, progress)
+
+
 def _graphs(bundle: Bundle, spec: EngineSpec, options: CompileOptions) -> GraphSource:
     return GraphSource(
         onnx=partial(bundle.read, "model.onnx"),
@@ -335,7 +348,7 @@ def _prove(
     backends: list[Backend],
     builds: EngineBuilds,
     budget: ParityBudget,
-    judges: Judges | None,
+    judging: _JudgedBy,
     widened: dict[str, Array],
     progress: Progress,
 ) -> tuple[tuple[ParityReport, ...], tuple[BudgetProof, ...]]:
@@ -353,15 +366,19 @@ def _prove(
             continue
         builds.add(backend)
         reports[executed_by] = prove(bundle, backend.target, budget, progress, widened)
-        if judges is not None:
+        if judging.judges is not None:
             with Engine.open(bundle, backend.target, executed_by=executed_by) as engine:
-                proofs[executed_by] = prove_budget(engine, judges, progress)
+                proofs[executed_by] = prove_budget(engine, judging.judges, progress)
     builds.add_all()
     found = tuple(replace(reports[executed_by], target=target) for target, executed_by in by.items())
     for report in found:
         bundle.add_json(f"parity/{report.target}.json", report.to_json())
         bundle.manifest["notes"] += [note for note in report.notes if note not in bundle.manifest["notes"]]
-    return found, tuple(replace(proofs[executed_by], target=target) for target, executed_by in by.items() if proofs)
+    shared = tuple(replace(proofs[executed_by], target=target) for target, executed_by in by.items() if proofs)
+    if shared:
+        search = judging.search.to_json() if judging.search else None
+        bundle.add_json("budget.json", {"search": search, "proofs": [proof.to_json() for proof in shared]})
+    return found, shared
 
 
 def _versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from pcn_deploy.errors import BundleError
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof.executions import prove
 from pcn_deploy.specs import EngineSpec
-from pcn_deploy.tasks.parity import ParityReport
+from pcn_deploy.tasks.report import ParityReport
 from pcn_deploy.verbs.options import check_target_precision
 
 

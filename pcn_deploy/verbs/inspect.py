@@ -8,7 +8,7 @@ from typing import Any
 from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.calibration.plan.rules import PrecisionPlan
 from pcn_deploy.errors import BundleError
-from pcn_deploy.tasks.parity import report_from_json
+from pcn_deploy.tasks.report import report_from_json
 
 
 def describe(path: str | Path) -> dict[str, Any]:

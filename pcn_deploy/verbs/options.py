@@ -166,3 +166,8 @@ class CompileOptions:
     def quantizes(self) -> bool:
         """Whether the precision is of 8 bits."""
         return self.precision in CODES
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the ONNX graph rounds: it has codes, or a type smaller than float32."""
+        return self.quantizes or self.graph_type != "fp32"

@@ -24,7 +24,8 @@ from pcn_deploy.proof.executions import with_executions
 from pcn_deploy.proof.judgement import noise_floor, verify_golden
 from pcn_deploy.proof.widened import WIDENED
 from pcn_deploy.tasks.limits import ParityBudget
-from pcn_deploy.tasks.parity import ParityMeter, ParityReport
+from pcn_deploy.tasks.parity import ParityMeter
+from pcn_deploy.tasks.report import ParityReport
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,15 +77,9 @@ def verify(
         return (
             with_executions(report, engine, budget, progress, only=WIDENED) if engine.executed_by == "cpu" else report
         )
-    if reference is None:
-        msg = (
-            "Images were given, but nothing to compare with: pass the eager network as the reference "
-            "(--weights FILE on the command line), or verify the golden set by giving no images."
-        )
-        raise DataError(msg)
+    expected = _expected(reference)
     source = data if isinstance(data, ImageSource) else ImageSource(data, engine.transform, limit=limit)
     source.check_transform(engine.transform, "the bundle")
-    expected = eager_copy(reference) if hasattr(reference, "state_dict") else _checked(reference)
     current().check_equal(engine=engine.bundle.engine(engine.target)["sha256"])
     golden = GoldenSet.read(engine.bundle, [tensor.name for tensor in engine.spec.outputs])
     if not hasattr(reference, "state_dict"):  # nothing is known of its rounding
@@ -101,6 +96,17 @@ def verify(
         floor=noise_floor(golden, some, engine.bundle.manifest, engine.executed_by),
     )
     return replace(report, unreadable=len(source.unreadable), notes=(*report.notes, *source.notes))
+
+
+def _expected(reference: nn.Module | Reference | None) -> Reference:
+    """What gives the logits that the engine's are compared with."""
+    if reference is None:
+        msg = (
+            "Images were given, but nothing to compare with: pass the eager network as the reference "
+            "(--weights FILE on the command line), or verify the golden set by giving no images."
+        )
+        raise DataError(msg)
+    return eager_copy(reference) if hasattr(reference, "state_dict") else _checked(reference)
 
 
 def _compare(

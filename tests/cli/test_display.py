@@ -10,7 +10,8 @@ import pytest
 
 from pcn_deploy.cli import display
 from pcn_deploy.tasks.limits import budget_for
-from pcn_deploy.tasks.parity import ParityMeter, ParityReport
+from pcn_deploy.tasks.parity import ParityMeter
+from pcn_deploy.tasks.report import ParityReport
 
 
 def report(executed_by: str, scale: float, **given: Any) -> ParityReport:

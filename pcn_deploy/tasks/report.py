@@ -1,0 +1,126 @@
+"""The report of parity: the verdict and the numbers behind it, as plain data. numpy only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from pcn_deploy.specs import LOGITS
+from pcn_deploy.tasks.limits import ParityBudget
+
+if TYPE_CHECKING:
+    from pcn_deploy.tasks.parity import ParityMeter
+
+NAMED = 5
+"""Most images that a message names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """The verdict and the numbers behind it; true if the engine passed.
+
+    Attributes:
+        target: The engine judged.
+        executed_by: What computed the outputs: the target itself, or `cpu` where the engine cannot run on this
+            machine and ONNX Runtime executed the same graph instead.
+        images: Number of images compared.
+        data: Where they came from.
+        metrics: Names as `tasks/parity.py` defines them, `sqnr_differences_db` and `sqnr_changes_db` of logits only;
+            `cosine_judged` is that of the worst image but those that are tolerated; `non_finite` counts images;
+            `top1_*` and `top1_drop` in percent, `top1_lost` and `top1_gained` in images, with labels only;
+            `attention_map_*` where the engine has that output and the reference too.
+        budget: What was allowed.
+        failures: One sentence per limit that was broken.
+        unreadable: Image files that could not be read and were left out.
+        task: What the labels tell of the drop: `proven` within the budget, `broken`, `open`; empty without labels.
+        worst_image: Name of the image with the least cosine.
+        executions: Metrics of further executions of the same graph, by their name; their failures are among `failures`.
+        constant: Whether the reference answers the same to every image, so that nothing else was judged.
+        notes: What does not fail the verdict, but has to be known, such as an execution that another program refused.
+    """
+
+    target: str
+    executed_by: str
+    images: int
+    data: str
+    metrics: dict[str, float]
+    budget: ParityBudget
+    failures: tuple[str, ...] = field(default=())
+    unreadable: int = 0
+    task: str = ""
+    worst_image: str = ""
+    executions: dict[str, dict[str, float]] = field(default_factory=dict)
+    constant: bool = False
+    notes: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return not self.failures
+
+    @property
+    def passed(self) -> bool:
+        """Whether every limit was kept."""
+        return not self.failures
+
+    def with_execution(self, other: ParityReport) -> ParityReport:
+        """This report, with that of another execution of the same graph: passed only if both did."""
+        return replace(
+            self,
+            failures=(*self.failures, *(f"{other.executed_by}: {failure}" for failure in other.failures)),
+            notes=tuple(dict.fromkeys((*self.notes, *other.notes))),
+            executions={**self.executions, other.executed_by: other.metrics},
+        )
+
+    def with_comparison(self, name: str, meter: ParityMeter, limit: ParityBudget) -> ParityReport:
+        """This report, with a further comparison that is judged by cosine and SQNR.
+
+        Args:
+            name: Of the comparison, in front of its metrics and failures, with that of another output than logits.
+            meter: What was compared.
+            limit: What is allowed.
+        """
+        seen = meter.metrics()
+        seen.pop("sqnr_changes_db", None)
+        key, words = name, f"{name} images"
+        if meter.output != LOGITS:
+            key, words = f"{name}_{meter.output}", f"{meter.output.replace('_', ' ')}: {words}"
+        kept = {f"{key}_cosine_min": seen["cosine_min"]}
+        kept[f"{key}_sqnr_db"] = min(seen["sqnr_db"], seen.get("sqnr_differences_db", math.inf))
+        failures = (f"{words}: {failure}" for failure in meter.failures(seen, limit))
+        return replace(self, metrics={**self.metrics, **kept}, failures=(*self.failures, *failures))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `verify --json` prints them and the bundle holds them."""
+        return {"passed": self.passed, **asdict(self), "failures": list(self.failures), "notes": list(self.notes)}
+
+
+def report_from_json(data: dict[str, Any]) -> ParityReport:
+    """Inverse of `ParityReport.to_json`.
+
+    Raises:
+        KeyError: If an entry is missing.
+        TypeError: If an entry is of another kind.
+    """
+    return ParityReport(
+        target=str(data["target"]),
+        executed_by=str(data["executed_by"]),
+        images=int(data["images"]),
+        data=str(data["data"]),
+        metrics={str(key): float(value) for key, value in data["metrics"].items()},
+        budget=ParityBudget(**data["budget"]),
+        failures=tuple(data["failures"]),
+        unreadable=int(data["unreadable"]),
+        task=str(data.get("task", "")),  # this and the others are not in bundles of 0.1.0
+        worst_image=str(data.get("worst_image", "")),
+        executions=dict(data.get("executions", {})),
+        constant=bool(data.get("constant", False)),
+        notes=tuple(data.get("notes", ())),
+    )
+
+
+def listed(names: Iterable[str]) -> str:
+    """So many images, the first of them by name."""
+    every = sorted(names)
+    more = f" and {len(every) - NAMED} more" if len(every) > NAMED else ""
+    return ", ".join(every[:NAMED]) + more
