@@ -18,7 +18,8 @@ from pcn_deploy.calibration.observers import AmaxObserver, HistogramObserver
 from pcn_deploy.calibration.record import Calibration, find_ranges
 from pcn_deploy.calibration.statistics import Statistics
 from pcn_deploy.data.images import ImageSource
-from pcn_deploy.data.processes import Processes, current, shared_batches
+from pcn_deploy.data.passes import each_batch
+from pcn_deploy.data.processes import Processes, current
 from pcn_deploy.errors import DataError
 from pcn_deploy.models.layers import ResidualAdd
 from pcn_deploy.network.hooks import hooked
@@ -109,7 +110,8 @@ def _of(source: ImageSource, weights: str, statistics: dict[str, Statistics], no
 
 def _check_images(kept: Calibration, path: Path, source: ImageSource, progress: Progress) -> None:
     """Read the images to see that they are those of the cache."""
-    _pass(source, progress, "Reading images", lambda _images: None)
+    for _ in each_batch(source, BATCH, "Reading images", progress, shared=True):
+        pass
     check_images(kept, str(path), source)
 
 
@@ -164,25 +166,11 @@ def _observe(model: nn.Module, observers: dict[str, AmaxObserver], source: Image
     )
     varied = False
 
-    def run(images: Images) -> None:
-        nonlocal varied
-        varied = varied or bool((images.max((2, 3)) != images.min((2, 3))).any())
-        model(torch.tensor(images))
-
     with hooked(handles), torch.inference_mode():
-        _pass(source, progress, "Calibrating", run)
+        for images, _ in each_batch(source, BATCH, "Calibrating", progress, shared=True):
+            varied = varied or bool((images.max((2, 3)) != images.min((2, 3))).any())
+            model(torch.tensor(images))
     return varied
-
-
-def _pass(source: ImageSource, progress: Progress, step: str, use: Callable[[Images], None]) -> None:
-    """Give this process's batches to `use`."""
-    done, total = 0, len(source)
-    progress(step, 0, total, "images")
-    for images, _ in shared_batches(source, BATCH):
-        use(images)
-        done = min(total, done + len(images) * current().count)
-        progress(step, done, total, "images")
-    progress(step, total, total, "images")
 
 
 def _merge(statistics: dict[str, Statistics], processes: Processes) -> dict[str, Statistics]:

@@ -26,6 +26,7 @@ from pcn_deploy.calibration.recovery.links import (
 )
 from pcn_deploy.calibration.weights import QMAX
 from pcn_deploy.data.images import ImageSource
+from pcn_deploy.data.passes import each_batch
 from pcn_deploy.network.hooks import hooked
 from pcn_deploy.progress import Progress
 
@@ -143,14 +144,9 @@ def _watch(
     handles = (
         model.get_submodule(path).register_forward_pre_hook(hook(site)) for site in sites for path in site.readers
     )
-    done = 0
-    progress(step, 0, len(source), "images")
     with hooked(handles), torch.inference_mode():
-        for images, _ in source.batches(BATCH):
+        for images, _ in each_batch(source, BATCH, step, progress):
             model(torch.tensor(images))
-            done += len(images)
-            progress(step, done, len(source), "images")
-    progress(step, len(source), len(source), "images")
 
 
 def _see_amax(site: _Site, layer: nn.Module, x: Tensor) -> None:

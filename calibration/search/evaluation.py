@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.data.labels import LabelCheck
+from pcn_deploy.data.passes import each_batch
 from pcn_deploy.data.sampling import spread_by_class
 from pcn_deploy.errors import DataError
 from pcn_deploy.progress import Progress, silent
@@ -53,10 +54,8 @@ class Answers:
             DataError: If images are unusable, logits are not finite, or labels are not the classes of the network
                 (`labels.py`).
         """
-        expected, reference, done, labelling = [], [], 0, LabelCheck(source)
-        step = "Answers of the network"
-        progress(step, 0, len(source), "images")
-        for images, labels in source.batches(BATCH):
+        expected, reference, labelling = [], [], LabelCheck(source)
+        for images, labels in each_batch(source, BATCH, "Answers of the network", progress):
             logits = forward(images)
             reference.append(answers(logits))
             if (broken := np.flatnonzero(reference[-1] == NO_CLASS)).size:
@@ -65,9 +64,6 @@ class Answers:
                 raise DataError(msg)
             labelling.update(labels, logits)
             expected.append(reference[-1] if labels is None else labels)
-            done += len(images)
-            progress(step, done, len(source), "images")
-        progress(step, len(source), len(source), "images")
         labelling.check(logits.shape[1])
         return cls(source.readable(), np.concatenate(expected), np.concatenate(reference), source.has_labels)
 
@@ -90,12 +86,8 @@ class Answers:
 
     def predict(self, forward: Forward, progress: Progress = silent, step: str = "Answers") -> npt.NDArray[np.int64]:
         """The answers of a form of the network, `(N,)`; `NO_CLASS` where its logits are not finite."""
-        found: list[npt.NDArray[np.int64]] = []
-        progress(step, 0, len(self), "images")
-        for images, _ in self.source.batches(BATCH):
-            found.append(answers(forward(images)))
-            progress(step, sum(map(len, found)), len(self), "images")
-        return np.concatenate(found)
+        batches = each_batch(self.source, BATCH, step, progress)
+        return np.concatenate([answers(forward(images)) for images, _ in batches])
 
     def count(self, found: npt.NDArray[np.int64]) -> PairedCounts:
         """Images lost and gained by answers to the first of the images, `(n,)` with n at most N.

@@ -27,8 +27,6 @@ from pcn_deploy.errors import DataError, PcnDeployError, ProcessError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from pcn_deploy.data.images import ImageSource
-
 TIMEOUT = timedelta(days=1)
 """Longest wait for another process; process 0 searches and builds alone while the others wait for its verdict."""
 
@@ -201,21 +199,6 @@ def join() -> Iterator[Processes]:
     finally:
         _current = previous
         leave()
-
-
-def shared_batches(
-    source: ImageSource, size: int
-) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64] | None]]:
-    """This process's share of `source.batches(size)`; at its end the source is complete in all processes.
-
-    Raises:
-        DataError: If images are unusable.
-    """
-    processes = current()
-    processes.check_equal(images=[len(source), source.max_unreadable], transform=source.transform.to_json())
-    yield from source.batches(size, part=processes.rank, parts=processes.count)
-    if processes.count > 1:
-        source.complete(processes.sum(source.fingerprints.astype(np.int64)).astype(np.uint8))
 
 
 def _several() -> bool:

@@ -17,7 +17,8 @@ from pcn_deploy.artefact.golden import GoldenSet
 from pcn_deploy.data.arrays import ArraysGiven
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.data.labels import LabelCheck
-from pcn_deploy.data.processes import current, shared_batches
+from pcn_deploy.data.passes import each_batch
+from pcn_deploy.data.processes import current
 from pcn_deploy.errors import DataError
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof.executions import with_executions
@@ -117,15 +118,11 @@ def _compare(
     Raises:
         DataError: If images are unusable, or labels are not the classes of the network.
     """
-    labelling, done, step = LabelCheck(source), 0, f"Verifying {engine.target}"
-    progress(step, 0, len(source), "images")
-    for images, labels in shared_batches(source, engine.spec.batch.max):
+    labelling, step = LabelCheck(source), f"Verifying {engine.target}"
+    for images, labels in each_batch(source, engine.spec.batch.max, step, progress, shared=True):
         logits = expected(images)
         labelling.update(labels, logits)
         meter.update(logits, engine.predict(images), labels, partial(_name, source, images))
-        done = min(len(source), done + len(images) * current().count)
-        progress(step, done, len(source), "images")
-    progress(step, len(source), len(source), "images")
     labelling.of_all_processes().check(int(engine.spec.outputs[0].shape[-1]))
     return of_all_processes(meter)
 

@@ -18,9 +18,11 @@ import pcn_deploy
 from pcn_deploy import ImageSource, Transform
 from pcn_deploy.calibration.calibrators import CALIBRATORS
 from pcn_deploy.calibration.collect import calibrate, recalibrate
-from pcn_deploy.data.processes import current, join, shared_batches
+from pcn_deploy.data.passes import each_batch
+from pcn_deploy.data.processes import current, join
 from pcn_deploy.errors import PcnDeployError
 from pcn_deploy.network.deploy import to_deploy
+from pcn_deploy.progress import silent
 from pcn_deploy.tasks.parity import ParityMeter
 from pcn_deploy.verbs.verify import of_all_processes
 
@@ -61,7 +63,7 @@ def parity(_out: Path) -> dict[str, object]:
     labels[::3] = 7
     meter, index = ParityMeter(), np.arange(IMAGES, dtype=np.float32)[:, None, None, None]
     rows = ImageSource(np.broadcast_to(index, (IMAGES, 3, 2, 2)).copy(), Transform(resolution=(2, 2)))
-    for images, _ in shared_batches(rows, 4):
+    for images, _ in each_batch(rows, 4, "", silent, shared=True):
         part = images[:, 0, 0, 0].astype(int)
         meter.update(reference[part], engine[part], labels[part])
     return {"metrics": of_all_processes(meter).metrics()}
