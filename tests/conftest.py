@@ -18,7 +18,7 @@ import pytest
 if TYPE_CHECKING:
     from pcn_deploy.models.patchconvnet import PatchConvNet
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "fixtures"
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +133,7 @@ def original_with_map(tmp_path_factory: pytest.TempPathFactory) -> Path:
         multi_class_token=True,
     )
     # Random weights, kept because versions of torch draw them differently; the classes look at different places.
-    network.load_state_dict(safetensors.load_file(Path(__file__).parent / "data" / "mapped_network.safetensors"))
+    network.load_state_dict(safetensors.load_file(Path(__file__).parent / "fixtures" / "mapped_network.safetensors"))
     options = pcn_deploy.CompileOptions(
         precision="fp32",
         targets=("cpu", "torchscript"),

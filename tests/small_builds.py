@@ -16,7 +16,7 @@ RTX_IS_HERE = find_spec("tensorrt_rtx") is not None
 needs_rtx = pytest.mark.skipif(not RTX_IS_HERE, reason="TensorRT-RTX is not installed")
 
 
-WEIGHTS = Path(__file__).parent / "data" / "small_network.safetensors"
+WEIGHTS = Path(__file__).parent / "fixtures" / "small_network.safetensors"
 """Random ones, kept because versions of torch draw them differently."""
 
 

@@ -29,7 +29,7 @@ from pcn_deploy.models.augmentation import Augmentation
 from pcn_deploy.specs import BatchRange
 
 Array = npt.NDArray[np.float64]
-VECTORS = Path(__file__).parents[1] / "data" / "aaconv.npz"
+VECTORS = Path(__file__).parents[1] / "fixtures" / "aaconv.npz"
 
 
 def exact(dk: int, dv: int, conv: int, **choices: Any) -> Augmentation:

@@ -28,7 +28,7 @@ from pcn_deploy.models.wide_resnet import WideResNet
 
 Shapes = dict[str, tuple[int, ...]]
 DEPTHS = (3, 4, 6, 3)
-LOGITS = Path(__file__).parents[1] / "data" / "aa_resnet50_legacy.npz"
+LOGITS = Path(__file__).parents[1] / "fixtures" / "aa_resnet50_legacy.npz"
 
 
 def norm(name: str, channels: int) -> Shapes:

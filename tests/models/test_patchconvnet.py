@@ -23,7 +23,7 @@ from pcn_deploy.specs import BatchRange
 
 MakeNet = Callable[..., PatchConvNet]
 
-VECTORS = Path(__file__).parents[1] / "data" / "patchconvnet.npz"
+VECTORS = Path(__file__).parents[1] / "fixtures" / "patchconvnet.npz"
 CASES: dict[str, tuple[dict[str, Any], int, tuple[int, int, int, int]]] = {
     "tiny_64x64_seed1": ({"width": 64, "depth": 3, "num_classes": 10}, 1, (2, 3, 64, 64)),
     "s60_224_seed0": ({"width": 384, "depth": 60, "num_classes": 1000}, 0, (2, 3, 224, 224)),

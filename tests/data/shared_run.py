@@ -1,4 +1,4 @@
-"""What each process of `test_distributed.py` runs; not a test itself.
+"""What each process of `test_processes.py` runs; not a test itself.
 
 Usage: python -m torch.distributed.run --nproc-per-node 4 shared_run.py OUT TASK...
 """
