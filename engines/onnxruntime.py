@@ -11,6 +11,7 @@ import numpy as np
 
 from pcn_deploy.engines.base import CLOSED, Array, Availability, Backend, EngineArtifact, GraphSource, Session
 from pcn_deploy.errors import BuildError, DependencyError, IncompatibleError, PcnDeployError
+from pcn_deploy.members import GRAPH
 from pcn_deploy.memory import large_blocks_returned, return_freed
 from pcn_deploy.progress import Progress
 from pcn_deploy.specs import EngineSpec
@@ -31,7 +32,7 @@ class OnnxRuntimeBackend(Backend):
 
     target = "cpu"
     extra = "runtime"
-    member = "model.onnx"
+    member = GRAPH
 
     def availability(self) -> Availability:
         """ONNX Runtime builds and runs wherever it is installed."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from pcn_deploy.engines.base import CLOSED, Array, Availability, Backend, EngineArtifact, GraphSource, Session
 from pcn_deploy.errors import BuildError, IncompatibleError, PcnDeployError
+from pcn_deploy.members import SCRIPT
 from pcn_deploy.memory import temporary_path
 from pcn_deploy.progress import Progress
 from pcn_deploy.specs import EngineSpec
@@ -18,7 +19,7 @@ class TorchScriptBackend(Backend):
 
     target = "torchscript"
     extra = "compile"
-    member = "model.ts"
+    member = SCRIPT
 
     def availability(self) -> Availability:
         """PyTorch builds and runs wherever it is installed."""

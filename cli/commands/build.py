@@ -19,6 +19,7 @@ from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.data.processes import Processes, join
 from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.errors import ModelError, OptionError, ParityError
+from pcn_deploy.members import BUDGET
 from pcn_deploy.specs import BatchRange
 from pcn_deploy.verbs.build import CompileResult, compile  # noqa: A004 - our verb
 from pcn_deploy.verbs.options import CompileOptions
@@ -214,7 +215,7 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
                 "notes": list(result.notes),
                 "advice": [asdict(attempt) for attempt in result.advice],
                 "judged": bundle.manifest["judged"],
-                "budget": bundle.read_json("budget.json") if result.proofs else None,
+                "budget": bundle.read_json(BUDGET) if result.proofs else None,
                 "layers": result.plan.to_json()["entries"] if explain else None,
             }
         )

@@ -11,6 +11,7 @@ import click
 from pcn_deploy.calibration.plan.recipe import write_recipe
 from pcn_deploy.calibration.plan.rules import CODES
 from pcn_deploy.cli import display, options
+from pcn_deploy.proof.budget import proof_from_json
 from pcn_deploy.verbs.inspect import describe, plan_of
 
 _WEIGHTS = {
@@ -53,6 +54,11 @@ def command(file: Path, explain: bool, recipe: bool, as_json: bool) -> None:
     display.print_table("Engines", ["target", "size", "sha256", "built with"], engines)
     parity = display.parity_rows(list(found["parity"].values()))
     display.print_table("Parity with the eager network", display.PARITY_COLUMNS, parity)
+    if found["budget"]:
+        rows = [display.proof_row(proof_from_json(proof)) for proof in found["budget"]["proofs"]]
+        display.print_table("Drop of top-1, in percentage points", display.PROOF_COLUMNS, rows)
+    for note in found["notes"]:
+        click.echo(f"Note: {note}")
 
 
 def _overview(found: dict[str, Any]) -> list[list[str]]:
@@ -68,12 +74,22 @@ def _overview(found: dict[str, Any]) -> list[list[str]]:
         ["batch", f"{batch['min']}:{batch['opt']}:{batch['max']}"],
         ["transform", _pairs(found["transform"])],
         ["calibration", _pairs(calibration) if calibration else "none"],
+        ["golden set", _golden(found)],
+        ["rewrites", _pairs({name: places for name, places in found["rewrites"].items() if places}) or "none"],
     ]
+    if found["choice"]:
+        rows.append(["chosen by", found["choice"]["reason"]])
     found["provenance"].update(weights_from=_WEIGHTS.get(found["provenance"].get("weights_from", "")))
     provenance = {
         key: value for key, value in found["provenance"].items() if key != "model" and value not in (None, {})
     }
     return rows + [[key, _pairs(value) if isinstance(value, dict) else str(value)] for key, value in provenance.items()]
+
+
+def _golden(found: dict[str, Any]) -> str:
+    judged = found["judged"] or {}
+    images = f"{judged['golden_images']} images and {judged['edge_images']} edge images, " if judged else ""
+    return f"{images}from {found['golden']}"
 
 
 def _tensor(tensor: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from pcn_deploy.engines.tensorrt.build import BuildOptions, build, fp8_capable
 from pcn_deploy.engines.tensorrt.flavour import PORTABLE, TENSORRT, TENSORRT_RTX, Flavour
 from pcn_deploy.engines.tensorrt.run import open_engine
 from pcn_deploy.errors import DependencyError, PcnDeployError
+from pcn_deploy.members import engine_member
 from pcn_deploy.progress import Progress
 from pcn_deploy.specs import EngineSpec
 
@@ -66,7 +67,7 @@ class TensorRTBackend(_TensorRT):
 
     target = "tensorrt"
     extra = "tensorrt"
-    member = "engines/tensorrt.engine"
+    member = engine_member("tensorrt")
     flavour = TENSORRT
 
     def __init__(self, *, tf32: bool = False) -> None:
@@ -83,7 +84,7 @@ class TensorRTRTXBackend(_TensorRT):
 
     target = "tensorrt-rtx"
     extra = "tensorrt-rtx"
-    member = "engines/tensorrt-rtx.engine"
+    member = engine_member("tensorrt-rtx")
     flavour = TENSORRT_RTX
     built_aside = True  # ahead of time: no kernel is timed
 

@@ -24,10 +24,10 @@ import numpy.typing as npt
 
 from pcn_deploy.artefact.manifest import check_contents
 from pcn_deploy.errors import BundleError, OutputError
+from pcn_deploy.members import CALIBRATION, MANIFEST
 from pcn_deploy.memory import output_error
 
 SCHEMA = 1
-MANIFEST = "manifest.json"
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _ENCRYPTED = 0x1
@@ -168,9 +168,14 @@ class Bundle:
     def add(self, name: str, data: bytes | memoryview) -> None:
         """Add or replace a member; it waits in an unnamed temporary file, not in memory, until `save`.
 
+        What is waiting there already, as the graph that is the engine of several targets, is not written again.
+
         Raises:
             OutputError: If there is no room for temporary files.
         """
+        entry = {"sha256": _sha256(data), "bytes": len(data)}
+        if name in self._spooled and self.manifest["members"].get(name) == entry:
+            return
         try:
             if self._spool is None:
                 self._spool = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the bundle
@@ -181,7 +186,7 @@ class Bundle:
                 self._spool.flush()
         except OSError as error:
             raise output_error(name, error) from error
-        self.manifest["members"][name] = {"sha256": _sha256(data), "bytes": len(data)}
+        self.manifest["members"][name] = entry
 
     def add_json(self, name: str, data: Any) -> None:
         """Add or replace a JSON member; raises what `add` raises."""
@@ -338,4 +343,4 @@ def read_calibration(path: Path) -> bytes:
     """
     from pcn_deploy.calibration.cache import read_cache
 
-    return Bundle.open(path).read("calibration.json") if path.suffix == ".pcn" else read_cache(path)
+    return Bundle.open(path).read(CALIBRATION) if path.suffix == ".pcn" else read_cache(path)

@@ -16,6 +16,7 @@ from pcn_deploy.data.transform import Transform
 from pcn_deploy.engines.base import Backend, Session
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DataError, ParityError, PcnDeployError
+from pcn_deploy.members import GRAPH
 from pcn_deploy.specs import LOGITS, EngineSpec
 
 log = logging.getLogger(__name__)
@@ -204,7 +205,7 @@ def _answers_in_fp32(engine: Engine, images: npt.NDArray[np.float32]) -> bool | 
         from pcn_deploy.engines.rounded import widen
 
         spec = EngineSpec.from_json(engine.bundle.manifest["interface"])
-        graph = widen(engine.bundle.read("model.onnx"))
+        graph = widen(engine.bundle.read(GRAPH))
         with Engine(engine.bundle, engine.target, "cpu", open_plain(graph, spec)) as plain:
             found = plain.outputs(images)
     except (ImportError, PcnDeployError):  # without the libraries of a build

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.errors import BundleError
+from pcn_deploy.members import GOLDEN
 from pcn_deploy.specs import LOGITS
 from pcn_deploy.tasks.metrics import live_classes
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.float32]
 
-MEMBER = "golden.npz"
 NOISE = "standard normal noise"
 """Where images come from that stand in for real ones."""
 _SIMULATED, _WIDENED = "simulated_", "widened_"
@@ -103,7 +103,7 @@ class GoldenSet:
         Raises:
             BundleError: If it lacks one of them, or its arrays do not fit each other.
         """
-        arrays = bundle.read_arrays(MEMBER)
+        arrays = bundle.read_arrays(GOLDEN)
         expected = {"images", *outputs}
         if not expected <= arrays.keys():
             msg = f"The golden set holds {sorted(arrays)} instead of {sorted(expected)}. Build the bundle again."

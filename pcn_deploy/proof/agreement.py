@@ -17,6 +17,7 @@ from pcn_deploy.engines.base import Array, Session
 from pcn_deploy.engines.onnxruntime import open_plain
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import ExecutionError, ModelError
+from pcn_deploy.members import GRAPH, SCRIPT
 from pcn_deploy.proof.reference import Images, Network, run, run_together
 from pcn_deploy.specs import EngineSpec
 from pcn_deploy.tasks.distance import Live, least_sqnr_db, sqnr_of_images
@@ -137,7 +138,7 @@ def check_agreement(
         _check_scripted(bundle, golden, spec, forms)
     if rounded:
         return _check_widened(bundle, golden, spec, forms)
-    with executing("cpu"), open_plain(bundle.read("model.onnx"), spec) as session:
+    with executing("cpu"), open_plain(bundle.read(GRAPH), spec) as session:
         exported = _outputs(session, [np.repeat(image[None], spec.batch.min, axis=0) for image in images])
     _compare("ONNX graph", module(), exported, "its module", golden.live, partial(module, double=True))
     return golden, {}
@@ -150,7 +151,7 @@ def _check_scripted(bundle: Bundle, golden: GoldenSet, spec: EngineSpec, forms: 
     chosen = next(run_together(len(golden.images), spec.batch))
     images = golden.images[chosen % len(golden.images)]
     module, slower = partial(run, forms.simulated, images), torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
-    with slower, executing("torchscript"), get_backend("torchscript").open(bundle.read("model.ts"), spec) as session:
+    with slower, executing("torchscript"), get_backend("torchscript").open(bundle.read(SCRIPT), spec) as session:
         answers = session.run({spec.inputs[0].name: images})
     scripted = [answers[tensor.name] for tensor in spec.outputs]
     _compare("TorchScript graph", module(), scripted, "its module", golden.live, partial(module, double=True))
@@ -164,7 +165,7 @@ def _check_widened(
 
     images = golden.images[~golden.edge]
     expected = _rows(forms.stored, images, spec)
-    with executing("cpu"), open_plain(widen(bundle.read("model.onnx")), spec) as session:
+    with executing("cpu"), open_plain(widen(bundle.read(GRAPH)), spec) as session:
         found = _outputs(session, [np.repeat(image[None], spec.batch.min, axis=0) for image in images])
     apart = np.min([sqnr_of_images(*pair, golden.live) for pair in zip(expected, found, strict=True)], axis=0)
     if not apart.min() >= ROUNDED_DB:  # NaN is not

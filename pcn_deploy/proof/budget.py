@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -86,6 +86,18 @@ class BudgetProof:
             "confidence": CONFIDENCE,
             "images_needed": None if self.verdict == "proven" else self.images_needed,
         }
+
+
+def proof_from_json(data: dict[str, Any]) -> BudgetProof:
+    """Inverse of `BudgetProof.to_json`.
+
+    Raises:
+        KeyError: If an entry is missing.
+        TypeError: If an entry is of another kind.
+    """
+    kept = {field.name: data[field.name] for field in fields(BudgetProof)}
+    kept |= {"counts": PairedCounts(**data["counts"]), "unanswered": tuple(data["unanswered"])}
+    return BudgetProof(**kept)
 
 
 @dataclass(frozen=True, kw_only=True)

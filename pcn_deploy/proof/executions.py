@@ -16,6 +16,7 @@ from pcn_deploy.engines.onnxruntime import open_plain
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.engines.stock import open_stock
 from pcn_deploy.errors import StockSessionError
+from pcn_deploy.members import GRAPH, SCRIPT
 from pcn_deploy.memory import return_freed
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof.judgement import verify_golden
@@ -23,8 +24,6 @@ from pcn_deploy.proof.widened import WIDENED, has_widened, judge_widened, verify
 from pcn_deploy.specs import EngineSpec
 from pcn_deploy.tasks.limits import ParityBudget
 from pcn_deploy.tasks.report import ParityReport
-
-GRAPH = "model.onnx"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +100,7 @@ def prove(
     backend = get_backend(target)
     with Engine.open(bundle, target, executed_by=executor(backend)) as engine:
         report = verify_golden(engine, budget, progress)
-    if backend.member == "model.ts":
+    if backend.member == SCRIPT:
         return report
     if widened:
         report = report.with_execution(judge_widened(bundle, target, budget, widened))

@@ -20,6 +20,7 @@ from pcn_deploy.artefact.engine import Engine
 from pcn_deploy.artefact.golden import GoldenSet
 from pcn_deploy.calibration.plan.rules import PrecisionPlan
 from pcn_deploy.calibration.scales import input_scales
+from pcn_deploy.members import GRAPH, PLAN
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof.judgement import engine_outputs
 from pcn_deploy.specs import LOGITS
@@ -79,7 +80,7 @@ def judge_widened(bundle: Bundle, target: str, budget: ParityBudget, found: dict
     limit, failures = float(golden.widened_db[worst]), []
     if apart[worst] < limit:
         failures.append(f"SQNR {apart[worst]:.1f} dB of {golden.names[worst]} is below {limit:.1f} dB")
-    plan = PrecisionPlan.from_json(bundle.read_json("plan.json"))
+    plan = PrecisionPlan.from_json(bundle.read_json(PLAN))
     return ParityReport(
         target=target,
         executed_by=WIDENED,
@@ -87,7 +88,7 @@ def judge_widened(bundle: Bundle, target: str, budget: ParityBudget, found: dict
         data="golden",
         metrics=meter.metrics(),
         budget=replace(budget, sqnr_db=limit),
-        failures=(*failures, *unlike_plan(bundle.read("model.onnx"), plan)),
+        failures=(*failures, *unlike_plan(bundle.read(GRAPH), plan)),
     )
 
 

@@ -13,12 +13,13 @@ import numpy as np
 
 from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.engine import Engine, executor
-from pcn_deploy.artefact.golden import MEMBER, NOISE, GoldenSet
+from pcn_deploy.artefact.golden import NOISE, GoldenSet
 from pcn_deploy.calibration.search.evaluation import Answers
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.engines.base import Array, Backend, GraphSource
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DependencyError
+from pcn_deploy.members import BUDGET, CALIBRATION, GOLDEN, GRAPH, PLAN, SCRIPT, parity_member
 from pcn_deploy.memory import release_unused
 from pcn_deploy.network.evaluation_mode import in_evaluation_mode
 from pcn_deploy.progress import Progress, silent
@@ -134,7 +135,7 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     with engine_builds(bundle, backends, _graphs(bundle, spec, options), progress) as builds:
         golden, advice = _simulate(golden, simulated, spec, network, options, progress)
         del simulated, network  # its folded weights are in the graphs now
-        bundle.add(MEMBER, golden.to_npz())
+        bundle.add(GOLDEN, golden.to_npz())
         release_unused()
         reports, proofs = _prove(bundle, backends, builds, options.budget, judging, widened, progress)
     if golden.simulated and not all(reports) and not advice:
@@ -241,7 +242,7 @@ def _new_bundle(
     }
     bundle = Bundle(manifest)
     if calibration:
-        bundle.add_json("calibration.json", calibration.to_json(network.scales))
+        bundle.add_json(CALIBRATION, calibration.to_json(network.scales))
     return bundle
 
 
@@ -278,7 +279,7 @@ def _add_graphs(
     if options.scripts:
         progress("Scripting", 0, 1)
         quantized = apply_scales(network.deployed, network.scales)
-        bundle.add("model.ts", to_torchscript(quantized, torch.from_numpy(golden.images[:2]), options.batch))
+        bundle.add(SCRIPT, to_torchscript(quantized, torch.from_numpy(golden.images[:2]), options.batch))
         progress("Scripting", 1, 1)
     graph = to_onnx(
         network.deployed,
@@ -297,10 +298,10 @@ def _add_graphs(
     if {options.graph_type, *layers.values(), *operations.values()} != {"fp32"}:
         reduce_precision(graph, options.graph_type, layers, operations, plan.nodes())
     make_portable(graph.graph)
-    bundle.add_json("plan.json", plan.to_json())
+    bundle.add_json(PLAN, plan.to_json())
     spec = engine_spec(graph, options.batch)
     bundle.manifest["interface"] = spec.to_json()
-    bundle.add("model.onnx", serialise(graph))
+    bundle.add(GRAPH, serialise(graph))
     release_weights(graph)
     return plan, spec
 
@@ -337,8 +338,8 @@ def _simulate(
 
 def _graphs(bundle: Bundle, spec: EngineSpec, options: CompileOptions) -> GraphSource:
     return GraphSource(
-        onnx=partial(bundle.read, "model.onnx"),
-        torchscript=bundle.read("model.ts") if options.scripts else b"",
+        onnx=partial(bundle.read, GRAPH),
+        torchscript=bundle.read(SCRIPT) if options.scripts else b"",
         spec=spec,
     )
 
@@ -372,12 +373,12 @@ def _prove(
     builds.add_all()
     found = tuple(replace(reports[executed_by], target=target) for target, executed_by in by.items())
     for report in found:
-        bundle.add_json(f"parity/{report.target}.json", report.to_json())
+        bundle.add_json(parity_member(report.target), report.to_json())
         bundle.manifest["notes"] += [note for note in report.notes if note not in bundle.manifest["notes"]]
     shared = tuple(replace(proofs[executed_by], target=target) for target, executed_by in by.items() if proofs)
     if shared:
         search = judging.search.to_json() if judging.search else None
-        bundle.add_json("budget.json", {"search": search, "proofs": [proof.to_json() for proof in shared]})
+        bundle.add_json(BUDGET, {"search": search, "proofs": [proof.to_json() for proof in shared]})
     return found, shared
 
 

@@ -9,6 +9,7 @@ from pcn_deploy.artefact.bundle import Bundle, check_output
 from pcn_deploy.engines.base import GraphSource
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import BundleError
+from pcn_deploy.members import GRAPH, SCRIPT, parity_member
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof.executions import prove
 from pcn_deploy.specs import EngineSpec
@@ -51,18 +52,18 @@ def add_engine(
     overwrite = overwrite or output is None
     check_output(destination, overwrite=overwrite)
     check_target_precision(target, bundle.manifest["precision"])
-    if backend.member == "model.ts" and backend.member not in bundle:
+    if backend.member == SCRIPT and backend.member not in bundle:
         msg = f"{path} holds no TorchScript module: build it again from the network with --target {target}."
         raise BundleError(msg)
     source = GraphSource(
-        onnx=partial(bundle.read, "model.onnx"),
-        torchscript=bundle.read("model.ts") if backend.member == "model.ts" else b"",
+        onnx=partial(bundle.read, GRAPH),
+        torchscript=bundle.read(SCRIPT) if backend.member == SCRIPT else b"",
         spec=EngineSpec.from_json(bundle.manifest["interface"]),
     )
     artifact = backend.build(source, progress)
     bundle.add_engine(target, backend.member, artifact.data, artifact.built_with)
     report = prove(bundle, target, progress=progress)
     if report:
-        bundle.add_json(f"parity/{target}.json", report.to_json())
+        bundle.add_json(parity_member(target), report.to_json())
         bundle.save(destination, overwrite=overwrite)
     return report

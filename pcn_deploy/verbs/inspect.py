@@ -8,6 +8,8 @@ from typing import Any
 from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.calibration.plan.rules import PrecisionPlan
 from pcn_deploy.errors import BundleError
+from pcn_deploy.members import BUDGET, PLAN, parity_member
+from pcn_deploy.proof.budget import proof_from_json
 from pcn_deploy.tasks.report import report_from_json
 
 
@@ -18,8 +20,11 @@ def describe(path: str | Path) -> dict[str, Any]:
         path: The bundle.
 
     Returns:
-        `model`, `precision`, `remainder`, `inputs`, `outputs`, `batch`, `transform`, `calibration`, `engines`, `parity`
-        per target, `layers` (the plan, layer by layer), `members` and `provenance`, all plain values.
+        `model`, `precision`, `remainder`, `inputs`, `outputs`, `batch`, `transform`, `calibration`, `golden` (where its
+        real images come from), `judged` (what the verdict rests on), `rewrites` (places that each changed), `engines`,
+        `parity` per target, `budget` (the search for the plan and the proof of the drop, or None), `choice` (of
+        `--precision auto`, or None), `layers` (the plan, layer by layer), `notes`, `members` and `provenance`, all
+        plain values.
 
     Raises:
         BundleError: If the bundle is corrupt, altered or of a newer schema; every member is checked.
@@ -29,10 +34,14 @@ def describe(path: str | Path) -> dict[str, Any]:
     manifest = bundle.manifest
     targets = [entry["target"] for entry in bundle.engines]
     try:
-        plan = PrecisionPlan.from_json(bundle.read_json("plan.json"))
-        parity = {target: report_from_json(bundle.read_json(f"parity/{target}.json")) for target in targets}
+        plan = PrecisionPlan.from_json(bundle.read_json(PLAN))
+        budget = bundle.read_json(BUDGET) if BUDGET in bundle else None
+        for proof in budget["proofs"] if budget else ():
+            proof_from_json(proof)
+        parity = {target: report_from_json(bundle.read_json(parity_member(target))) for target in targets}
     except (KeyError, TypeError, AttributeError) as error:
-        msg = f"The plan or a parity report in {path} is malformed ({error!r}): it was altered. Build it again."
+        what = "The plan, the proof of the budget or a parity report"
+        msg = f"{what} in {path} is malformed ({error!r}): it was altered. Build it again."
         raise BundleError(msg) from error
     return {
         "model": manifest["model"],
@@ -43,9 +52,15 @@ def describe(path: str | Path) -> dict[str, Any]:
         "batch": manifest["interface"]["batch"],
         "transform": manifest["transform"],
         "calibration": manifest["calibration"],
+        "golden": manifest.get("golden"),
+        "judged": manifest.get("judged"),
+        "rewrites": manifest.get("rewrites", {}),
         "engines": bundle.engines,
         "parity": {target: report.to_json() for target, report in parity.items()},
+        "budget": budget,
+        "choice": manifest.get("choice"),
         "layers": plan.to_json()["entries"],
+        "notes": manifest.get("notes", []),
         "members": manifest["members"],
         "provenance": manifest["provenance"],
     }

@@ -226,3 +226,16 @@ def test_arrays_that_are_none(tmp_path: Path, data: bytes) -> None:
     opened = Bundle.open(make({"golden.npz": data}).save(tmp_path / "a.pcn"))
     with pytest.raises(BundleError, match=r"golden\.npz in .* holds no plain arrays"):
         opened.read_arrays("golden.npz")
+
+
+def test_a_member_of_several_engines_waits_once(tmp_path: Path) -> None:
+    bundle, graph = Bundle(manifest(), MEMBERS), b"graph" * 1000
+    for target in ("cpu", "torchscript"):
+        bundle.add_engine(target, "model.onnx", graph, {})
+    assert bundle._spool is not None
+    assert bundle._spool.tell() == sum(map(len, MEMBERS.values())) + len(graph)
+    bundle.add("model.onnx", b"another")
+    assert bundle.read("model.onnx") == b"another"
+    bundle.add("model.onnx", graph)
+    bundle.save(tmp_path / "a.pcn")
+    assert Bundle.open(tmp_path / "a.pcn").read("model.onnx") == graph
