@@ -17,6 +17,7 @@ from pcn_deploy.calibration.recovery import RECOVERIES
 from pcn_deploy.data.images import MAX_UNREADABLE_SHARE
 from pcn_deploy.data.pixels import ALPHAS, CHANNEL_ORDERS, EXIFS
 from pcn_deploy.data.transform import CROP_MODES, IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Transform
+from pcn_deploy.engines.base import BackendOptions
 from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.errors import OptionError
 from pcn_deploy.models.registry import check_weights_choice, find_model
@@ -76,6 +77,18 @@ class Floats(click.ParamType[tuple[float, ...]]):
 
 bundle_argument = click.argument("file", type=click.Path(path_type=Path), metavar="FILE.pcn")
 
+compute_capability_option = click.option(
+    "--compute-capability",
+    "compute_capabilities",
+    multiple=True,
+    metavar="SM89",
+    help="GPU that an engine is built ahead of time for; may be given several times. [default: a portable set]",
+)
+tf32_option = click.option(
+    "--tf32",
+    is_flag=True,
+    help="Let FP32 convolutions and products round their inputs to TF32, with TensorRT and TensorRT-RTX.",
+)
 target_option = click.option(
     "--target",
     type=click.Choice(TARGETS),
@@ -121,6 +134,16 @@ def verbosity_options(command: Command) -> Command:
     """-v and -q."""
     command = click.option("-q", "--quiet", is_flag=True, help="No progress bars, no notes.")(command)
     return click.option("-v", "--verbose", count=True, help="More log lines on stderr; twice for all.")(command)
+
+
+def backend_options(command: Command) -> Command:
+    """How engines are built, where their target leaves a choice."""
+    return _with(command, (compute_capability_option, tf32_option))
+
+
+def backend_of(given: dict[str, Any]) -> BackendOptions:
+    """Take the `backend_options` out of the arguments of a command."""
+    return BackendOptions(compute_capabilities=given.pop("compute_capabilities"), tf32=given.pop("tf32"))
 
 
 _TRANSFORM = (

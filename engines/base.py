@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -38,6 +38,26 @@ class Availability:
     can_run: bool
     detail: str
     remedy: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendOptions:
+    """Settings of how engines are built that not every target has.
+
+    Attributes:
+        compute_capabilities: What an engine that is built ahead of time is for, such as `("SM89",)`; empty for the
+            target's own choice.
+        tf32: Let FP32 convolutions and products round their inputs to TF32 (10 bits of mantissa). Off, because a tensor
+            that the graph types as FP32 is meant to be computed as FP32.
+    """
+
+    compute_capabilities: tuple[str, ...] = ()
+    tf32: bool = False
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Names of the settings that differ from their default."""
+        return tuple(item.name for item in fields(self) if getattr(self, item.name) != item.default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +172,13 @@ class Backend(ABC):
 
     built_aside: ClassVar[bool] = False
     """Whether a build keeps to one core and measures nothing, so that it can go on beside other work."""
+
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Names of the `BackendOptions` that this backend takes."""
+
+    def configured(self, options: BackendOptions) -> Backend:
+        """This backend with those of the settings that it takes."""
+        return self
 
     @abstractmethod
     def availability(self) -> Availability:

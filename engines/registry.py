@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
 
-from pcn_deploy.engines.base import Backend
+from pcn_deploy.engines.base import Backend, BackendOptions
 from pcn_deploy.errors import OptionError
 
 _BACKENDS = {
@@ -18,11 +19,12 @@ TARGETS = tuple(_BACKENDS)
 """Every target name, in the order they are listed to people."""
 
 
-def get_backend(target: str) -> Backend:
+def get_backend(target: str, options: BackendOptions | None = None) -> Backend:
     """Return the backend of a target.
 
     Args:
         target: One of `TARGETS`.
+        options: How it builds engines.
 
     Raises:
         OptionError: If the target is unknown.
@@ -32,4 +34,18 @@ def get_backend(target: str) -> Backend:
         raise OptionError(msg)
     module, _, name = _BACKENDS[target].partition(":")
     backend: Backend = getattr(import_module(module), name)()
-    return backend
+    return backend if options is None else backend.configured(options)
+
+
+def check_options(targets: Iterable[str], options: BackendOptions) -> None:
+    """Check that each setting that is asked for is one that some target has.
+
+    Raises:
+        OptionError: If one is not; the message names the targets that have it.
+    """
+    taken = {name for target in targets for name in get_backend(target).settings}
+    for name in options.asked:
+        if name not in taken:
+            able = [target for target in TARGETS if name in get_backend(target).settings]
+            msg = f"{name} is a setting of {' and '.join(able)}; asked for are engines for {', '.join(targets)}."
+            raise OptionError(msg)

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 @options.calibration_options
 @options.transform_options
 @click.option("--batch", type=options.Batch(), default="1:1:16", show_default=True, help="Batch sizes to take.")
+@options.backend_options
 @click.option(
     "--target",
     "targets",
@@ -195,6 +196,7 @@ def _options(given: dict[str, Any]) -> CompileOptions:
         max_drop=given["max_drop"],
         with_attention_map=given["with_attention_map"],
         seed=given["seed"],
+        backend=options.backend_of(given),
         recipe=given["recipe"],
         classes=given["classes"],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,16 +24,26 @@ from pcn_deploy.verbs.engine import add_engine
     metavar="OUT.pcn",
     help="Write here. [default: FILE.pcn]",
 )
+@options.backend_options
 @options.overwrite_option
 @options.json_option
 @options.verbosity_options
 def command(
-    file: Path, target: str, output: Path | None, overwrite: bool, as_json: bool, verbose: int, quiet: bool
+    file: Path,
+    target: str,
+    output: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+    **given: Any,
 ) -> None:
     """Build an engine for this device from the graph in FILE.pcn, prove it, and add it. Needs no torch."""
     set_verbosity(verbose, quiet)
     with display.progress_bars(quiet=quiet or as_json) as progress:
-        report = add_engine(file, target, output=output, overwrite=overwrite, progress=progress)
+        report = add_engine(
+            file, target, output=output, overwrite=overwrite, options=options.backend_of(given), progress=progress
+        )
     if as_json:
         display.print_json(report.to_json())
     else:

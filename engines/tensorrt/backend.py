@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from pcn_deploy.engines.base import Availability, Backend, EngineArtifact, GraphSource, Session
+from pcn_deploy.engines.base import Availability, Backend, BackendOptions, EngineArtifact, GraphSource, Session
 from pcn_deploy.engines.tensorrt import cuda, library
-from pcn_deploy.engines.tensorrt.build import BuildOptions, build, fp8_capable
+from pcn_deploy.engines.tensorrt.build import BuildOptions, build, check_capabilities, fp8_capable
 from pcn_deploy.engines.tensorrt.flavour import PORTABLE, TENSORRT, TENSORRT_RTX, Flavour
 from pcn_deploy.engines.tensorrt.run import open_engine
 from pcn_deploy.errors import DependencyError, PcnDeployError
@@ -21,6 +21,9 @@ class _TensorRT(Backend):
 
     flavour: ClassVar[Flavour]
     options: BuildOptions
+
+    def __init__(self, *, compute_capabilities: Sequence[str] = PORTABLE, tf32: bool = False) -> None:
+        self.options = BuildOptions(compute_capabilities=tuple(compute_capabilities), tf32=tf32)
 
     def availability(self) -> Availability:
         """What this machine can do with this flavour. Never raises, never starts a GPU context."""
@@ -45,8 +48,15 @@ class _TensorRT(Backend):
         remedy = f"On the device: pcn-compile engine FILE.pcn --target {self.target}"
         return Availability(can_build=False, can_run=False, detail=detail, remedy=remedy)
 
+    def configured(self, options: BackendOptions) -> _TensorRT:
+        """This backend with the settings that it takes; without compute capabilities, with its own."""
+        asked = {name: getattr(options, name) for name in self.settings if name in options.asked}
+        return type(self)(**asked)
+
     def check_precision(self, precision: str) -> None:
-        """Refuse FP8 for GPUs that lack it."""
+        """Refuse FP8 for GPUs that lack it, and GPUs that the library does not know."""
+        if self.flavour.ahead_of_time:
+            check_capabilities(library.load(self.flavour), self.flavour, self.options)
         if precision == "fp8":
             fp8_capable(self.flavour, self.options)
 
@@ -59,34 +69,21 @@ class _TensorRT(Backend):
 
 
 class TensorRTBackend(_TensorRT):
-    """TensorRT 10.3 and later, 11 included: builds for the device at hand, on that device.
-
-    Args:
-        tf32: Let FP32 convolutions and products round their inputs to TF32. Off unless asked for.
-    """
+    """TensorRT 10.3 and later, 11 included: builds for the device at hand, on that device."""
 
     target = "tensorrt"
     extra = "tensorrt"
     member = engine_member("tensorrt")
     flavour = TENSORRT
-
-    def __init__(self, *, tf32: bool = False) -> None:
-        self.options = BuildOptions(tf32=tf32)
+    settings = ("tf32",)
 
 
 class TensorRTRTXBackend(_TensorRT):
-    """TensorRT-RTX 1: builds ahead of time on the CPU, for a list of compute capabilities.
-
-    Args:
-        compute_capabilities: What to build for, such as `("SM89",)`; a GPU that is here changes nothing.
-        tf32: Let FP32 convolutions and products round their inputs to TF32. Off unless asked for.
-    """
+    """TensorRT-RTX 1: builds ahead of time on the CPU, for a list of compute capabilities, whatever GPU is here."""
 
     target = "tensorrt-rtx"
     extra = "tensorrt-rtx"
     member = engine_member("tensorrt-rtx")
     flavour = TENSORRT_RTX
+    settings = ("compute_capabilities", "tf32")
     built_aside = True  # ahead of time: no kernel is timed
-
-    def __init__(self, *, compute_capabilities: Sequence[str] = PORTABLE, tf32: bool = False) -> None:
-        self.options = BuildOptions(compute_capabilities=tuple(compute_capabilities), tf32=tf32)

@@ -61,6 +61,20 @@ def fp8_capable(flavour: Flavour, options: BuildOptions) -> tuple[str, ...]:
     return able
 
 
+def check_capabilities(trt: Any, flavour: Flavour, options: BuildOptions) -> None:
+    """Check the GPUs that an engine is built ahead of time for.
+
+    Raises:
+        OptionError: If there are none, or the library does not know one.
+    """
+    names = [name for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+    wrong = [name for name in options.compute_capabilities if name not in names]
+    if wrong or not options.compute_capabilities:
+        asked = ", ".join(wrong) or "none"
+        msg = f"Compute capabilities asked for: {asked}. {flavour.title} knows: {', '.join(names)}."
+        raise OptionError(msg)
+
+
 def build(trt: Any, flavour: Flavour, source: GraphSource, options: BuildOptions, progress: Progress) -> EngineArtifact:
     """Build an engine.
 
@@ -162,12 +176,7 @@ class _Build:
             device = cuda.current()
             return {"compute_capabilities": device.capability, "device": device.name}
         known = self.trt.ComputeCapability.__members__
-        names = [name for name in known if name.startswith("SM")]
-        wrong = [name for name in options.compute_capabilities if name not in names]
-        if wrong or not options.compute_capabilities:
-            asked = ", ".join(wrong) or "none"
-            msg = f"Compute capabilities asked for: {asked}. {self.flavour.title} knows: {', '.join(names)}."
-            raise OptionError(msg)
+        check_capabilities(self.trt, self.flavour, options)
         config.num_compute_capabilities = len(options.compute_capabilities)
         for index, name in enumerate(options.compute_capabilities):
             if not config.set_compute_capability(known[name], index):

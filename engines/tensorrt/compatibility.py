@@ -69,7 +69,7 @@ def _next_step(flavour: Flavour, trt: Any, capability: str) -> str:
     if not flavour.ahead_of_time or capability in PORTABLE:
         return f"Rebuild it here with: {command} {flavour.target}"
     if capability in trt.ComputeCapability.__members__:
-        return f'Rebuild it with TensorRTRTXBackend(compute_capabilities=["{capability}"])'
+        return f"Rebuild it with: {command} {flavour.target} --compute-capability {capability}"
     return f"{flavour.title} does not build for {capability}. Build here with: {command} tensorrt"
 
 

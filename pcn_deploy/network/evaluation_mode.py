@@ -1,13 +1,11 @@
-"""A network as it is compiled: a copy in evaluation mode."""
+"""A network as it is compiled: a copy in evaluation mode. Importing this loads no framework."""
 
 from __future__ import annotations
 
-from torch import nn
+from typing import TYPE_CHECKING
 
-from pcn_deploy.models.wrappers import unwrapped
-from pcn_deploy.network.deploy import simplify
-from pcn_deploy.network.preconditions import check_definition
-from pcn_deploy.network.sharing import share_weights
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def in_evaluation_mode(model: nn.Module) -> nn.Module:
@@ -18,6 +16,11 @@ def in_evaluation_mode(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: If no graph can be made from the network as it is defined.
     """
+    from pcn_deploy.models.wrappers import unwrapped
+    from pcn_deploy.network.deploy import simplify
+    from pcn_deploy.network.preconditions import check_definition
+    from pcn_deploy.network.sharing import share_weights
+
     model = unwrapped(model)
     check_definition(model)
     copied = share_weights(model)

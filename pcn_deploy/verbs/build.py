@@ -204,7 +204,7 @@ def _backends(options: CompileOptions) -> list[Backend]:
         import torch  # noqa: F401
     except ModuleNotFoundError as error:
         raise DependencyError.for_extra(error.name or "torch", "compile", "building a bundle") from error
-    backends = [get_backend(target) for target in options.targets]
+    backends = [get_backend(target, options.backend) for target in options.targets]
     for backend in backends:
         backend.check_can_build()
         backend.check_precision(options.precision)

@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from pcn_deploy.artefact.bundle import Bundle, check_output
-from pcn_deploy.engines.base import GraphSource
-from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.engines.base import BackendOptions, GraphSource
+from pcn_deploy.engines.registry import check_options, get_backend
 from pcn_deploy.errors import BundleError
 from pcn_deploy.members import GRAPH, SCRIPT, parity_member
 from pcn_deploy.progress import Progress, silent
@@ -23,6 +23,7 @@ def add_engine(
     *,
     output: str | Path | None = None,
     overwrite: bool = False,
+    options: BackendOptions | None = None,
     progress: Progress = silent,
 ) -> ParityReport:
     """Build an engine from the graph in a bundle, prove it as a build does, and write the bundle again.
@@ -35,6 +36,7 @@ def add_engine(
         target: The engine to add or to replace.
         output: Where to write; the same file by default.
         overwrite: Replace `output` if it exists.
+        options: How it is built, where the target leaves a choice.
         progress: Told how far each step is.
 
     Returns:
@@ -43,11 +45,13 @@ def add_engine(
     Raises:
         BundleError: If the bundle is corrupt, altered or of a newer schema.
         DependencyError: If the backend's library is missing.
-        OptionError: If the target has no engine of this precision.
+        OptionError: If the target has no engine of this precision, or none of the settings asked for.
         BuildError: If the backend refuses the graph.
         OutputError: If the output exists and may not be replaced, or cannot be written.
     """
-    bundle, backend = Bundle.open(path), get_backend(target)
+    options = options or BackendOptions()
+    bundle, backend = Bundle.open(path), get_backend(target, options)
+    check_options([target], options)
     destination = Path(path if output is None else output)
     overwrite = overwrite or output is None
     check_output(destination, overwrite=overwrite)

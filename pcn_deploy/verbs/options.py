@@ -18,7 +18,8 @@ from pcn_deploy.calibration.recovery import check_recovery
 from pcn_deploy.data.classes import Classes, ClassesGiven
 from pcn_deploy.data.images import MAX_UNREADABLE_SHARE
 from pcn_deploy.data.transform import Transform
-from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.engines.base import BackendOptions
+from pcn_deploy.engines.registry import check_options, get_backend
 from pcn_deploy.errors import OptionError
 from pcn_deploy.specs import ATTENTION_MAP, LOGITS, BatchRange
 from pcn_deploy.tasks.limits import ParityBudget, budget_for
@@ -62,6 +63,7 @@ class CompileOptions:
         max_drop: Largest loss of top-1, in percentage points; the default of the precision if None.
         with_attention_map: Add the attention map to the outputs.
         seed: Seed of synthetic images.
+        backend: How engines are built, where their target leaves a choice.
         recipe: Decides the precision of the layers it names; its precision and remainder must be those above.
         classes: Which output each class folder of labelled images is: a file (`data/classes.py`), the names in
             the order of the outputs, or the output of each name. By default the folders' own order, as in ImageFolder.
@@ -87,6 +89,7 @@ class CompileOptions:
     max_drop: float | None = None
     with_attention_map: bool = False
     seed: int = 0
+    backend: BackendOptions = field(default_factory=BackendOptions)
     recipe: Recipe | None = None
     classes: ClassesGiven | Classes | None = None
 
@@ -104,6 +107,7 @@ class CompileOptions:
         for target in self.targets:
             get_backend(target)
             check_target_precision(target, self.precision)
+        check_options(self.targets, self.backend)
         if not self.targets or len(set(self.targets)) != len(self.targets):
             msg = f"Targets {self.targets}: name at least one, and each only once."
             raise OptionError(msg)

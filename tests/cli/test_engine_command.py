@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from helpers import invoke, refused, with_engines_of
+from small_builds import needs_rtx
 
 import pcn_deploy
 from pcn_deploy import BatchRange, Bundle, CompileOptions, Transform
@@ -119,3 +120,25 @@ def test_failures_of_the_backend(path: Path, original: Path, monkeypatch: pytest
 def test_a_target_must_be_named(path: Path) -> None:
     refused(invoke("engine", path), 2, "Missing option '--target'")
     refused(invoke("engine", path, "--target", "gpu"), 2, "'gpu' is not one of")
+
+
+@needs_rtx
+def test_an_engine_for_one_gpu(path: Path) -> None:
+    words = ["--target", "tensorrt-rtx", "--compute-capability", "SM89", "--compute-capability", "SM86", "--tf32"]
+    result = invoke("engine", path, *words)
+    assert result.exit_code == 0, result.output
+    built_with = Bundle.open(path).engine("tensorrt-rtx")["built_with"]
+    assert (built_with["compute_capabilities"], built_with["tf32"]) == ("SM89, SM86", "allowed")
+
+
+@needs_rtx
+def test_a_gpu_that_the_library_does_not_know_is_refused_before_the_long_work(tmp_path: Path) -> None:
+    words = ["--random-weights", "--target", "tensorrt-rtx", "--compute-capability", "SM42", "-o", tmp_path / "a.pcn"]
+    result = invoke("build", "patchconvnet", *words)
+    refused(result, 2, "Compute capabilities asked for: SM42. TensorRT-RTX knows: SM75")
+    assert "Rewriting" not in result.output
+
+
+@pytest.mark.parametrize(("words", "text"), [(["--tf32"], "tf32"), (["--compute-capability", "SM89"], "compute_cap")])
+def test_a_setting_that_a_target_has_not_is_refused(path: Path, words: list[str], text: str) -> None:
+    refused(invoke("engine", path, "--target", "cpu", *words), 2, text, "a setting of tensorrt", "engines for cpu")

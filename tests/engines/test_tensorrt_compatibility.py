@@ -84,7 +84,7 @@ def test_an_invalid_engine_is_refused_in_plain_words(diagnosis: int, words: str)
     ("capability", "words"),
     [
         ("SM120", r"Rebuild it here with: pcn-compile engine FILE\.pcn --target tensorrt-rtx$"),
-        ("SM75", r"Rebuild it with TensorRTRTXBackend\(compute_capabilities=\[\"SM75\"\]\)$"),
+        ("SM75", r"Rebuild it with: pcn-compile engine FILE.pcn --target tensorrt-rtx --compute-capability SM75$"),
         (
             "SM90",
             r"does not build for SM90\. Build here with: pcn-compile engine FILE\.pcn --target tensorrt$",
