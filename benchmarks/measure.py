@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from public_pipeline import MIB, POLL_SECONDS, process_tree, resident_bytes
+from public_pipeline import MIB, watch
 
 Row = tuple[str, str, str, str]
 """What, measured, limit, verdict."""
@@ -17,19 +15,9 @@ Row = tuple[str, str, str, str]
 
 def run_watched(command: list[str], log: Path, *, accepted: tuple[int, ...] = (0,)) -> tuple[float, float]:
     """Wall time in seconds, and peak resident memory of the process tree in MiB, of a command that must succeed."""
-    started, peak = time.perf_counter(), 0
-    with log.open("w", encoding="utf-8") as file:
-        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        while True:
-            finished, status, usage = os.wait4(child.pid, os.WNOHANG)
-            if finished:
-                break
-            peak = max(peak, resident_bytes(process_tree(child.pid)))
-            time.sleep(POLL_SECONDS)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.perf_counter() - started
-    if child.returncode not in accepted:
-        message = f"{' '.join(command)} ended with {child.returncode}: see {log}"
+    code, seconds, peak, usage = watch(command, log)
+    if code not in accepted:
+        message = f"{' '.join(command)} ended with {code}: see {log}"
         raise RuntimeError(message)
     return seconds, max(peak / MIB, usage.ru_maxrss / 1024)
 

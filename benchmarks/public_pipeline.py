@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -178,6 +179,21 @@ def resident_bytes(processes: set[int]) -> int:
     return sum(map(resident_pages, processes)) * os.sysconf("SC_PAGE_SIZE")
 
 
+def watch(command: list[str], log: Path) -> tuple[int, float, int, resource.struct_rusage]:
+    """Run a command and return its exit code, seconds, peak resident bytes of its process tree (sampled), and usage."""
+    started, peak = time.perf_counter(), 0
+    with log.open("w", encoding="utf-8") as file:
+        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        while True:
+            finished, status, usage = os.wait4(child.pid, os.WNOHANG)
+            if finished:
+                break
+            peak = max(peak, resident_bytes(process_tree(child.pid)))
+            time.sleep(POLL_SECONDS)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    return child.returncode, time.perf_counter() - started, peak, usage
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of every distribution that takes part."""
     found = {"python": platform.python_version()}
@@ -194,22 +210,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     result_path.unlink(missing_ok=True)
     log_path = options.out / "log.txt"
     load = os.getloadavg()[0]
-    peak = 0
-    started = time.perf_counter()
-    with log_path.open("w", encoding="utf-8") as log:
-        command = [sys.executable, __file__, "--child", *sys.argv[1:]]
-        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        while True:
-            finished, status, usage = os.wait4(child.pid, os.WNOHANG)
-            if finished:
-                break
-            peak = max(peak, resident_bytes(process_tree(child.pid)))
-            time.sleep(POLL_SECONDS)
-    total = time.perf_counter() - started
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode != 0:
+    code, total, peak, usage = watch([sys.executable, __file__, "--child", *sys.argv[1:]], log_path)
+    if code != 0:
         tail = "\n".join(log_path.read_text(encoding="utf-8").splitlines()[-20:])
-        sys.exit(f"{tail}\nThe pipeline ended with status {child.returncode}; all messages: {log_path}")
+        sys.exit(f"{tail}\nThe pipeline ended with status {code}; all messages: {log_path}")
     stages = json.loads(result_path.read_text(encoding="utf-8"))
     return {
         "seconds": stages["seconds"],

@@ -29,3 +29,28 @@ def with_engines_of(bundle: Bundle, *targets: str) -> Bundle:
     """The bundle, its engines of other targets gone; their members stay."""
     bundle.manifest["engines"] = [bundle.engine(target) for target in targets]
     return bundle
+
+
+def small_manifest() -> dict[str, Any]:
+    """What a bundle must say of itself, and no more."""
+    tensor = {"dtype": "float32", "shape": ["batch", 3, 8, 8]}
+    return {
+        "model": "tiny",
+        "precision": "fp32",
+        "remainder": "fp32",
+        "transform": {
+            "resolution": [8, 8],
+            "crop_pct": 1.0,
+            "mean": [0.5] * 3,
+            "std": [0.5] * 3,
+            "interpolation": "bilinear",
+        },
+        "interface": {
+            "inputs": [{"name": "images", **tensor}],
+            "outputs": [{"name": "logits", **tensor}],
+            "batch": {"min": 1, "opt": 1, "max": 4},
+        },
+        "calibration": None,
+        "parity_budget": {"cosine_min": 0.9, "sqnr_db": 20.0, "top1_drop": 1.0},
+        "provenance": {},
+    }

@@ -68,18 +68,12 @@ def apply_before(
     """
     from pcn_deploy.calibration.recovery.equalisation import equalise
     from pcn_deploy.calibration.recovery.smoothquant import smooth
-    from pcn_deploy.network.sharing import share_weights
 
-    steps = {"equalisation": equalise, "smoothquant": smooth}
-    counts: dict[str, int] = {}
-    for name in (name for name in BEFORE if name in names):
-        candidate = share_weights(deployed)
-        counts[name] = steps[name](candidate, layers, source, progress)
-        if counts[name] and gains(name, counts[name], candidate):
-            deployed = candidate
-        else:
-            counts[name] = 0
-    return deployed, counts
+    steps = {
+        "equalisation": lambda network: equalise(network, layers, source, progress),
+        "smoothquant": lambda network: smooth(network, layers, source, progress),
+    }
+    return _apply(deployed, {name: steps[name] for name in BEFORE if name in names}, gains)
 
 
 def apply_after(
@@ -107,18 +101,26 @@ def apply_after(
     """
     from pcn_deploy.calibration.recovery.bias_correction import correct_bias
     from pcn_deploy.calibration.recovery.weight_rounding import round_weights
-    from pcn_deploy.network.sharing import share_weights
 
     steps = {
         "weight-rounding": lambda network: round_weights(network, scales, source, progress),
         "bias-correction": lambda network: correct_bias(network, scales, source, deployed, progress),
     }
-    changed, counts = deployed, dict[str, int]()
-    for name in (name for name in AFTER if name in names):
-        candidate = share_weights(changed)
-        counts[name] = steps[name](candidate)
+    return _apply(deployed, {name: steps[name] for name in AFTER if name in names}, gains)
+
+
+def _apply(
+    network: nn.Module, steps: dict[str, Callable[[nn.Module], int]], gains: Gains
+) -> tuple[nn.Module, dict[str, int]]:
+    """One step after the other, each on a copy of what the steps before it left, which is kept if it gains."""
+    from pcn_deploy.network.sharing import share_weights
+
+    counts: dict[str, int] = {}
+    for name, step in steps.items():
+        candidate = share_weights(network)
+        counts[name] = step(candidate)
         if counts[name] and gains(name, counts[name], candidate):
-            changed = candidate
+            network = candidate
         else:
             counts[name] = 0
-    return changed, counts
+    return network, counts

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import small_manifest
 
 from pcn_deploy.artefact.bundle import SCHEMA, Bundle
 from pcn_deploy.errors import BundleError, OutputError
@@ -17,32 +18,8 @@ from pcn_deploy.errors import BundleError, OutputError
 MEMBERS = {"golden.bin": bytes(range(256)) * 4, "plan.json": b'{"layers": [1, 2]}', "engines/cpu.engine": b"engine"}
 
 
-def manifest() -> dict[str, Any]:
-    tensor = {"dtype": "float32", "shape": ["batch", 3, 8, 8]}
-    return {
-        "model": "tiny",
-        "precision": "fp32",
-        "remainder": "fp32",
-        "transform": {
-            "resolution": [8, 8],
-            "crop_pct": 1.0,
-            "mean": [0.5] * 3,
-            "std": [0.5] * 3,
-            "interpolation": "bilinear",
-        },
-        "interface": {
-            "inputs": [{"name": "images", **tensor}],
-            "outputs": [{"name": "logits", **tensor}],
-            "batch": {"min": 1, "opt": 1, "max": 4},
-        },
-        "calibration": None,
-        "parity_budget": {"cosine_min": 0.9, "sqnr_db": 20.0, "top1_drop": 1.0},
-        "provenance": {},
-    }
-
-
 def make(members: dict[str, bytes] | None = None) -> Bundle:
-    bundle = Bundle(manifest(), MEMBERS if members is None else members)
+    bundle = Bundle(small_manifest(), MEMBERS if members is None else members)
     bundle.add_engine("cpu", "engines/cpu.engine", b"engine", {"version": "1"})
     return bundle
 
@@ -229,7 +206,7 @@ def test_arrays_that_are_none(tmp_path: Path, data: bytes) -> None:
 
 
 def test_a_member_of_several_engines_waits_once(tmp_path: Path) -> None:
-    bundle, graph = Bundle(manifest(), MEMBERS), b"graph" * 1000
+    bundle, graph = Bundle(small_manifest(), MEMBERS), b"graph" * 1000
     for target in ("cpu", "torchscript"):
         bundle.add_engine(target, "model.onnx", graph, {})
     assert bundle._spool is not None

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import small_manifest
 
 from pcn_deploy.artefact import bundle as module
 from pcn_deploy.artefact.bundle import SCHEMA, Bundle
@@ -18,31 +19,11 @@ from pcn_deploy.errors import BundleError
 
 GOLDEN = bytes(range(256)) * 4
 TENSOR = {"dtype": "float32", "shape": ["batch", 3, 8, 8]}
-MANIFEST: dict[str, Any] = {
-    "model": "tiny",
-    "precision": "fp32",
-    "remainder": "fp32",
-    "transform": {
-        "resolution": [8, 8],
-        "crop_pct": 1.0,
-        "mean": [0.5],
-        "std": [0.5],
-        "interpolation": "bilinear",
-    },
-    "interface": {
-        "inputs": [{"name": "images", **TENSOR}],
-        "outputs": [{"name": "logits", **TENSOR}],
-        "batch": {"min": 1, "opt": 1, "max": 4},
-    },
-    "calibration": None,
-    "parity_budget": {"cosine_min": 0.9, "sqnr_db": 20.0, "top1_drop": 1.0},
-    "provenance": {},
-}
 
 
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
-    bundle = Bundle(json.loads(json.dumps(MANIFEST)), {"golden.npz": GOLDEN})
+    bundle = Bundle(small_manifest(), {"golden.npz": GOLDEN})
     bundle.add_engine("cpu", "engines/cpu.engine", b"engine", {})
     return bundle.save(tmp_path / "good.pcn")
 
@@ -212,7 +193,7 @@ def test_a_manifest_that_is_none(good: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [(key, value) for key in MANIFEST for value in ("absent", 3, [1])]
+    [(key, value) for key in small_manifest() for value in ("absent", 3, [1])]
     + [(key, {"x": 1}) for key in ("transform", "interface", "parity_budget", "engines")],
     ids=str,
 )
