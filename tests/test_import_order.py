@@ -44,22 +44,15 @@ def room(module: str) -> str:
     return first if rest or first in ROOMS else "leaves"
 
 
-def imported(path: Path, known: dict[str, Path], *, for_types: bool = True) -> set[str]:
-    """The modules of this package that a file imports anywhere, or where it is executed."""
-    names, tree = set(), ast.parse(path.read_text(encoding="utf-8"))
-    typed = {inner for node in ast.walk(tree) if _is_for_types(node) for inner in ast.walk(node)}
-    for node in ast.walk(tree):
-        if node in typed and not for_types:
-            continue
+def imported(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of this package that a file imports anywhere."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
     return {name.removeprefix("pcn_deploy.") for name in names} & set(known)
-
-
-def _is_for_types(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def looking_up(root: Path) -> list[str]:
@@ -100,7 +93,7 @@ def test_one_import_upward_is_seen(place: str, line: str, tmp_path: Path) -> Non
 
 def test_no_modules_go_round_in_a_circle() -> None:
     known = modules(ROOT)
-    left = {module: imported(path, known, for_types=False) - {module} for module, path in known.items()}
+    left = {module: imported(path, known) - {module} for module, path in known.items()}
     while free := {module for module, others in left.items() if not others & set(left)}:
         left = {module: others for module, others in left.items() if module not in free}
     assert not left

@@ -30,6 +30,11 @@ _SHOWN = 5
 _INSIDE = ("class_to_idx", "label2id", "id2label", "class_names", "classes", "names", "labels")
 """Where files of JSON keep their classes, such as the `config.json` of transformers."""
 
+REMEDY = (
+    "Say which output each class is: --classes FILE with the name of every class on a line, in the order of the "
+    "network's outputs (in Python `classes`). Images without labels are judged by the network's own answers."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Classes:

@@ -18,9 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.data.arrays import ArrayImage, ArraysGiven, open_arrays, open_npz, survey_arrays
-from pcn_deploy.data.classes import Classes, ClassesGiven, first_of
+from pcn_deploy.data.classes import REMEDY, Classes, ClassesGiven, first_of
 from pcn_deploy.data.image_files import Folder, ImageFile, open_folder, survey
-from pcn_deploy.data.labels import REMEDY
 from pcn_deploy.data.sampling import spread_by_class
 from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import DataError, OptionError

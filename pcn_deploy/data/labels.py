@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.data.classes import by_number
+from pcn_deploy.data.classes import REMEDY, by_number
 from pcn_deploy.data.processes import current
 from pcn_deploy.data.sampling import spread_by_class
 from pcn_deploy.errors import DataError
@@ -36,11 +36,6 @@ _CLASS_SIGMAS = 2.0
 _GAIN, _GAIN_SIGMAS = 0.1, 4.0
 """Another order is the right one if it explains so large a share of the images more, and by so many standard
 deviations. Networks that confuse a few classes gain less by pairing them otherwise (our choice)."""
-
-REMEDY = (
-    "Say which output each class is: --classes FILE with the name of every class on a line, in the order of the "
-    "network's outputs (in Python `classes`). Images without labels are judged by the network's own answers."
-)
 
 
 @dataclass

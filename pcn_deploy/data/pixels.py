@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -17,8 +17,6 @@ from pcn_deploy.errors import DataError
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from pcn_deploy.data.transform import Transform
 
 CHANNEL_ORDERS = ("rgb", "bgr")
 ALPHAS = ("drop", "white", "black")
@@ -30,11 +28,31 @@ _ORIENTATION = 0x0112
 _SIXTEEN_BITS = 65535
 
 
+class PixelRules(Protocol):
+    """What a `Transform` says of the pixels of a file."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """As many values as the network takes channels."""
+
+    @property
+    def exif(self) -> str:
+        """One of `EXIFS`."""
+
+    @property
+    def alpha(self) -> str:
+        """One of `ALPHAS`."""
+
+    @property
+    def white(self) -> float | None:
+        """Which value is white in images of more than 8 bits."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of image about which there is a choice, or a loss: whether one is of it, and what is done."""
 
-    holds: Callable[[Image.Image, Transform], bool]
+    holds: Callable[[Image.Image, PixelRules], bool]
     words: str
 
 
@@ -78,7 +96,7 @@ def _has_16_bits(image: Image.Image) -> bool:
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
-def to_pixels(image: Image.Image, transform: Transform) -> Image.Image:
+def to_pixels(image: Image.Image, transform: PixelRules) -> Image.Image:
     """Grey or RGB of 8 bits, as many channels as the network takes.
 
     Raises:

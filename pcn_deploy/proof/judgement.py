@@ -69,10 +69,10 @@ def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = sil
         expected = golden.simulated.get(name, golden.outputs[name])
         if golden.simulated:
             seen = _compared(golden, ~golden.edge, expected, found[name], name)
-            report = report.with_comparison("simulated", seen, limit)
+            report = seen.added_to(report, "simulated", limit)
         if golden.judged_edge.any():
             seen = _compared(golden, golden.judged_edge, expected, found[name], name)
-            report = report.with_comparison("edge", seen, edge_limit)
+            report = seen.added_to(report, "edge", edge_limit)
     asked = [(index, golden.names[index]) for index in np.flatnonzero(golden.rounding)]
     broken = [name for index, name in asked if not all(np.isfinite(values[index]).all() for values in found.values())]
     if broken:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -260,6 +261,24 @@ class ParityMeter:
             constant=constant,
             notes=notes,
         )
+
+    def added_to(self, report: ParityReport, name: str, limit: ParityBudget) -> ParityReport:
+        """A report with this as a further comparison, judged by cosine and SQNR.
+
+        Args:
+            report: The report.
+            name: Of the comparison, in front of its metrics and failures, with that of another output than logits.
+            limit: What is allowed.
+        """
+        seen = self.metrics()
+        seen.pop("sqnr_changes_db", None)
+        key, words = name, f"{name} images"
+        if self.output != LOGITS:
+            key, words = f"{name}_{self.output}", f"{self.output.replace('_', ' ')}: {words}"
+        kept = {f"{key}_cosine_min": seen["cosine_min"]}
+        kept[f"{key}_sqnr_db"] = min(seen["sqnr_db"], seen.get("sqnr_differences_db", math.inf))
+        failures = (f"{words}: {failure}" for failure in self.failures(seen, limit))
+        return replace(report, metrics={**report.metrics, **kept}, failures=(*report.failures, *failures))
 
     def _judge_map(self, metrics: dict[str, float], budget: ParityBudget) -> list[str]:
         """What is wrong with the attention maps; their numbers are added to those of the logits."""

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pcn_deploy.specs import LOGITS
 from pcn_deploy.tasks.limits import ParityBudget
-
-if TYPE_CHECKING:
-    from pcn_deploy.tasks.parity import ParityMeter
 
 NAMED = 5
 """Most images that a message names."""
@@ -71,24 +66,6 @@ class ParityReport:
             notes=tuple(dict.fromkeys((*self.notes, *other.notes))),
             executions={**self.executions, other.executed_by: other.metrics},
         )
-
-    def with_comparison(self, name: str, meter: ParityMeter, limit: ParityBudget) -> ParityReport:
-        """This report, with a further comparison that is judged by cosine and SQNR.
-
-        Args:
-            name: Of the comparison, in front of its metrics and failures, with that of another output than logits.
-            meter: What was compared.
-            limit: What is allowed.
-        """
-        seen = meter.metrics()
-        seen.pop("sqnr_changes_db", None)
-        key, words = name, f"{name} images"
-        if meter.output != LOGITS:
-            key, words = f"{name}_{meter.output}", f"{meter.output.replace('_', ' ')}: {words}"
-        kept = {f"{key}_cosine_min": seen["cosine_min"]}
-        kept[f"{key}_sqnr_db"] = min(seen["sqnr_db"], seen.get("sqnr_differences_db", math.inf))
-        failures = (f"{words}: {failure}" for failure in meter.failures(seen, limit))
-        return replace(self, metrics={**self.metrics, **kept}, failures=(*self.failures, *failures))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `verify --json` prints them and the bundle holds them."""
