@@ -30,7 +30,7 @@ from pcn_deploy.progress import Progress, silent
 from pcn_deploy.tasks.bound import PairedCounts, images_needed
 
 STEP = "Searching"
-_LUCK = 3
+_CHANCE_GAIN = 3
 
 LOOKS = (1 / 8, 1 / 4, 1 / 2)
 """Shares of the images after which a plan may be taken without asking the others."""
@@ -87,7 +87,7 @@ class Search:
     """Judges plans on images whose answers are known.
 
     Images that all-INT8 answers differently come first. A plan that is far from the budget on those is given up: the
-    others would have to bring back `_LUCK` images more than they lose.
+    others would have to bring back `_CHANCE_GAIN` images more than they lose.
 
     Args:
         simulation: The network.
@@ -213,7 +213,7 @@ class Search:
     def _judge_on(self, others: Answers, given_up: list[str]) -> PairedCounts:
         def judge() -> PairedCounts:
             def is_hopeless(counts: PairedCounts) -> bool:
-                return not self._within(_with_slack(replace(counts, gained=counts.gained + _LUCK)))
+                return not self._within(_with_slack(replace(counts, gained=counts.gained + _CHANCE_GAIN)))
 
             forward = self._forward(frozenset(self._units) - frozenset(given_up))
             return self._look(_mixed(others), forward, "Confirming", is_hopeless)[0]
@@ -296,8 +296,8 @@ class Search:
         return PairedCounts(seen[0] if seen else images, lost, gained)
 
     def _is_hopeless(self, seen: int, counts: PairedCounts) -> bool:
-        luckier = PairedCounts(counts.images, counts.lost, counts.gained + _LUCK)
-        return seen >= self._moved and not self._within(luckier)
+        with_gain = PairedCounts(counts.images, counts.lost, counts.gained + _CHANCE_GAIN)
+        return seen >= self._moved and not self._within(with_gain)
 
     def _forward(self, units: frozenset[str]) -> Forward:
         layers = frozenset(layer for unit in units for layer in self._units[unit])

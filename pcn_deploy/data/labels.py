@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Indices = npt.NDArray[np.int64]
 
-_TELLING = 50
+_LEAST_IMAGES = 50
 """With fewer images, chance cannot be told from skill."""
 
 _SIGMAS = 3.0
@@ -104,7 +104,7 @@ class LabelCheck:
             self.source.remark(f"{better}: it takes classes for others, or some labels are wrong. {REMEDY}")
         if _is_skilled(labels, answers, among, classes):
             return
-        if len(labels) < _TELLING:
+        if len(labels) < _LEAST_IMAGES:
             self.source.remark(
                 f"{found}, no more than by chance; so few cannot tell whether the labels are its classes. {REMEDY}"
             )

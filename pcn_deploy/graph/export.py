@@ -66,7 +66,7 @@ def export_network(
     example = torch.zeros(example_shape(image_shape, batch))
     with _quiet_exporter(), torch.no_grad():
         program = _export_unrolled(model, example, batch, _runs(model, example), outputs)
-        _check_no_lot(model, program.model.graph)
+        _check_deterministic(model, program.model.graph)
     return Exported(model=model, graph=program.model)
 
 
@@ -135,7 +135,7 @@ def _export_unrolled(
     return program
 
 
-def _check_no_lot(model: nn.Module, graph: ir.Graph) -> None:
+def _check_deterministic(model: nn.Module, graph: ir.Graph) -> None:
     """Refuse a graph that draws random numbers; rare ones do not show when a network is run a few times."""
     for node in graph:
         if node.op_type.startswith("Random") or node.op_type in {"Bernoulli", "Multinomial"}:
