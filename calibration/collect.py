@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -24,8 +23,6 @@ from pcn_deploy.errors import DataError
 from pcn_deploy.models.layers import ResidualAdd
 from pcn_deploy.network.hooks import hooked
 from pcn_deploy.progress import Progress, silent
-
-Images = npt.NDArray[np.float32]
 
 BATCH = 8
 """Images per forward pass, whatever the arrays they come in; of several processes, each takes whole batches."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pcn_deploy.aliases import Forward
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.data.labels import LabelCheck
 from pcn_deploy.data.passes import each_batch
@@ -19,9 +20,6 @@ from pcn_deploy.tasks.metrics import NO_CLASS, answers
 
 BATCH = 16
 """Images per forward pass."""
-
-Forward = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
-"""From images `(N, C, H, W)` to logits `(N, K)`."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.calibration.search.evaluation import Answers, Forward
+from pcn_deploy.aliases import Forward
+from pcn_deploy.calibration.search.evaluation import Answers
 from pcn_deploy.calibration.search.ledger import Ledger
 from pcn_deploy.calibration.search.simulate import Simulation
 from pcn_deploy.progress import Progress, silent

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pcn_deploy.aliases import Images, Logits
 from pcn_deploy.calibration.quantized import QuantConv2d, QuantLinear, QuantResidualAdd, fake_quantize
 from pcn_deploy.network.sharing import share_weights
-
-Images = npt.NDArray[np.float32]
-Logits = npt.NDArray[np.float32]
 
 
 class Simulation:

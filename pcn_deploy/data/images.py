@@ -17,14 +17,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from pcn_deploy.aliases import Images
 from pcn_deploy.data.arrays import ArrayImage, ArraysGiven, open_arrays, open_npz, survey_arrays
 from pcn_deploy.data.classes import REMEDY, Classes, ClassesGiven, first_of
 from pcn_deploy.data.image_files import Folder, ImageFile, open_folder, survey
 from pcn_deploy.data.sampling import spread_by_class
 from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import DataError, OptionError
-
-ImageArray = npt.NDArray[np.float32]
 
 MAX_UNREADABLE_SHARE = 0.05
 """Above this share of unreadable images a run stops: the set is then not what the user believes it is."""
@@ -36,7 +35,7 @@ _SHA256_BYTES = 32
 class Sample:
     """One transformed image `(C, H, W)`, float32, its class if known, and its name."""
 
-    image: ImageArray
+    image: Images
     label: int | None
     name: str = ""
 
@@ -206,7 +205,7 @@ class ImageSource:
 
     def batches(
         self, size: int, *, part: int = 0, parts: int = 1
-    ) -> Iterator[tuple[ImageArray, npt.NDArray[np.int64] | None]]:
+    ) -> Iterator[tuple[Images, npt.NDArray[np.int64] | None]]:
         """Batches `(n, C, H, W)`, n at most `size`, with labels `(n,)` where all images have one.
 
         Where one image would be left over alone, the last two batches share theirs: the arithmetic of a batch of one
@@ -250,7 +249,7 @@ class ImageSource:
         """Name of the image with this number."""
         return self._items[index].name
 
-    def name_of(self, image: ImageArray) -> str:
+    def name_of(self, image: Images) -> str:
         """Name of an image that this process read in the current pass."""
         digest = np.frombuffer(hashlib.sha256(np.ascontiguousarray(image).data).digest(), np.uint8)
         (found,) = np.nonzero((self.fingerprints == digest).all(1))
@@ -276,7 +275,7 @@ class ImageSource:
             self.fingerprints[index] = np.frombuffer(hashlib.sha256(image.data).digest(), np.uint8)
             yield Sample(image, item.label, item.name)
 
-    def _stack(self, group: list[Sample]) -> tuple[ImageArray, npt.NDArray[np.int64] | None]:
+    def _stack(self, group: list[Sample]) -> tuple[Images, npt.NDArray[np.int64] | None]:
         images = np.stack([sample.image for sample in group])
         labels = np.array([sample.label for sample in group], np.int64) if self.has_labels else None
         return images, labels
@@ -293,7 +292,7 @@ class ImageSource:
         """The first image that could not be read, and why where this process read it."""
         return self._reasons.get(self.unreadable[0], self.unreadable[0])
 
-    def _check(self, image: ImageArray, name: str) -> None:
+    def _check(self, image: Images, name: str) -> None:
         if image.shape != self.transform.shape:
             way = "Set --resolution HxW."
             if image.shape[0] != self.transform.shape[0]:

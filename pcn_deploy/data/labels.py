@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from pcn_deploy.aliases import Indices
 from pcn_deploy.data.classes import REMEDY, by_number
 from pcn_deploy.data.processes import current
 from pcn_deploy.data.sampling import spread_by_class
@@ -21,8 +22,6 @@ from pcn_deploy.errors import DataError
 
 if TYPE_CHECKING:
     from pcn_deploy.data.images import ImageSource
-
-Indices = npt.NDArray[np.int64]
 
 _LEAST_IMAGES = 50
 """With fewer images, chance cannot be told from skill."""

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
+
+from pcn_deploy.aliases import Indices
 
 Item = TypeVar("Item")
-Indices = npt.NDArray[np.int64]
-
 _SEED = 0
 
 SURVEYED = 64

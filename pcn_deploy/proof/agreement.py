@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pcn_deploy.aliases import Images
 from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.golden import GoldenSet
 from pcn_deploy.engines.base import Array, Session
@@ -18,7 +19,7 @@ from pcn_deploy.engines.onnxruntime import open_plain
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import ExecutionError, ModelError
 from pcn_deploy.members import GRAPH, SCRIPT
-from pcn_deploy.proof.reference import Images, Network, run, run_together
+from pcn_deploy.proof.reference import Network, run, run_together
 from pcn_deploy.specs import EngineSpec
 from pcn_deploy.tasks.distance import Live, least_sqnr_db, sqnr_of_images
 from pcn_deploy.tasks.noise_floor import ORDER_DB

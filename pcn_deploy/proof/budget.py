@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pcn_deploy.calibration.search.evaluation import Answers, Forward
+from pcn_deploy.aliases import Forward
+from pcn_deploy.calibration.search.evaluation import Answers
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.errors import DataError, OptionError, ParityError
 from pcn_deploy.progress import Progress

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pcn_deploy.aliases import Images
 from pcn_deploy.artefact.engine import Engine
 from pcn_deploy.artefact.golden import NOISE, GoldenSet
 from pcn_deploy.progress import Progress, silent
@@ -17,8 +18,6 @@ from pcn_deploy.tasks.metrics import power_of_noise
 from pcn_deploy.tasks.noise_floor import ON_CPU, NoiseFloor, natural_db
 from pcn_deploy.tasks.parity import ParityMeter
 from pcn_deploy.tasks.report import ParityReport
-
-Images = npt.NDArray[np.float32]
 
 _COARSER = {"fp32": 2.0**26, "fp16": 2.0**26, "bf16": 2.0**32}
 """How many times more power the rounding errors of a type have than those of float32: its mantissa has 13 or 16 bits

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from pcn_deploy.aliases import Images
 from pcn_deploy.artefact.golden import GoldenSet, edge_images
 from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import DataError
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Array = npt.NDArray[np.float32]
-Images = npt.NDArray[np.float32]
 Network: TypeAlias = "nn.Module | Callable[[Tensor], Tensor | tuple[Tensor, ...]]"
 Row = tuple[npt.NDArray[np.floating[Any]], ...]
 """The outputs for one image, logits first."""

@@ -9,8 +9,9 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from pcn_deploy.aliases import Logits
 from pcn_deploy.specs import LOGITS
-from pcn_deploy.tasks.metrics import Logits, centred, power_of_changes
+from pcn_deploy.tasks.metrics import centred, power_of_changes
 from pcn_deploy.tasks.parity import ParityMeter
 
 Array = npt.NDArray[np.float32]

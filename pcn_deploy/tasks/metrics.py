@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Logits = npt.NDArray[np.floating[Any]]
+from pcn_deploy.aliases import Logits
+
 Doubles = npt.NDArray[np.float64]
 
 SQNR_CEILING_DB = 200.0

@@ -20,12 +20,13 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from pcn_deploy.aliases import Logits
 from pcn_deploy.errors import DataError
 from pcn_deploy.exact import ExactSum, ExactVector
 from pcn_deploy.specs import ATTENTION_MAP, LOGITS
 from pcn_deploy.tasks.bound import PairedCounts, drop_failures, judge_drop
 from pcn_deploy.tasks.limits import TOLERATED, ParityBudget, changes_limit
-from pcn_deploy.tasks.metrics import Logits, answers, as_json, centred, cosine, power_of_changes, sqnr_db
+from pcn_deploy.tasks.metrics import answers, as_json, centred, cosine, power_of_changes, sqnr_db
 from pcn_deploy.tasks.noise_floor import UNMEASURED, NoiseFloor
 from pcn_deploy.tasks.report import ParityReport, listed
 

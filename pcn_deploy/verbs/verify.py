@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from pcn_deploy.aliases import Forward, Images
 from pcn_deploy.artefact.engine import Engine
 from pcn_deploy.artefact.golden import GoldenSet
 from pcn_deploy.data.arrays import ArraysGiven
@@ -31,18 +32,15 @@ from pcn_deploy.tasks.report import ParityReport
 if TYPE_CHECKING:
     from torch import nn
 
-Images = npt.NDArray[np.float32]
 SAMPLE = 8
 """Images that tell whether those of a set differ."""
-
-Reference = Callable[[Images], npt.NDArray[np.floating[Any]]]
 
 
 def verify(
     engine: Engine,
     data: str | Path | ArraysGiven | ImageSource | None = None,
     *,
-    reference: nn.Module | Reference | None = None,
+    reference: nn.Module | Forward | None = None,
     budget: ParityBudget | None = None,
     to_prove: bool = False,
     limit: int | None = None,
@@ -99,7 +97,7 @@ def verify(
     return replace(report, unreadable=len(source.unreadable), notes=(*report.notes, *source.notes))
 
 
-def _expected(reference: nn.Module | Reference | None) -> Reference:
+def _expected(reference: nn.Module | Forward | None) -> Forward:
     """What gives the logits that the engine's are compared with."""
     if reference is None:
         msg = (
@@ -111,7 +109,7 @@ def _expected(reference: nn.Module | Reference | None) -> Reference:
 
 
 def _compare(
-    engine: Engine, source: ImageSource, expected: Reference, meter: ParityMeter, progress: Progress
+    engine: Engine, source: ImageSource, expected: Forward, meter: ParityMeter, progress: Progress
 ) -> ParityMeter:
     """What all processes measured, each on its share of the images.
 
@@ -139,7 +137,7 @@ def of_all_processes(meter: ParityMeter) -> ParityMeter:
     return whole
 
 
-def eager_copy(model: Any) -> Reference:
+def eager_copy(model: Any) -> Forward:
     """The network in evaluation mode, as `eager`; the caller's keeps its mode and its running statistics.
 
     Raises:
@@ -152,7 +150,7 @@ def eager_copy(model: Any) -> Reference:
     return eager(copied)
 
 
-def eager(model: Any) -> Reference:
+def eager(model: Any) -> Forward:
     """A torch network as a function from numpy images `(N, C, H, W)` to logits `(N, K)`.
 
     Raises, when it is called:
@@ -171,7 +169,7 @@ def eager(model: Any) -> Reference:
     return _checked(forward)
 
 
-def _checked(reference: Callable[[Images], Any]) -> Reference:
+def _checked(reference: Callable[[Images], Any]) -> Forward:
     """A reference whose logits are numpy's `(N, K)`, whatever it returns them as; else it is refused in words."""
 
     def logits(images: Images) -> npt.NDArray[np.floating[Any]]:

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from pcn_deploy.aliases import Indices
 from pcn_deploy.artefact.bundle import read_calibration
 from pcn_deploy.artefact.golden import NOISE
 from pcn_deploy.data.arrays import ArraysGiven, is_stream
 from pcn_deploy.data.images import ImageSource
-from pcn_deploy.data.sampling import Indices
 from pcn_deploy.data.transform import drawn_images
 from pcn_deploy.errors import DataError
 from pcn_deploy.proof.budget import check_count
