@@ -19,6 +19,7 @@ from pcn_deploy.data.pixels import ALPHAS, CHANNEL_ORDERS, EXIFS
 from pcn_deploy.data.transform import CROP_MODES, IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Transform
 from pcn_deploy.engines.base import BackendOptions
 from pcn_deploy.engines.registry import TARGETS
+from pcn_deploy.engines.tensorrt.flavour import PORTABLE
 from pcn_deploy.errors import OptionError
 from pcn_deploy.models.registry import check_weights_choice, find_model
 from pcn_deploy.specs import BatchRange
@@ -82,12 +83,12 @@ compute_capability_option = click.option(
     "compute_capabilities",
     multiple=True,
     metavar="SM89",
-    help="GPU that an engine is built ahead of time for; may be given several times. [default: a portable set]",
+    help=f"GPU that the tensorrt-rtx engine is built for; may be given several times. [default: {', '.join(PORTABLE)}]",
 )
 tf32_option = click.option(
     "--tf32",
     is_flag=True,
-    help="Let FP32 convolutions and products round their inputs to TF32, with TensorRT and TensorRT-RTX.",
+    help="Let convolutions and products in FP32 round their inputs to TF32 (tensorrt, tensorrt-rtx).",
 )
 target_option = click.option(
     "--target",

@@ -62,7 +62,6 @@ if TYPE_CHECKING:
 @options.calibration_options
 @options.transform_options
 @click.option("--batch", type=options.Batch(), default="1:1:16", show_default=True, help="Batch sizes to take.")
-@options.backend_options
 @click.option(
     "--target",
     "targets",
@@ -72,6 +71,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Engine to build; repeat for several.",
 )
+@options.backend_options
 @options.data_option
 @options.classes_option
 @click.option(
