@@ -25,7 +25,6 @@ from pcn_deploy.artefact.engine import Engine
 from pcn_deploy.engines.base import Array, Session
 from pcn_deploy.proof.judgement import verify_golden
 from pcn_deploy.specs import EngineSpec
-from pcn_deploy.tasks.limits import ParityBudget
 
 WARMUP = 20
 
@@ -75,10 +74,10 @@ def row(path: Path, rounds: int) -> str:
     """One line of the table."""
     bundle = Bundle.open(path)
     manifest = bundle.manifest
-    spec = EngineSpec.from_json(manifest["interface"])
+    spec = manifest.interface
     proven: dict[str, Any] = bundle.read_json("parity/cpu.json")
-    session = CudaSession(bundle.read("model.onnx"), spec, tf32=manifest["precision"] != "fp32")
-    report = verify_golden(Engine(bundle, "cpu", "cuda", session), ParityBudget(**manifest["parity_budget"]))
+    session = CudaSession(bundle.read("model.onnx"), spec, tf32=manifest.precision != "fp32")
+    report = verify_golden(Engine(bundle, "cpu", "cuda", session), manifest.parity_budget)
 
     def figures(metrics: dict[str, float], passed: bool) -> str:
         found = f"{metrics['sqnr_db']:.1f} dB, changes {metrics.get('sqnr_changes_db', float('nan')):.1f} dB"
@@ -86,7 +85,7 @@ def row(path: Path, rounds: int) -> str:
 
     cells = [
         path.stem,
-        f"{manifest['precision']} ({manifest['remainder']})",
+        f"{manifest.precision} ({manifest.remainder})",
         figures(proven["metrics"], not proven["failures"]),
         figures(report.metrics, bool(report)),
         f"{milliseconds(session.bound(), rounds):.2f} ms",

@@ -20,7 +20,6 @@ import pcn_deploy
 from pcn_deploy import BatchRange, CompileOptions
 from pcn_deploy.artefact.golden import edge_images
 from pcn_deploy.engines.registry import get_backend
-from pcn_deploy.specs import EngineSpec
 from pcn_deploy.tasks.parity import ParityMeter
 
 KINDS = (("fp32", ""), ("fp16", ""), ("int8", "max"), ("int8", "entropy"))
@@ -50,7 +49,7 @@ def measure(task: Task, precision: str, calibrator: str) -> str:
         batch=BatchRange(min=1, opt=1, max=64),
     )
     bundle = pcn_deploy.compile(task.network, options, calibration=task.calibration[:128]).bundle
-    spec = EngineSpec.from_json(bundle.manifest["interface"])
+    spec = bundle.manifest.interface
     edge = np.stack(list(edge_images(task.transform).values()))
     images = np.concatenate([edge, task.images])
     with torch.inference_mode():

@@ -52,7 +52,7 @@ def build(name: str, precision: str, folder: Path) -> Built:
     except RuntimeError:
         print(log.read_text(), file=sys.stderr)
         raise
-    engine = Bundle.open(output).engine("tensorrt-rtx")["bytes"]
+    engine = Bundle.open(output).engine("tensorrt-rtx").bytes
     return Built(seconds, engine / 1e6, peak * 2**20 / 1e6)
 
 

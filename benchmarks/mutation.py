@@ -19,7 +19,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -189,9 +189,8 @@ def build(task: Task, precision: str) -> Bundle:
 
 def verdict(bundle: Bundle, graph: bytes) -> str:
     """What the proof of the build says of another graph in the place of its own; empty if it passes."""
-    manifest = json.loads(json.dumps(bundle.manifest))
-    changed = Bundle({key: value for key, value in manifest.items() if key not in ("members", "engines")})
-    for name in bundle.manifest["members"]:
+    changed = Bundle(replace(bundle.manifest, members={}, engines=[]))
+    for name in bundle.manifest.members:
         changed.add(name, bundle.read(name))
     changed.add_engine("cpu", "model.onnx", graph, {})
     try:
@@ -219,7 +218,7 @@ def examine(task: Task, precision: str, count: int) -> Iterator[Outcome]:
     original = bundle.read("model.onnx")
     edges, edge_names = edge_images(task.images)
     names = [*edge_names, *(f"image {index}" for index in range(len(task.images)))]
-    budget = ParityBudget(**bundle.manifest["parity_budget"])
+    budget = bundle.manifest.parity_budget
     judge = Judge(task, np.concatenate([edges, task.images]), names, original, budget)
     unchanged = verdict(bundle, original)
     if unchanged:

@@ -22,7 +22,6 @@ from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.engines.stock import open_stock
 from pcn_deploy.errors import StockSessionError
 from pcn_deploy.models.registry import create_model, find_model
-from pcn_deploy.specs import EngineSpec
 from pcn_deploy.tasks.distance import least_sqnr_db
 
 CASES = (("int8", "fp16"), ("int8", "fp32"), ("fp8", "fp16"), ("fp8", "fp32"))
@@ -59,7 +58,7 @@ def cells(name: str, precision: str, remainder: str, *, portable: bool) -> list[
         if not portable:
             stack.enter_context(mock.patch("pcn_deploy.graph.portable.make_portable", lambda _graph: None))
         bundle = pcn_deploy.compile(network(name), options, calibration=[images]).bundle
-    spec = EngineSpec.from_json(bundle.manifest["interface"])
+    spec = bundle.manifest.interface
     graph, golden = bundle.read("model.onnx"), bundle.read_arrays("golden.npz")
     try:
         with open_stock(graph, spec) as session:

@@ -26,6 +26,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from pcn_deploy.artefact.manifest import Manifest
 from pcn_deploy.progress import Progress as ProgressCallable
 from pcn_deploy.progress import silent
 from pcn_deploy.specs import ATTENTION_MAP
@@ -268,16 +269,14 @@ def proof_row(proof: BudgetProof) -> list[str]:
     ]
 
 
-def basis(manifest: dict[str, Any], proofs: Sequence[BudgetProof]) -> list[str]:
+def basis(manifest: Manifest, proofs: Sequence[BudgetProof]) -> list[str]:
     """What the verdict of a build rests on."""
-    judged = manifest["judged"]
-    golden = counted(judged["golden_images"], "image")
-    seen = "They calibrated the engine too" if judged["golden_calibrated"] else "They did not calibrate the engine"
-    lines = [
-        f"Golden set: {golden}, from {manifest['golden']}. {seen}. {judged['edge_images']} edge images beside them."
-    ]
+    judged = manifest.judged
+    golden = counted(judged.golden_images, "image")
+    seen = "They calibrated the engine too" if judged.golden_calibrated else "They did not calibrate the engine"
+    lines = [f"Golden set: {golden}, from {manifest.golden}. {seen}. {judged.edge_images} edge images beside them."]
     if not proofs:
-        return [*lines, f"The accuracy was not judged: {judged['accuracy']}"]
+        return [*lines, f"The accuracy was not judged: {judged.accuracy}"]
     proof, counts = proofs[0], proofs[0].counts
     trained = f"labels of {proof.data}, of which the trained network gets {proof.top1:.2f} %"
     right = trained if proof.labelled else f"answers of the trained network to {proof.data} (there are no labels)"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from click.testing import CliRunner, Result
 
 from pcn_deploy import Bundle
+from pcn_deploy.artefact.manifest import Manifest
 from pcn_deploy.cli.main import main
 
 
@@ -27,7 +29,7 @@ def refused(result: Result, code: int, *words: str) -> None:
 
 def with_engines_of(bundle: Bundle, *targets: str) -> Bundle:
     """The bundle, its engines of other targets gone; their members stay."""
-    bundle.manifest["engines"] = [bundle.engine(target) for target in targets]
+    bundle.manifest.engines = [bundle.engine(target) for target in targets]
     return bundle
 
 
@@ -54,3 +56,14 @@ def small_manifest() -> dict[str, Any]:
         "parity_budget": {"cosine_min": 0.9, "sqnr_db": 20.0, "top1_drop": 1.0},
         "provenance": {},
     }
+
+
+def small_bundle(members: dict[str, bytes] | None = None) -> Bundle:
+    """A bundle that says no more than it must."""
+    return Bundle(Manifest.from_json(small_manifest()), members)
+
+
+def copied(bundle: Bundle, *without: str) -> Bundle:
+    """The bundle in memory, some of its members left out, with its engines."""
+    kept = {name: bundle.read(name) for name in bundle.manifest.members if name not in without}
+    return Bundle(replace(bundle.manifest, members={}), kept)

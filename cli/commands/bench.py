@@ -32,7 +32,7 @@ def command(
     """Measure the engines of FILE.pcn that run here: latency host to host, copies included, and throughput."""
     set_verbosity(verbose, quiet)
     bundle = Bundle.open(file)
-    targets = [target] if target else [entry["target"] for entry in bundle.engines]
+    targets = [target] if target else [entry.target for entry in bundle.engines]
     found: dict[str, Latency] = {}
     skipped: dict[str, str] = {}
     failed: dict[str, ParityError] = {}

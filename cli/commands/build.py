@@ -210,13 +210,13 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
                 "passed": bool(result),
                 "bundle": str(output),
                 "bytes": output.stat().st_size if result else None,
-                "precision": bundle.manifest["precision"],
-                "choice": bundle.manifest.get("choice"),
-                "engines": bundle.engines,
+                "precision": bundle.manifest.precision,
+                "choice": bundle.manifest.choice,
+                "engines": [asdict(entry) for entry in bundle.engines],
                 "parity": reports,
                 "notes": list(result.notes),
                 "advice": [asdict(attempt) for attempt in result.advice],
-                "judged": bundle.manifest["judged"],
+                "judged": asdict(bundle.manifest.judged),
                 "budget": bundle.read_json(BUDGET) if result.proofs else None,
                 "layers": result.plan.to_json()["entries"] if explain else None,
             }
@@ -227,7 +227,7 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
         display.print_table("Precision per layer", ["layer", "kind", "precision", "reason"], rows)
     summary = [[str(count), kind, precision, reason] for precision, kind, reason, count in result.plan.summary()]
     display.print_table("Precision", ["layers", "kind", "precision", "reason"], summary)
-    engines = [[entry["target"], entry["member"], display.size(entry["bytes"])] for entry in bundle.engines]
+    engines = [[entry.target, entry.member, display.size(entry.bytes)] for entry in bundle.engines]
     display.print_table("Engines", ["target", "member", "size"], engines)
     display.print_table("Parity with the eager network", display.PARITY_COLUMNS, display.parity_rows(reports))
     if result.search:
@@ -235,7 +235,7 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
     if result.proofs:
         rows = [display.proof_row(proof) for proof in result.proofs]
         display.print_table("Drop of top-1, in percentage points", display.PROOF_COLUMNS, rows)
-    seen = bundle.manifest["calibration"]
+    seen = bundle.manifest.calibration
     for line in display.basis(bundle.manifest, result.proofs):
         click.echo(line)
     if seen:
@@ -243,7 +243,7 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
         click.echo(f"Ranges: {seen['calibrator']} on {images}; {seen['unreadable']} could not be read.")
         if "recovery" in seen:
             click.echo(display.recovery_summary(seen["recovery"]))
-    elif bundle.manifest["precision"] in CODES:
+    elif bundle.manifest.precision in CODES:
         click.echo("Ranges: all from the recipe; no image was calibrated on.")
     for report in result.reports:
         if report.executed_by != report.target:

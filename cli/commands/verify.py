@@ -14,7 +14,7 @@ from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.data.processes import join
 from pcn_deploy.errors import ParityError
-from pcn_deploy.tasks.limits import ParityBudget, budget_for
+from pcn_deploy.tasks.limits import budget_for
 from pcn_deploy.tasks.report import ParityReport
 from pcn_deploy.verbs.load import load
 from pcn_deploy.verbs.verify import verify
@@ -84,9 +84,9 @@ def _verify(
     with display.user_code(), load(file, target) as engine, display.progress_bars(quiet=quiet) as progress:
         engine.bundle.check_members()
         manifest = engine.bundle.manifest
-        budget = ParityBudget(**manifest["parity_budget"])
+        budget = manifest.parity_budget
         if max_drop is not None:
-            budget = replace(budget, top1_drop=budget_for(manifest["precision"], max_drop).top1_drop)
+            budget = replace(budget, top1_drop=budget_for(manifest.precision, max_drop).top1_drop)
         reference = make_again(manifest, weights) if data is not None else None
         source = data and ImageSource(data, engine.transform, limit=images, classes=classes)
         early = source.notes if source else ()

@@ -43,7 +43,7 @@ def main() -> int:
         with pcn_deploy.load(bundle) as engine:
             report = pcn_deploy.verify(engine, test, reference=model, progress=progress)
             latency = bench(engine, seconds=1.0, progress=progress).p50
-    sizes = {entry["target"]: entry["bytes"] for entry in result.bundle.engines}
+    sizes = {entry.target: entry.bytes for entry in result.bundle.engines}
     metrics = report.metrics
     rows = [
         ["held-out images", str(report.images)],

@@ -22,12 +22,11 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.artefact.manifest import check_contents
+from pcn_deploy.artefact.manifest import SCHEMA, EngineEntry, Manifest, Member, read_manifest
 from pcn_deploy.errors import BundleError, OutputError
 from pcn_deploy.members import CALIBRATION, MANIFEST
 from pcn_deploy.memory import output_error
 
-SCHEMA = 1
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _ENCRYPTED = 0x1
@@ -44,15 +43,13 @@ class Bundle:
     """
 
     def __init__(
-        self, manifest: dict[str, Any], members: Mapping[str, bytes] | None = None, path: Path | None = None
+        self, manifest: Manifest, members: Mapping[str, bytes] | None = None, path: Path | None = None
     ) -> None:
         self.manifest = manifest
         self.path = path
         self._spool: IO[bytes] | None = None
         self._spooled: dict[str, tuple[int, int]] = {}
         self._position = threading.Lock()  # an engine may be built from a member in another thread
-        self.manifest.setdefault("schema", SCHEMA)
-        self.manifest.setdefault("members", {})
         for name, data in (members or {}).items():
             self.add(name, data)
 
@@ -74,28 +71,26 @@ class Bundle:
         except _UNREADABLE as error:
             msg = f"{path} is not a bundle, or is truncated ({error}). Copy or build it again."
             raise BundleError(msg) from error
-        check_contents(manifest, path)
-        return cls(manifest, path=path)
+        return cls(read_manifest(manifest, path), path=path)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.manifest["members"]
+        return name in self.manifest.members
 
     @property
-    def engines(self) -> list[dict[str, Any]]:
-        """Entries of the engines: `target`, `member`, `sha256`, `bytes`, `built_with`."""
-        entries: list[dict[str, Any]] = self.manifest.setdefault("engines", [])
-        return entries
+    def engines(self) -> list[EngineEntry]:
+        """Entries of the engines."""
+        return self.manifest.engines
 
-    def engine(self, target: str) -> dict[str, Any]:
+    def engine(self, target: str) -> EngineEntry:
         """The entry of one target.
 
         Raises:
             BundleError: If the bundle has no engine for it.
         """
         for entry in self.engines:
-            if entry["target"] == target:
+            if entry.target == target:
                 return entry
-        present = ", ".join(entry["target"] for entry in self.engines) or "none"
+        present = ", ".join(entry.target for entry in self.engines) or "none"
         msg = (
             f"The bundle holds no engine for {target!r}; it holds: {present}. "
             f"Add one with: pcn-compile engine {self.path or 'FILE.pcn'} --target {target}"
@@ -116,17 +111,17 @@ class Bundle:
             with self._position:
                 self._spool.seek(start)
                 return self._spool.read(size)
-        expected = self.manifest["members"][name]
+        expected = self.manifest.members[name]
         try:
             with zipfile.ZipFile(self.path or "") as archive:
                 data = archive.read(name)
         except _UNREADABLE as error:
             msg = f"{name} in {self.path} cannot be read ({error}): the bundle is truncated or altered."
             raise BundleError(msg) from error
-        if len(data) != expected["bytes"] or _sha256(data) != expected["sha256"]:
+        if len(data) != expected.bytes or _sha256(data) != expected.sha256:
             msg = (
                 f"{name} in {self.path} is not what was packed: SHA-256 {_sha256(data)[:16]}… instead of "
-                f"{expected['sha256'][:16]}…. It is corrupt or was altered; do not use it. Copy or build it again."
+                f"{expected.sha256[:16]}…. It is corrupt or was altered; do not use it. Copy or build it again."
             )
             raise BundleError(msg)
         return data
@@ -137,7 +132,7 @@ class Bundle:
         Raises:
             BundleError: If one is truncated or altered.
         """
-        for name in self.manifest["members"]:
+        for name in self.manifest.members:
             self.read(name)
 
     def read_json(self, name: str) -> Any:
@@ -173,8 +168,8 @@ class Bundle:
         Raises:
             OutputError: If there is no room for temporary files.
         """
-        entry = {"sha256": _sha256(data), "bytes": len(data)}
-        if name in self._spooled and self.manifest["members"].get(name) == entry:
+        entry = Member(sha256=_sha256(data), bytes=len(data))
+        if name in self._spooled and self.manifest.members.get(name) == entry:
             return
         try:
             if self._spool is None:
@@ -186,7 +181,7 @@ class Bundle:
                 self._spool.flush()
         except OSError as error:
             raise output_error(name, error) from error
-        self.manifest["members"][name] = entry
+        self.manifest.members[name] = entry
 
     def add_json(self, name: str, data: Any) -> None:
         """Add or replace a JSON member; raises what `add` raises."""
@@ -195,13 +190,11 @@ class Bundle:
     def add_engine(self, target: str, member: str, data: bytes | memoryview, built_with: dict[str, str]) -> None:
         """Add or replace an engine. A member shared with the portable graph is stored once."""
         self.add(member, data)
-        entry = {
-            "target": target,
-            "member": member,
-            **self.manifest["members"][member],
-            "built_with": built_with,
-        }
-        self.manifest["engines"] = [*(old for old in self.engines if old["target"] != target), entry]
+        stored = self.manifest.members[member]
+        entry = EngineEntry(
+            target=target, member=member, sha256=stored.sha256, bytes=stored.bytes, built_with=built_with
+        )
+        self.manifest.engines = [*(old for old in self.engines if old.target != target), entry]
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write everything to a temporary file beside `path`, then rename it.
@@ -216,8 +209,8 @@ class Bundle:
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
             with os.fdopen(handle, "wb") as file:
                 with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                    archive.writestr(_entry(MANIFEST), json.dumps(self.manifest, indent=1, allow_nan=False))
-                    for name in self.manifest["members"]:
+                    archive.writestr(_entry(MANIFEST), json.dumps(self.manifest.to_json(), indent=1, allow_nan=False))
+                    for name in self.manifest.members:
                         archive.writestr(_entry(name), self.read(name))
                 file.flush()
                 os.fsync(file.fileno())

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.artefact.bundle import Bundle
+from pcn_deploy.artefact.manifest import Manifest
 from pcn_deploy.calibration.plan.rules import in_fp32
-from pcn_deploy.data.transform import Transform
 from pcn_deploy.engines.base import Backend, Session
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DataError, ParityError, PcnDeployError
 from pcn_deploy.members import GRAPH
-from pcn_deploy.specs import LOGITS, EngineSpec
+from pcn_deploy.specs import LOGITS
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Engine:
         self.target = target
         self.executed_by = executed_by
         self.spec = session.spec
-        self.transform = Transform.from_json(bundle.manifest["transform"])
+        self.transform = bundle.manifest.transform
         self._session = session
 
     @classmethod
@@ -57,8 +57,8 @@ class Engine:
         """
         entry = bundle.engine(target)
         backend = get_backend(executed_by or target)
-        member = entry["member"] if backend.target == target else backend.member
-        spec = EngineSpec.from_json(bundle.manifest["interface"])
+        member = entry.member if backend.target == target else backend.member
+        spec = bundle.manifest.interface
         backend.check_can_run()
         if backend.target == "cpu":
             _warn_of_cut_codes(bundle.manifest)
@@ -142,15 +142,15 @@ class Engine:
         self.close()
 
 
-def _warn_of_cut_codes(manifest: dict[str, Any]) -> None:
+def _warn_of_cut_codes(manifest: Manifest) -> None:
     """Say so where ONNX Runtime cuts off the INT8 codes of a graph that was built with a version that rounds them."""
-    if (manifest["precision"], manifest["remainder"]) != ("int8", "fp16"):
+    if (manifest.precision, manifest.remainder) != ("int8", "fp16"):
         return
     import onnxruntime
 
     from pcn_deploy.engines.onnxruntime import truncates_half
 
-    here, built_by = onnxruntime.__version__, manifest["provenance"].get("built_by", {}).get("onnxruntime")
+    here, built_by = onnxruntime.__version__, manifest.provenance.get("built_by", {}).get("onnxruntime")
     if built_by != here and truncates_half():
         log.warning(
             "ONNX Runtime %s cuts INT8 codes off where they are made of FP16, and this bundle was built with %s: "
@@ -181,7 +181,7 @@ def check_finite(
     for name, values in outputs.items():
         if not np.isfinite(values).all():
             target, manifest = engine.target, engine.bundle.manifest
-            precision, option = manifest["precision"], in_fp32(manifest["precision"], manifest["remainder"])
+            precision, option = manifest.precision, in_fp32(manifest.precision, manifest.remainder)
             advice = f"Check it: pcn-compile verify --target {target}. "
             answered = None if images is None or precision == "fp32" else _answers_in_fp32(engine, images)
             if precision == "fp32":
@@ -204,7 +204,7 @@ def _answers_in_fp32(engine: Engine, images: npt.NDArray[np.float32]) -> bool | 
         from pcn_deploy.engines.onnxruntime import open_plain
         from pcn_deploy.engines.rounded import widen
 
-        spec = EngineSpec.from_json(engine.bundle.manifest["interface"])
+        spec = engine.bundle.manifest.interface
         graph = widen(engine.bundle.read(GRAPH))
         with Engine(engine.bundle, engine.target, "cpu", open_plain(graph, spec)) as plain:
             found = plain.outputs(images)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pcn_deploy.artefact.manifest import Manifest
 from pcn_deploy.errors import CheckpointError, DataError
 from pcn_deploy.models.registry import MadeModel, find_model, make_model
 
@@ -82,7 +83,7 @@ class ModelSource:
         }
 
     @classmethod
-    def from_manifest(cls, manifest: dict[str, Any], weights: Path | None = None) -> ModelSource:
+    def from_manifest(cls, manifest: Manifest, weights: Path | None = None) -> ModelSource:
         """The source of the network a bundle was built from.
 
         Args:
@@ -93,7 +94,7 @@ class ModelSource:
             DataError: If the bundle does not say how the network was made.
             CheckpointError: If the checkpoint is not there, or is not the one the bundle was built from.
         """
-        kept = manifest.get("provenance", {})
+        kept = manifest.provenance
         if "seed" not in kept:
             msg = "The bundle was built from a network in memory; compare it through pcn_deploy.verify(reference=...)."
             raise DataError(msg)
@@ -117,7 +118,7 @@ class ModelSource:
         )
 
 
-def make_again(manifest: dict[str, Any], weights: Path | None = None) -> nn.Module:
+def make_again(manifest: Manifest, weights: Path | None = None) -> nn.Module:
     """The network that a bundle was built from, with the weights it had then.
 
     Args:
@@ -133,7 +134,7 @@ def make_again(manifest: dict[str, Any], weights: Path | None = None) -> nn.Modu
 
     source = ModelSource.from_manifest(manifest, weights)
     network = source.create()
-    expected = manifest["provenance"].get("network_sha256")
+    expected = manifest.provenance.get("network_sha256")
     if expected is not None and (found := digest_weights(in_evaluation_mode(network))) != expected:
         msg = (
             f"{source.model} is made with other weights now (SHA-256 {found[:16]}…) than at the build "

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.engine import Engine, executor
+from pcn_deploy.artefact.manifest import Manifest
 from pcn_deploy.engines.base import Array, Session
 from pcn_deploy.engines.onnxruntime import open_plain
 from pcn_deploy.engines.registry import get_backend
@@ -39,7 +39,7 @@ class Execution:
     """
 
     name: str
-    applies: Callable[[dict[str, Any]], bool]
+    applies: Callable[[Manifest], bool]
     open: Callable[[bytes, EngineSpec], Session]
     judge: Callable[[Engine, ParityBudget, Progress], ParityReport] = verify_golden
 
@@ -64,9 +64,9 @@ def _open_stock(data: bytes, spec: EngineSpec) -> Session:
 
 EXECUTIONS: tuple[Execution, ...] = (
     Execution(name=WIDENED, applies=has_widened, open=_open_widened, judge=verify_widened),
-    Execution(name="rounded", applies=lambda manifest: manifest["remainder"] != "fp32", open=_open_rounded),
+    Execution(name="rounded", applies=lambda manifest: manifest.remainder != "fp32", open=_open_rounded),
     # ONNX Runtime has no BF16 on the CPU
-    Execution(name="stock", applies=lambda manifest: manifest["remainder"] != "bf16", open=_open_stock),
+    Execution(name="stock", applies=lambda manifest: manifest.remainder != "bf16", open=_open_stock),
 )
 """In every build, beside the engine of each target that is made from the graph."""
 
@@ -96,7 +96,7 @@ def prove(
         BundleError: If the golden set was altered.
         PcnDeployError: What opening the engine raises.
     """
-    budget = budget or ParityBudget(**bundle.manifest["parity_budget"])
+    budget = budget or bundle.manifest.parity_budget
     backend = get_backend(target)
     with Engine.open(bundle, target, executed_by=executor(backend)) as engine:
         report = verify_golden(engine, budget, progress)

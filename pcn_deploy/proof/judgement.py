@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +10,7 @@ import numpy.typing as npt
 from pcn_deploy.aliases import Images
 from pcn_deploy.artefact.engine import Engine
 from pcn_deploy.artefact.golden import NOISE, GoldenSet
+from pcn_deploy.artefact.manifest import Manifest
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.specs import ATTENTION_MAP, LOGITS
 from pcn_deploy.tasks.limits import BUDGETS, GUARD_DB, ParityBudget
@@ -51,10 +51,10 @@ def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = sil
         data="golden",
         budget=budget,
         attention=meters.get(ATTENTION_MAP),
-        changes=floor.judges_noise() or engine.bundle.manifest.get("golden") != NOISE,
+        changes=floor.judges_noise() or engine.bundle.manifest.golden != NOISE,
         floor=floor,
     )
-    guard = GUARD_DB.get(engine.bundle.manifest["precision"], 0.0) if engine.executed_by in ON_CPU else 0.0
+    guard = GUARD_DB.get(engine.bundle.manifest.precision, 0.0) if engine.executed_by in ON_CPU else 0.0
     if budget.sqnr_db <= report.metrics["sqnr_db"] < budget.sqnr_db + guard:
         failure = (
             f"SQNR {report.metrics['sqnr_db']:.1f} dB is below {budget.sqnr_db + guard:.1f} dB, the least on a CPU"
@@ -62,7 +62,7 @@ def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = sil
         report = replace(report, failures=(*report.failures, failure))
     limit = budget
     if golden.simulated:
-        limit = simulation_limit(golden, budget, engine.bundle.manifest["remainder"])
+        limit = simulation_limit(golden, budget, engine.bundle.manifest.remainder)
     edge_limit = replace(limit, sqnr_db=min(limit.sqnr_db, budget.sqnr_db))
     for name in names:
         expected = golden.simulated.get(name, golden.outputs[name])
@@ -96,7 +96,7 @@ def simulation_limit(golden: GoldenSet, budget: ParityBudget, remainder: str) ->
     return replace(budget, sqnr_db=min(noise - TWICE_DB, BUDGETS[remainder].sqnr_db))
 
 
-def noise_floor(golden: GoldenSet, images: Images, manifest: dict[str, Any], by: str) -> NoiseFloor:
+def noise_floor(golden: GoldenSet, images: Images, manifest: Manifest, by: str) -> NoiseFloor:
     """What rounding leaves of what the images change, in an execution.
 
     Args:
@@ -105,10 +105,10 @@ def noise_floor(golden: GoldenSet, images: Images, manifest: dict[str, Any], by:
         manifest: Of the bundle.
         by: What executes its graph.
     """
-    precision, power = manifest["precision"], golden.float32_noise
+    precision, power = manifest.precision, golden.float32_noise
     exact = precision == "fp32" and by in ON_CPU
     if not exact:
-        power *= _COARSER[manifest["remainder"]]
+        power *= _COARSER[manifest.remainder]
     if golden.simulated:
         real = ~golden.edge
         pair = (values[LOGITS][real][:, golden.live] for values in (golden.outputs, golden.simulated))

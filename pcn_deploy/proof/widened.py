@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.engine import Engine
 from pcn_deploy.artefact.golden import GoldenSet
+from pcn_deploy.artefact.manifest import Manifest
 from pcn_deploy.calibration.plan.rules import PrecisionPlan
 from pcn_deploy.calibration.scales import input_scales
 from pcn_deploy.members import GRAPH, PLAN
@@ -34,9 +34,9 @@ WIDENED = "widened"
 """What reports call this execution."""
 
 
-def has_widened(manifest: dict[str, Any]) -> bool:
+def has_widened(manifest: Manifest) -> bool:
     """Whether a bundle with this manifest can be judged so: its graph rounds, and it is not of 0.1.0."""
-    return bool(manifest.get("judged", {}).get("widened_images"))
+    return bool(manifest.judged.widened_images)
 
 
 def verify_widened(engine: Engine, budget: ParityBudget, progress: Progress = silent) -> ParityReport:

@@ -53,7 +53,7 @@ class Latency:
 
 def stand_in(bundle: Bundle, target: str) -> str:
     """Why the time of an engine would tell nothing, although it runs here; empty if it does tell."""
-    if target == "cpu" and bundle.manifest["remainder"] == "bf16":
+    if target == "cpu" and bundle.manifest.remainder == "bf16":
         return "BF16 is computed in FP32 here and rounded tensor by tensor: the time of that is not the time of BF16."
     return ""
 

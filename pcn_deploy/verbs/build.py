@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,11 +14,12 @@ import numpy as np
 from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.engine import Engine, executor
 from pcn_deploy.artefact.golden import NOISE, GoldenSet
+from pcn_deploy.artefact.manifest import Judged, Manifest
 from pcn_deploy.calibration.search.evaluation import Answers
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.engines.base import Array, Backend, GraphSource
 from pcn_deploy.engines.registry import get_backend
-from pcn_deploy.errors import DependencyError
+from pcn_deploy.errors import DependencyError, ModelError
 from pcn_deploy.members import BUDGET, CALIBRATION, GOLDEN, GRAPH, PLAN, SCRIPT, parity_member
 from pcn_deploy.memory import release_unused
 from pcn_deploy.network.evaluation_mode import in_evaluation_mode
@@ -74,8 +75,8 @@ class CompileResult:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know of the network, the images and the verdict, one sentence each."""
-        calibration = self.bundle.manifest["calibration"] or {}
-        return (*self.bundle.manifest["notes"], *calibration.get("notes", ()))
+        calibration = self.bundle.manifest.calibration or {}
+        return (*self.bundle.manifest.notes, *calibration.get("notes", ()))
 
     def __bool__(self) -> bool:
         return all(self.reports) and all(self.proofs)
@@ -124,11 +125,12 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     network, judging = _judge_by(model, network, images, options, search_record, progress)
     forward = eager_outputs(model, attention_map=options.with_attention_map)
     golden, broken = _golden_set(forward, images.shown, options, progress)
-    bundle = _new_bundle(network, options, images, _origin(model, provenance or {}), broken)
-    plan, spec = _add_graphs(bundle, network, golden, options, progress)
+    spec = _interface(network, options)
+    bundle = _new_bundle(network, options, spec, images, _origin(model, provenance or {}), broken)
+    plan = _add_graphs(bundle, network, golden, options, progress)
     forms = Forms.of(forward, network.deployed, network.unrounded, network.scales, plan)
     golden, widened = check_agreement(bundle, golden, spec, forms, scripted=options.scripts, rounded=options.rounds)
-    bundle.manifest["judged"] = _judged(golden, network, images, judging)
+    bundle.manifest.judged = _judged(golden, network, images, judging)
     simulated = forms.simulated
     del forms, forward, model  # the caller may keep it
     release_unused()  # engines take memory of their own
@@ -184,15 +186,15 @@ def _judge_by(
     return network, _JudgedBy(judges=held_out, why_not=why_not)
 
 
-def _judged(golden: GoldenSet, network: Prepared, images: BuildImages, by: _JudgedBy) -> dict[str, Any]:
+def _judged(golden: GoldenSet, network: Prepared, images: BuildImages, by: _JudgedBy) -> Judged:
     """What the verdict rests on, for the manifest."""
-    return {
-        "golden_images": int((~golden.edge).sum()),
-        "edge_images": int(golden.edge.sum()),
-        "golden_calibrated": network.calibration is not None and images.unseen is None,
-        "accuracy": "" if by.judges else by.why_not,
-        "widened_images": len(golden.widened_db),
-    }
+    return Judged(
+        golden_images=int((~golden.edge).sum()),
+        edge_images=int(golden.edge.sum()),
+        golden_calibrated=network.calibration is not None and images.unseen is None,
+        accuracy="" if by.judges else by.why_not,
+        widened_images=len(golden.widened_db),
+    )
 
 
 def _backends(options: CompileOptions) -> list[Backend]:
@@ -218,9 +220,20 @@ def _golden_set(
     return golden_set(forward, real, options.transform, options.outputs, options.batch, progress)
 
 
+def _interface(network: Prepared, options: CompileOptions) -> EngineSpec:
+    """That of both graphs."""
+    from pcn_deploy.graph.export import engine_spec
+
+    if network.exported is None:
+        msg = "The network was prepared without its float graph."
+        raise ModelError(msg)
+    return engine_spec(network.exported.graph, options.batch)
+
+
 def _new_bundle(
     network: Prepared,
     options: CompileOptions,
+    spec: EngineSpec,
     images: BuildImages,
     provenance: dict[str, Any],
     broken: list[str],
@@ -228,18 +241,19 @@ def _new_bundle(
     """A bundle that holds the decisions: manifest and calibration."""
     calibration = network.calibration
     notes = [*provenance.pop("notes", ()), *network.notes, *broken, *images.notes]
-    manifest = {
-        "model": provenance.get("model", network.name),
-        "precision": options.precision,
-        "remainder": options.graph_type,
-        "transform": options.transform.to_json(),
-        "calibration": {**calibration.summary(), **_recovery(network)} if calibration else None,
-        "golden": images.shown.name if images.shown else NOISE,
-        "rewrites": network.rewrites,
-        "notes": list(dict.fromkeys(notes)),
-        "parity_budget": asdict(options.budget),
-        "provenance": {**provenance, "built_by": _versions(), "host": platform.platform()},
-    }
+    manifest = Manifest(
+        model=provenance.get("model", network.name),
+        precision=options.precision,
+        remainder=options.graph_type,
+        transform=options.transform,
+        interface=spec,
+        calibration={**calibration.summary(), **_recovery(network)} if calibration else None,
+        golden=images.shown.name if images.shown else NOISE,
+        rewrites=network.rewrites,
+        notes=list(dict.fromkeys(notes)),
+        parity_budget=options.budget,
+        provenance={**provenance, "built_by": _versions(), "host": platform.platform()},
+    )
     bundle = Bundle(manifest)
     if calibration:
         bundle.add_json(CALIBRATION, calibration.to_json(network.scales))
@@ -261,16 +275,16 @@ def _recovery(network: Prepared) -> dict[str, Any]:
 
 def _add_graphs(
     bundle: Bundle, network: Prepared, golden: GoldenSet, options: CompileOptions, progress: Progress
-) -> tuple[PrecisionPlan, EngineSpec]:
+) -> PrecisionPlan:
     """Add the TorchScript module where a target runs it, the typed ONNX graph, and the plan with its nodes in FP32.
 
     Returns:
-        The plan, and the interface of both graphs.
+        The plan.
     """
     import torch
 
     from pcn_deploy.calibration.quantized import apply_scales
-    from pcn_deploy.graph.export import engine_spec, release_weights, serialise, to_onnx
+    from pcn_deploy.graph.export import release_weights, serialise, to_onnx
     from pcn_deploy.graph.keep import keep_nodes
     from pcn_deploy.graph.portable import make_portable
     from pcn_deploy.graph.torchscript import to_torchscript
@@ -299,11 +313,9 @@ def _add_graphs(
         reduce_precision(graph, options.graph_type, layers, operations, plan.nodes())
     make_portable(graph.graph)
     bundle.add_json(PLAN, plan.to_json())
-    spec = engine_spec(graph, options.batch)
-    bundle.manifest["interface"] = spec.to_json()
     bundle.add(GRAPH, serialise(graph))
     release_weights(graph)
-    return plan, spec
+    return plan
 
 
 def _observed(golden: GoldenSet, network: Prepared, options: CompileOptions) -> Array:
@@ -374,7 +386,7 @@ def _prove(
     found = tuple(replace(reports[executed_by], target=target) for target, executed_by in by.items())
     for report in found:
         bundle.add_json(parity_member(report.target), report.to_json())
-        bundle.manifest["notes"] += [note for note in report.notes if note not in bundle.manifest["notes"]]
+        bundle.manifest.notes += [note for note in report.notes if note not in bundle.manifest.notes]
     shared = tuple(replace(proofs[executed_by], target=target) for target, executed_by in by.items() if proofs)
     if shared:
         search = judging.search.to_json() if judging.search else None

@@ -31,8 +31,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     """
     bundle = Bundle.open(path)
     bundle.check_members()
-    manifest = bundle.manifest
-    targets = [entry["target"] for entry in bundle.engines]
+    manifest = bundle.manifest.to_json()
+    targets = [entry.target for entry in bundle.engines]
     try:
         plan = PrecisionPlan.from_json(bundle.read_json(PLAN))
         budget = bundle.read_json(BUDGET) if BUDGET in bundle else None
@@ -44,25 +44,14 @@ def describe(path: str | Path) -> dict[str, Any]:
         msg = f"{what} in {path} is malformed ({error!r}): it was altered. Build it again."
         raise BundleError(msg) from error
     return {
-        "model": manifest["model"],
-        "precision": manifest["precision"],
-        "remainder": manifest["remainder"],
-        "inputs": manifest["interface"]["inputs"],
-        "outputs": manifest["interface"]["outputs"],
-        "batch": manifest["interface"]["batch"],
-        "transform": manifest["transform"],
-        "calibration": manifest["calibration"],
-        "golden": manifest.get("golden"),
-        "judged": manifest.get("judged"),
-        "rewrites": manifest.get("rewrites", {}),
-        "engines": bundle.engines,
+        **{key: manifest[key] for key in ("model", "precision", "remainder")},
+        **manifest["interface"],
+        **{key: manifest[key] for key in ("transform", "calibration", "golden", "judged", "rewrites", "engines")},
         "parity": {target: report.to_json() for target, report in parity.items()},
         "budget": budget,
-        "choice": manifest.get("choice"),
+        "choice": manifest["choice"],
         "layers": plan.to_json()["entries"],
-        "notes": manifest.get("notes", []),
-        "members": manifest["members"],
-        "provenance": manifest["provenance"],
+        **{key: manifest[key] for key in ("notes", "members", "provenance")},
     }
 
 

@@ -31,7 +31,7 @@ def load(path: str | Path, target: str | None = None) -> Engine:
     bundle = Bundle.open(path)
     if target is not None:
         return Engine.open(bundle, target)
-    present = {entry["target"] for entry in bundle.engines}
+    present = {entry.target for entry in bundle.engines}
     reasons = []
     for candidate in PREFERENCE:
         if candidate in present:

@@ -70,7 +70,7 @@ def verify(
         OptionError: If an image source has another transform than the bundle.
         BundleError: If the golden set was altered.
     """
-    budget = budget or ParityBudget(**engine.bundle.manifest["parity_budget"])
+    budget = budget or engine.bundle.manifest.parity_budget
     if data is None:
         report = verify_golden(engine, budget, progress)
         return (
@@ -79,7 +79,7 @@ def verify(
     expected = _expected(reference)
     source = data if isinstance(data, ImageSource) else ImageSource(data, engine.transform, limit=limit)
     source.check_transform(engine.transform, "the bundle")
-    current().check_equal(engine=engine.bundle.engine(engine.target)["sha256"])
+    current().check_equal(engine=engine.bundle.engine(engine.target).sha256)
     golden = GoldenSet.read(engine.bundle, [tensor.name for tensor in engine.spec.outputs])
     if not hasattr(reference, "state_dict"):  # nothing is known of its rounding
         golden = replace(golden, float32_noise=math.nan)

@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import small_manifest
+from helpers import small_bundle
 
-from pcn_deploy.artefact.bundle import SCHEMA, Bundle
+from pcn_deploy.artefact.bundle import Bundle
+from pcn_deploy.artefact.manifest import SCHEMA
 from pcn_deploy.errors import BundleError, OutputError
 
 MEMBERS = {"golden.bin": bytes(range(256)) * 4, "plan.json": b'{"layers": [1, 2]}', "engines/cpu.engine": b"engine"}
 
 
 def make(members: dict[str, bytes] | None = None) -> Bundle:
-    bundle = Bundle(small_manifest(), MEMBERS if members is None else members)
+    bundle = small_bundle(MEMBERS if members is None else members)
     bundle.add_engine("cpu", "engines/cpu.engine", b"engine", {"version": "1"})
     return bundle
 
@@ -36,10 +37,10 @@ def test_round_trip(tmp_path: Path) -> None:
         assert opened.read(name) == bundle.read(name) == data
         assert name in opened
     assert opened.manifest == bundle.manifest
-    assert opened.manifest["schema"] == SCHEMA
+    assert opened.manifest.to_json()["schema"] == SCHEMA
     assert opened.read_json("plan.json") == {"layers": [1, 2]}
-    assert opened.engine("cpu")["built_with"] == {"version": "1"}
-    assert opened.engine("cpu")["bytes"] == len(b"engine")
+    assert opened.engine("cpu").built_with == {"version": "1"}
+    assert opened.engine("cpu").bytes == len(b"engine")
     assert names_in(tmp_path) == ["a.pcn"]
 
 
@@ -61,8 +62,8 @@ def test_an_opened_bundle_can_be_extended_in_place(tmp_path: Path) -> None:
     opened.add_engine("cpu", "engines/cpu.engine", b"newer", {"version": "2"})
     opened.save(path, overwrite=True)
     again = Bundle.open(path)
-    assert [entry["target"] for entry in again.engines] == ["torchscript", "cpu"]
-    assert again.read(again.engine("cpu")["member"]) == b"newer"
+    assert [entry.target for entry in again.engines] == ["torchscript", "cpu"]
+    assert again.read(again.engine("cpu").member) == b"newer"
     assert again.read("golden.bin") == MEMBERS["golden.bin"]
 
 
@@ -206,7 +207,7 @@ def test_arrays_that_are_none(tmp_path: Path, data: bytes) -> None:
 
 
 def test_a_member_of_several_engines_waits_once(tmp_path: Path) -> None:
-    bundle, graph = Bundle(small_manifest(), MEMBERS), b"graph" * 1000
+    bundle, graph = small_bundle(MEMBERS), b"graph" * 1000
     for target in ("cpu", "torchscript"):
         bundle.add_engine(target, "model.onnx", graph, {})
     assert bundle._spool is not None

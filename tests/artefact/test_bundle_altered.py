@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import small_manifest
+from helpers import small_bundle, small_manifest
 
 from pcn_deploy.artefact import bundle as module
-from pcn_deploy.artefact.bundle import SCHEMA, Bundle
+from pcn_deploy.artefact.bundle import Bundle
+from pcn_deploy.artefact.manifest import SCHEMA
 from pcn_deploy.errors import BundleError
 
 GOLDEN = bytes(range(256)) * 4
@@ -23,7 +24,7 @@ TENSOR = {"dtype": "float32", "shape": ["batch", 3, 8, 8]}
 
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
-    bundle = Bundle(small_manifest(), {"golden.npz": GOLDEN})
+    bundle = small_bundle({"golden.npz": GOLDEN})
     bundle.add_engine("cpu", "engines/cpu.engine", b"engine", {})
     return bundle.save(tmp_path / "good.pcn")
 
@@ -104,7 +105,7 @@ def test_no_flipped_byte_anywhere_gives_other_contents(good: Path) -> None:
         good.write_bytes(damaged)
         try:
             opened = Bundle.open(good)
-            found = {name: opened.read(name) for name in opened.manifest["members"]}
+            found = {name: opened.read(name) for name in opened.manifest.members}
         except BundleError:
             verdicts.add("refused")
         else:
@@ -217,7 +218,8 @@ OUTPUTS = [{"name": name, **TENSOR} for name in ("logits", "attention_map")]
 def test_a_manifest_with_other_outputs(good: Path, outputs: list[dict[str, Any]]) -> None:
     manifest, members = contents(good)
     manifest["interface"]["outputs"] = OUTPUTS
-    assert Bundle.open(write(good, manifest, list(members.items()))).manifest["interface"]["outputs"] == OUTPUTS
+    opened = Bundle.open(write(good, manifest, list(members.items())))
+    assert json.loads(json.dumps(opened.manifest.to_json()["interface"]["outputs"])) == OUTPUTS
     manifest["interface"]["outputs"] = outputs
     refused(write(good, manifest, list(members.items())), "images to logits, perhaps an attention map.*altered")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def test_altered_engines_are_never_opened(
 ) -> None:
     """The hash is checked first: no byte of an altered engine reaches ONNX Runtime or PyTorch."""
     bundle = Bundle.open(path)
-    data = bundle.read(bundle.engine(target)["member"])
+    data = bundle.read(bundle.engine(target).member)
     altered = tmp_path / "altered.pcn"
     whole = path.read_bytes()
     middle = whole.index(data) + len(data) // 2
@@ -214,7 +215,7 @@ def test_the_advice_where_there_is_no_answer_fits_what_was_built(
     path: Path, precision: str, remainder: str, advice: str
 ) -> None:
     with pcn_deploy.load(path, "cpu") as engine:
-        engine.bundle.manifest |= {"precision": precision, "remainder": remainder}
+        engine.bundle.manifest = replace(engine.bundle.manifest, precision=precision, remainder=remainder)
         check_finite({"logits": np.ones(2, np.float32)}, engine, "one image")
         with pytest.raises(ParityError, match=f"NaN or infinite logits for one image, .*{advice}"):
             check_finite({"logits": np.array([0, np.nan], np.float32)}, engine, "one image")
@@ -265,9 +266,7 @@ def test_a_runtime_that_cuts_codes_off_is_named(
 
     monkeypatch.setattr("pcn_deploy.engines.onnxruntime.truncates_half", lambda: True)
     bundle = Bundle.open(path)
-    bundle.manifest.update(precision=precision, remainder=remainder)
-    bundle.manifest["provenance"]["built_by"]["onnxruntime"] = (
-        onnxruntime.__version__ if built_by == "here" else built_by
-    )
+    bundle.manifest = replace(bundle.manifest, precision=precision, remainder=remainder)
+    bundle.manifest.provenance["built_by"]["onnxruntime"] = onnxruntime.__version__ if built_by == "here" else built_by
     Engine.open(bundle, "cpu").close()
     assert ("built with 1.99.0" in caplog.text) == warned

@@ -83,7 +83,7 @@ def test_options_of_calibrators(given: list[Any], tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     about_labels, *others = json.loads(result.stdout)["notes"]
     assert "of the 37 labelled images" in about_labels  # held out, and the network is not trained
-    assert others == Bundle.open(out).manifest["calibration"]["notes"] == record(out)["notes"]
+    assert others == Bundle.open(out).manifest.calibration["notes"] == record(out)["notes"]
     assert record(out)["notes"][0].startswith("only 8 images")
     assert (record(out)["calibrator"], record(out)["percentile"]) == ("percentile", 99)
     assert result.stderr == ""
@@ -146,7 +146,7 @@ def test_processes_agree_that_int8_is_not_possible(given: list[Any], tmp_path: P
     out = tmp_path / "a.pcn"
     run = start(*TORCHRUN, 2, "-m", "pcn_deploy.cli.main", "build", *words, *given[-2:], "-o", out)
     assert "INT8 is not possible: No layer of this network gains from INT8" in " ".join(finish(run).split())
-    assert Bundle.open(out).manifest["precision"] == "fp16"
+    assert Bundle.open(out).manifest.precision == "fp16"
 
 
 def test_all_processes_exit_with_the_code_of_the_first(given: list[Any], tmp_path: Path) -> None:

@@ -96,8 +96,8 @@ def test_a_checkpoint_becomes_a_bundle(weights: Path, out: Path) -> None:
         assert words in result.stdout
     assert [entry.name for entry in out.parent.iterdir()] == [out.name]
     bundle = Bundle.open(out)
-    assert [entry["target"] for entry in bundle.engines] == ["cpu", "torchscript"]
-    kept = bundle.manifest["provenance"]
+    assert [entry.target for entry in bundle.engines] == ["cpu", "torchscript"]
+    kept = bundle.manifest.provenance
     assert (kept["model"], kept["weights"], len(kept["weights_sha256"])) == ("patchconvnet", str(weights), 64)
 
 
@@ -107,7 +107,7 @@ def test_the_attention_map_is_asked_for(weights: Path, out: Path) -> None:
     rows = [line.split("│") for line in result.stdout.splitlines() if "attention map" in line]
     assert [[cell.strip() for cell in row[1:4]] for row in rows] == [["attention map", "passed", "8"]]
     bundle = Bundle.open(out)
-    assert [each["name"] for each in bundle.manifest["interface"]["outputs"]] == ["logits", "attention_map"]
+    assert [each.name for each in bundle.manifest.interface.outputs] == ["logits", "attention_map"]
     assert "attention_map_sqnr_db" in bundle.read_json("parity/cpu.json")["metrics"]
 
 
@@ -137,7 +137,7 @@ def test_int8_with_images_from_a_file(weights: Path, out: Path, tmp_path: Path) 
     assert result.exit_code == 0, result.output
     assert "dense product of enough rows" in result.stdout
     assert result.stderr == ""
-    kept = Bundle.open(out).manifest["calibration"]
+    kept = Bundle.open(out).manifest.calibration
     assert (kept["calibrator"], kept["images"], kept["source"]) == ("max", 4, str(npz))
 
 
@@ -147,14 +147,14 @@ def test_recovery_is_applied_recorded_and_printed(weights: Path, out: Path, tmp_
     words = ["patchconvnet", "--weights", weights, *SMALL[:4], "--calibration", npz, "-o", out, "-q"]
     result = invoke(*words, "--precision", "int8", "--recover", "all")
     assert result.exit_code == 0, result.output
-    recorded = Bundle.open(out).manifest["calibration"]
+    recorded = Bundle.open(out).manifest.calibration
     kept, trials = recorded["recovery"], recorded["recovery_trials"]
     assert list(kept) == ["equalisation", "smoothquant", "weight-rounding", "bias-correction"]
     assert trials["bias-correction"]["layers"] == 4
     assert kept == {name: trials[name]["layers"] if name in trials and trials[name]["kept"] else 0 for name in kept}
     assert "Recovery: equalisation (0 layers), smoothquant (" in result.stdout
     one = invoke(*words, "--precision", "int8", "--recover", "bias-correction", "--overwrite")
-    assert list(Bundle.open(out).manifest["calibration"]["recovery_trials"]) == ["bias-correction"], one.output
+    assert list(Bundle.open(out).manifest.calibration["recovery_trials"]) == ["bias-correction"], one.output
     result = invoke(*words, "--precision", "fp16", "--recover", "smoothquant", "--overwrite")
     assert result.exit_code == 2
     assert "Recovery smoothquant makes up for INT8" in " ".join(result.stderr.split())
@@ -176,7 +176,7 @@ def test_a_printed_recipe_builds_the_same_graph(weights: Path, out: Path, tmp_pa
     result = invoke(*common, "--recipe", recipe, "-o", out)
     assert result.exit_code == 0, result.output
     assert "Ranges: all from the recipe" in result.stdout
-    members = [Bundle.open(path).manifest["members"]["model.onnx"]["sha256"] for path in (first, out)]
+    members = [Bundle.open(path).manifest.members["model.onnx"].sha256 for path in (first, out)]
     assert members[0] == members[1]
 
 
@@ -211,7 +211,7 @@ def test_random_weights_say_so_when_they_replace_images(factory: str, out: Path)
     assert result.exit_code == 0, result.output
     assert "Note: the weights are random, so synthetic images calibrate them." in result.stderr
     assert "from standard normal noise." in result.output and "given arrays" not in result.output
-    assert Bundle.open(out).manifest["provenance"]["weights"] is None
+    assert Bundle.open(out).manifest.provenance["weights"] is None
 
 
 class Malicious:
@@ -314,7 +314,7 @@ def test_any_other_resolution_is_taken(weights: Path, out: Path) -> None:
     """The stem pads, so sides need not be multiples of the patch, nor equal."""
     given = ["--precision", "fp32", "--resolution", "30x45", "-q", "-o", out]
     assert invoke("patchconvnet", "--weights", weights, *given).exit_code == 0
-    assert Bundle.open(out).manifest["interface"]["inputs"][0]["shape"] == ["batch", 3, 30, 45]
+    assert Bundle.open(out).manifest.interface.inputs[0].shape == ("batch", 3, 30, 45)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,6 @@ def test_tables_stretched_beyond_their_size_are_noted(tmp_path: Path) -> None:
         "1 of 1 tables of relative positions are stretched, such as that of 0.attention: made for a map of 4x4, used on"
     )
     assert f"Note: {note} 4x5." in result.stderr
-    weights, kept = Bundle.open(tmp_path / "a.pcn").manifest["notes"]
+    weights, kept = Bundle.open(tmp_path / "a.pcn").manifest.notes
     assert weights.startswith("no --weights were given")
     assert kept.startswith(note)

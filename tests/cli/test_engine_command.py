@@ -41,7 +41,7 @@ def path(original: Path, tmp_path: Path) -> Path:
 
 
 def targets(path: Path) -> list[str]:
-    return [entry["target"] for entry in Bundle.open(path).engines]
+    return [entry.target for entry in Bundle.open(path).engines]
 
 
 def test_an_engine_is_added(path: Path) -> None:
@@ -127,7 +127,7 @@ def test_an_engine_for_one_gpu(path: Path) -> None:
     words = ["--target", "tensorrt-rtx", "--compute-capability", "SM89", "--compute-capability", "SM86", "--tf32"]
     result = invoke("engine", path, *words)
     assert result.exit_code == 0, result.output
-    built_with = Bundle.open(path).engine("tensorrt-rtx")["built_with"]
+    built_with = Bundle.open(path).engine("tensorrt-rtx").built_with
     assert (built_with["compute_capabilities"], built_with["tf32"]) == ("SM89, SM86", "allowed")
 
 

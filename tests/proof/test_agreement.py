@@ -22,7 +22,6 @@ from pcn_deploy.network.deploy import to_deploy
 from pcn_deploy.network.evaluation_mode import in_evaluation_mode
 from pcn_deploy.progress import silent
 from pcn_deploy.proof.agreement import EQUAL_DB, SHARPEST_DB, Forms, check_agreement, executing
-from pcn_deploy.specs import EngineSpec
 from pcn_deploy.verbs.steps.preparation import prepare
 from pcn_deploy.verbs.steps.sources import open_sources
 
@@ -36,7 +35,7 @@ def built() -> dict[str, Any]:
     prepared = prepare(in_evaluation_mode(network()), OPTIONS, source, silent)
     plan = PrecisionPlan.from_json(bundle.read_json("plan.json"))
     other, _ = to_deploy(network(seed=7), torch.from_numpy(images(1)))
-    spec = EngineSpec.from_json(bundle.manifest["interface"])
+    spec = bundle.manifest.interface
     return {
         "bundle": bundle,
         "golden": GoldenSet.read(bundle, [tensor.name for tensor in spec.outputs]),
@@ -123,7 +122,7 @@ def test_a_network_whose_answers_are_its_own_rounding_is_told_so(made: type[Any]
     """It is built, and fails parity: no engine can be equal to it."""
     torch.manual_seed(0)
     result = pcn_deploy.compile(made(size).eval(), options(precision=precision), calibration=images(16))
-    (note,) = [note for note in result.bundle.manifest["notes"] if "enlarges its own rounding" in note]
+    (note,) = [note for note in result.bundle.manifest.notes if "enlarges its own rounding" in note]
     assert "in float32 and in float64 agree to" in note
     assert not result
 

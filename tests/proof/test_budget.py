@@ -184,16 +184,16 @@ def test_fp16_is_proven_without_a_search() -> None:
 def test_the_calibration_images_judge_where_there_are_no_others() -> None:
     chosen = options(precision="int8", max_drop=6.0, calibration_images=8)
     result = pcn_deploy.compile(network(), chosen, calibration=[images(48)])
-    assert result.bundle.manifest["calibration"]["images"] == 8
+    assert result.bundle.manifest.calibration["images"] == 8
     assert (result.proofs[0].held_out, result.proofs[0].counts.images) == (False, 48)
 
 
 def test_without_labels_nothing_is_judged_and_it_says_so() -> None:
     result = pcn_deploy.compile(network(), options(precision="int8"), calibration=images(8))
     assert (result.search, result.proofs) == (None, ())
-    judged = result.bundle.manifest["judged"]
-    assert (judged["golden_images"], judged["edge_images"], judged["golden_calibrated"]) == (8, 7, True)
-    assert "--data" in judged["accuracy"]
+    judged = result.bundle.manifest.judged
+    assert (judged.golden_images, judged.edge_images, judged.golden_calibrated) == (8, 7, True)
+    assert "--data" in judged.accuracy
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
@@ -209,7 +209,7 @@ def test_a_budget_that_was_not_asked_for_refuses_nothing(precision: str) -> None
     saved = result.bundle.read_json("budget.json")["proofs"][0]
     assert (saved["verdict"], saved["passed"]) == ("open", True)
     assert saved["drop"] <= saved["drop_bound"]
-    assert result.bundle.manifest["judged"]["golden_calibrated"] is False
+    assert result.bundle.manifest.judged.golden_calibrated is False
 
 
 def test_a_budget_asked_for_is_proven_in_every_precision() -> None:
@@ -236,9 +236,9 @@ def test_labelled_calibration_images_are_held_out(
 ) -> None:
     chosen = options(precision="int8", calibrator="max", calibration_images=limit)
     result = pcn_deploy.compile(network(), chosen, calibration=labelled(tmp_path / "set.npz", count))
-    assert result.bundle.manifest["calibration"]["images"] == calibrated
+    assert result.bundle.manifest.calibration["images"] == calibrated
     assert [proof.counts.images for proof in result.proofs] == ([judged] if judged else [])
-    assert result.bundle.manifest["judged"]["golden_calibrated"] == (judged == 0)
+    assert result.bundle.manifest.judged.golden_calibrated == (judged == 0)
     source, held_out = open_sources(tmp_path / "set.npz", None, chosen)
     assert source is not None
     names = [sample.name for sample in source]
@@ -252,7 +252,7 @@ def test_folders_that_are_no_classes_stop_no_build(tmp_path: Path) -> None:
     )
     assert result
     assert result.proofs == ()
-    assert result.bundle.manifest["judged"]["accuracy"]
+    assert result.bundle.manifest.judged.accuracy
 
 
 def test_an_image_without_an_answer_is_lost() -> None:

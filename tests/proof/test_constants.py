@@ -108,7 +108,7 @@ def test_an_answer_that_no_image_changes_is_no_judgement(precision: str) -> None
     (report,) = result.reports
     assert report.constant
     assert CONSTANT in report.notes
-    assert CONSTANT in result.bundle.manifest["notes"]
+    assert CONSTANT in result.bundle.manifest.notes
     assert parity_rows([report.to_json()])[0][1] == "passed (constant)"
     assert report_from_json(json.loads(json.dumps(report.to_json()))) == report
 

@@ -26,7 +26,7 @@ torch = pytest.importorskip("torch")
 
 
 def spec_of(bundle: Bundle) -> EngineSpec:
-    return EngineSpec.from_json(bundle.manifest["interface"])
+    return bundle.manifest.interface
 
 
 def further(name: str, answer: Any, *, applies: bool = True) -> Execution:
@@ -38,7 +38,7 @@ def further(name: str, answer: Any, *, applies: bool = True) -> Execution:
         session.run = lambda inputs: {"logits": answer(real(inputs)["logits"])}  # type: ignore[method-assign]
         return session
 
-    return Execution(name=name, applies=lambda manifest: applies and manifest["precision"] == "fp32", open=open_session)
+    return Execution(name=name, applies=lambda manifest: applies and manifest.precision == "fp32", open=open_session)
 
 
 def test_every_execution_of_the_graph_must_pass(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_what_the_network_itself_cannot_answer_is_left_out_and_said() -> None:
     golden = GoldenSet.read(result.bundle, ["logits"])
     assert "black" not in golden.names
     assert "white" in golden.names
-    (note,) = [note for note in result.bundle.manifest["notes"] if "NaN" in note]
+    (note,) = [note for note in result.bundle.manifest.notes if "NaN" in note]
     assert "for black" in note
 
 
@@ -165,7 +165,7 @@ def test_edge_images_that_the_network_answers_with_its_rounding_must_only_be_fin
     rounding = {name for name, one in zip(golden.names, golden.rounding, strict=True) if one}
     assert {"white", "grey"} <= rounding
     assert not {"checkerboard", "random pixels"} & rounding
-    (note,) = [note for note in result.bundle.manifest["notes"] if "its own rounding" in note]
+    (note,) = [note for note in result.bundle.manifest.notes if "its own rounding" in note]
     assert "white" in note
 
 
@@ -210,7 +210,7 @@ def test_pictures_that_hardly_differ_are_noted() -> None:
     report = result.reports[0]
     assert result, report.failures
     assert report.metrics["sqnr_changes_db"] < 6
-    assert any("Give more varied images" in note for note in result.bundle.manifest["notes"])
+    assert any("Give more varied images" in note for note in result.bundle.manifest.notes)
 
 
 def test_edge_images_are_the_ends_of_the_transform() -> None:

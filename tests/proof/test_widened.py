@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from helpers import copied
 from small_builds import images, network, options
 
 import pcn_deploy
@@ -33,9 +34,8 @@ def changed(bundle: Bundle, suffix: str, change: Change) -> Bundle:
     tensor = next(each for each in graph.graph.initializer if each.name.endswith(suffix))
     values = onnx.numpy_helper.to_array(tensor).copy()
     tensor.CopyFrom(onnx.numpy_helper.from_array(change(values).astype(values.dtype), tensor.name))
-    wrong = Bundle({key: value for key, value in bundle.manifest.items() if key not in ("members", "engines")})
-    for name in bundle.manifest["members"]:
-        wrong.add(name, bundle.read(name))
+    wrong = copied(bundle)
+    wrong.manifest.engines = []
     wrong.add_engine("cpu", "model.onnx", graph.SerializeToString(), {})
     return wrong
 

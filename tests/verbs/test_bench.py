@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import small_bundle
 
 from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.errors import OptionError
@@ -26,7 +27,7 @@ class FakeEngine:
 
     target: str = "cpu"
     spec: EngineSpec = SPEC
-    bundle: Bundle = field(default_factory=lambda: Bundle({"remainder": "fp32"}))
+    bundle: Bundle = field(default_factory=small_bundle)
     seen: list[Any] = field(default_factory=list)
 
     def run_batch(self, images: Any) -> Any:

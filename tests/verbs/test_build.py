@@ -14,7 +14,7 @@ from PIL import Image
 from small_builds import images, needs_rtx, network, options
 
 import pcn_deploy
-from pcn_deploy import CompileResult, Engine, ImageSource
+from pcn_deploy import BatchRange, CompileResult, Engine, ImageSource
 from pcn_deploy.artefact.golden import GoldenSet
 from pcn_deploy.engines.base import Backend, EngineArtifact, GraphSource
 from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend
@@ -67,16 +67,14 @@ def test_the_bundle_holds_what_the_design_says(results: dict[str, CompileResult]
     bundle = results[precision].bundle
     expected = {"model.onnx", "golden.npz", "plan.json", "parity/cpu.json"}
     expected |= set() if precision == "fp16" else {"model.ts", "parity/torchscript.json"}
-    assert set(bundle.manifest["members"]) == expected | ({"calibration.json"} if precision == "int8" else set())
-    assert [entry["member"] for entry in bundle.engines] == ["model.onnx", "model.ts"][
-        : 1 if precision == "fp16" else 2
-    ]
+    assert set(bundle.manifest.members) == expected | ({"calibration.json"} if precision == "int8" else set())
+    assert [entry.member for entry in bundle.engines] == ["model.onnx", "model.ts"][: 1 if precision == "fp16" else 2]
     for entry in bundle.engines:
-        assert entry["bytes"] == len(bundle.read(entry["member"]))
+        assert entry.bytes == len(bundle.read(entry.member))
     assert bundle.read_json("parity/cpu.json") == results[precision].reports[0].to_json()
     assert bundle.read_json("plan.json") == json.loads(json.dumps(results[precision].plan.to_json()))
-    assert bundle.manifest["interface"]["batch"] == {"min": 1, "opt": 2, "max": 4}
-    assert bundle.manifest["transform"]["resolution"] == (32, 32)
+    assert bundle.manifest.interface.batch == BatchRange(min=1, opt=2, max=4)
+    assert bundle.manifest.transform.resolution == (32, 32)
 
 
 def test_the_golden_set_is_the_eager_network(results: dict[str, CompileResult]) -> None:
@@ -98,8 +96,8 @@ def test_int8_records_its_calibration(results: dict[str, CompileResult]) -> None
     quantised = {entry["op"] for entry in bundle.read_json("plan.json")["entries"] if entry["precision"] == "int8"}
     assert quantised == set(kept["ranges"])
     assert quantised
-    assert bundle.manifest["calibration"]["dataset_sha256"] == kept["dataset_sha256"]
-    assert results["fp16"].bundle.manifest["calibration"] is None
+    assert bundle.manifest.calibration["dataset_sha256"] == kept["dataset_sha256"]
+    assert results["fp16"].bundle.manifest.calibration is None
 
 
 def test_int8_without_images_is_refused() -> None:
@@ -125,8 +123,8 @@ def test_an_engine_that_cannot_run_here_is_proven_through_its_graph() -> None:
     (report,) = result.reports
     assert report.target == "tensorrt-rtx"
     entry = result.bundle.engine("tensorrt-rtx")
-    assert entry["member"] == "engines/tensorrt-rtx.engine"
-    assert entry["built_with"]["flavour"] == "TensorRT-RTX"
+    assert entry.member == "engines/tensorrt-rtx.engine"
+    assert entry.built_with["flavour"] == "TensorRT-RTX"
     if not pcn_deploy.engines.registry.get_backend("tensorrt-rtx").availability().can_run:
         assert report.executed_by == "cpu"
         assert result.bundle.read_json("parity/tensorrt-rtx.json")["executed_by"] == "cpu"
@@ -275,7 +273,7 @@ def test_an_unreadable_image_below_the_limit_does_not_stop_the_golden_set(tmp_pa
     chosen = next(iter(ImageSource(tmp_path, options().transform).subset(8)))
     Path(chosen.name).write_bytes(b"no image")
     result = pcn_deploy.compile(network(), options(precision="int8"), calibration=tmp_path)
-    assert result.bundle.manifest["calibration"]["unreadable"] == 1
+    assert result.bundle.manifest.calibration["unreadable"] == 1
     assert result.reports[0].images == 7
 
 

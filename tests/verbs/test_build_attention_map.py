@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import copied
 from small_builds import RTX_IS_HERE, images, needs_rtx, network, options
 
 import pcn_deploy
-from pcn_deploy import Bundle, CompileResult, Transform
+from pcn_deploy import CompileResult, Transform
 from pcn_deploy.artefact.golden import GoldenSet
 from pcn_deploy.engines.base import GraphSource
 from pcn_deploy.engines.onnxruntime import _OnnxRuntimeSession
@@ -19,7 +20,6 @@ from pcn_deploy.network.attention_map import output_attention_map
 from pcn_deploy.network.deploy import to_deploy
 from pcn_deploy.progress import silent
 from pcn_deploy.proof.agreement import Forms, check_agreement
-from pcn_deploy.specs import EngineSpec
 from pcn_deploy.tasks.limits import BUDGETS
 from pcn_deploy.verbs import build as compiler
 from pcn_deploy.verbs.steps.engine_builds import engine_builds
@@ -49,7 +49,7 @@ def mapped() -> dict[str, CompileResult]:
 def test_the_attention_map_is_proven_too(mapped: dict[str, CompileResult], precision: str) -> None:
     result = mapped[precision]
     assert result
-    assert list(result.bundle.manifest["interface"]["outputs"]) == [
+    assert result.bundle.manifest.to_json()["interface"]["outputs"] == [
         {"name": "logits", "dtype": "float32", "shape": ("batch", 5)},
         {"name": "attention_map", "dtype": "float32", "shape": ("batch", 1, 8, 12)},
     ]
@@ -85,10 +85,10 @@ def test_a_spoiled_map_fails(mapped: dict[str, CompileResult], monkeypatch: pyte
         found = real(self, inputs)
         return {**found, "attention_map": np.ascontiguousarray(found["attention_map"][:, :, ::-1])}
 
-    bundle = Bundle(dict(built.manifest), {name: built.read(name) for name in built.manifest["members"]})
+    bundle = copied(built)
     monkeypatch.setattr(_OnnxRuntimeSession, "_run_impl", spoiled)
     backends = [get_backend(name) for name in ("cpu", "torchscript")]
-    spec = EngineSpec.from_json(built.manifest["interface"])
+    spec = built.manifest.interface
     graphs = GraphSource(onnx=b"", torchscript=b"", spec=spec)
     with engine_builds(bundle, backends, graphs, silent) as builds:
         reports, _ = compiler._prove(bundle, backends, builds, BUDGETS["fp32"], compiler._JudgedBy(), {}, silent)
@@ -102,7 +102,7 @@ def test_graphs_whose_maps_differ_are_refused(
     mapped: dict[str, CompileResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle, real = mapped["fp32"].bundle, _OnnxRuntimeSession._run_impl
-    spec = EngineSpec.from_json(bundle.manifest["interface"])
+    spec = bundle.manifest.interface
     golden = GoldenSet.read(bundle, [tensor.name for tensor in spec.outputs])
     deployed = output_attention_map(to_deploy(network(), torch.from_numpy(golden.images[:1]))[0], (3, 32, 48))
     forms = Forms(eager=deployed, unrounded=deployed, simulated=deployed, stored=deployed, floating=deployed)
@@ -136,8 +136,8 @@ def test_a_network_of_the_user_with_its_pooling_replaced() -> None:
     assert isinstance(net.avgpool, nn.Module)
     result = pcn_deploy.compile(net, options(precision="int8", with_attention_map=True), calibration=images())
     assert result
-    assert result.bundle.manifest["interface"]["outputs"][1]["shape"] == ("batch", 1, 7, 7)
-    assert result.bundle.manifest["rewrites"]["absorb_key_value"] == 1
+    assert result.bundle.manifest.interface.outputs[1].shape == ("batch", 1, 7, 7)
+    assert result.bundle.manifest.rewrites["absorb_key_value"] == 1
 
 
 @needs_rtx

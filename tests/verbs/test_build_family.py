@@ -122,7 +122,7 @@ def test_builds_and_keeps_parity(case: Case, precision: str, fill: ModuleType) -
     images = [fill.images_for((4, 3, *case.resolution), 2)] if precision == "int8" else None
     result = pcn_deploy.compile(make(case, fill), options, calibration=images)
     assert result, [report.failures for report in result.reports]
-    assert {"model.onnx", "engines/tensorrt-rtx.engine"} <= result.bundle.manifest["members"].keys()
+    assert {"model.onnx", "engines/tensorrt-rtx.engine"} <= result.bundle.manifest.members.keys()
     built = result.bundle.engine("tensorrt-rtx")
-    assert built["bytes"] > 0
-    assert (int(built["built_with"].get("quantize", 0)) > 0) == (precision == "int8")
+    assert built.bytes > 0
+    assert (int(built.built_with.get("quantize", 0)) > 0) == (precision == "int8")

@@ -53,7 +53,7 @@ def test_a_fixed_batch_builds_in_fp16(batch: int) -> None:
     fixed = BatchRange(min=batch, opt=batch, max=batch)
     result = pcn_deploy.compile(Standardised(), options(precision="fp16", batch=fixed), calibration=images())
     assert result
-    assert result.bundle.manifest["interface"]["batch"]["max"] == batch
+    assert result.bundle.manifest.interface.batch.max == batch
 
 
 def test_a_group_norm_that_squares_beyond_fp16_is_fp32() -> None:

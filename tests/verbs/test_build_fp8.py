@@ -74,8 +74,8 @@ def test_a_build_keeps_parity_and_stores_fp8(remainder: str) -> None:
     assert all(not scale.dims for scale in graph.initializer if scale.name.endswith(".weight.scale")), "one per weight"
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     assert {types[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"} == {FP8}
-    assert result.bundle.manifest["calibration"]["calibrator"] == "max"
-    assert result.bundle.manifest["remainder"] == remainder
+    assert result.bundle.manifest.calibration["calibrator"] == "max"
+    assert result.bundle.manifest.remainder == remainder
 
 
 class Rectified(nn.Module):
@@ -100,7 +100,7 @@ def test_a_relu_before_the_codes_is_executed() -> None:
 def test_tensorrt_rtx_builds_for_the_gpus_that_have_it() -> None:
     result = build(targets=("tensorrt-rtx",))
     assert result
-    (built,) = (engine["built_with"] for engine in result.bundle.manifest["engines"])
+    (built,) = (engine.built_with for engine in result.bundle.manifest.engines)
     assert built["compute_capabilities"] == "SM89, SM120"
     assert "FP8" in built["layers"]
 

@@ -40,10 +40,10 @@ def test_fp16_keeps_what_would_overflow_in_fp32(int8: CompileResult) -> None:
 
 def test_a_plan_given_back_builds_the_same_graph_without_images(int8: CompileResult) -> None:
     again = pcn_deploy.compile(overflowing(), options(precision="int8", recipe=recipe_of(int8)))
-    members = [result.bundle.manifest["members"]["model.onnx"]["sha256"] for result in (int8, again)]
+    members = [result.bundle.manifest.members["model.onnx"].sha256 for result in (int8, again)]
     assert members[0] == members[1]
     assert again.plan == int8.plan
-    assert again.bundle.manifest["calibration"] is None
+    assert again.bundle.manifest.calibration is None
 
 
 def test_only_missing_ranges_are_calibrated(int8: CompileResult) -> None:

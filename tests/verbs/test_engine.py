@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import with_engines_of
+from helpers import copied, with_engines_of
 
 import pcn_deploy
 from pcn_deploy import BatchRange, Bundle, CompileOptions, Transform
@@ -52,9 +52,9 @@ def test_an_engine_is_added_in_place(path: Path) -> None:
     assert report
     assert (report.target, report.executed_by, report.images) == ("torchscript", "torchscript", 8)
     after = Bundle.open(path)
-    assert [entry["target"] for entry in after.engines] == ["cpu", "torchscript"]
+    assert [entry.target for entry in after.engines] == ["cpu", "torchscript"]
     assert after.read_json("parity/torchscript.json") == report.to_json()
-    assert before.manifest["members"].items() <= after.manifest["members"].items()
+    assert before.manifest.members.items() <= after.manifest.members.items()
     images = np.zeros((2, 3, 32, 32), np.float32)
     with pcn_deploy.load(path, "cpu") as one, pcn_deploy.load(path, "torchscript") as other:
         np.testing.assert_allclose(one(images), other(images), atol=1e-5)
@@ -62,7 +62,7 @@ def test_an_engine_is_added_in_place(path: Path) -> None:
 
 def test_adding_twice_replaces(path: Path) -> None:
     add_engine(path, "cpu")
-    assert [entry["target"] for entry in Bundle.open(path).engines] == ["cpu"]
+    assert [entry.target for entry in Bundle.open(path).engines] == ["cpu"]
 
 
 def test_another_output_leaves_the_file_alone(path: Path, original: Path, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_an_engine_that_cannot_run_here_is_proven_through_the_graph(path: Path) 
     assert report
     runs = get_backend("tensorrt-rtx").availability().can_run
     assert report.executed_by == ("tensorrt-rtx" if runs else "cpu")
-    assert Bundle.open(path).engine("tensorrt-rtx")["member"] == "engines/tensorrt-rtx.engine"
+    assert Bundle.open(path).engine("tensorrt-rtx").member == "engines/tensorrt-rtx.engine"
 
 
 def test_an_engine_that_fails_parity_is_not_written(
@@ -116,8 +116,7 @@ def test_a_failing_build_changes_nothing(path: Path, original: Path, monkeypatch
 
 def test_a_bundle_without_torchscript_says_how_to_get_it(path: Path) -> None:
     bundle = Bundle.open(path)
-    members = {name: bundle.read(name) for name in bundle.manifest["members"] if name != "model.ts"}
-    Bundle({**bundle.manifest, "members": {}}, members).save(path, overwrite=True)
+    copied(bundle, "model.ts").save(path, overwrite=True)
     with pytest.raises(BundleError, match=r"no TorchScript module: build it again .* --target torchscript"):
         add_engine(path, "torchscript")
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import small_bundle
 
-from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.engines.base import Availability, Backend, EngineArtifact, GraphSource, Session
 from pcn_deploy.errors import BuildError
 from pcn_deploy.progress import Progress, silent
@@ -47,15 +47,15 @@ class _Fake(Backend):
 def test_an_engine_is_built_beside_the_work_that_goes_on() -> None:
     aside, own = _Fake("aside", aside=True), _Fake("own", aside=False)
     own.go_on.set()
-    bundle = Bundle({})
+    bundle = small_bundle()
     with engine_builds(bundle, [aside, own], GRAPHS, silent) as builds:
         assert aside.started.wait(60)
         assert not own.started.is_set()
         builds.add(own)
-        assert [entry["target"] for entry in bundle.engines] == ["own"]
+        assert [entry.target for entry in bundle.engines] == ["own"]
         aside.go_on.set()
         builds.add_all()
-    assert [entry["target"] for entry in bundle.engines] == ["aside", "own"]
+    assert [entry.target for entry in bundle.engines] == ["aside", "own"]
     assert bundle.read("aside") == b"graphaside"
     assert own.thread == threading.current_thread().name != aside.thread
 
@@ -63,7 +63,7 @@ def test_an_engine_is_built_beside_the_work_that_goes_on() -> None:
 def test_a_refusal_is_raised_where_the_engine_is_asked_for() -> None:
     refused = _Fake("refused", aside=True, error="no such operator")
     refused.go_on.set()
-    with engine_builds(Bundle({}), [refused], GRAPHS, silent) as builds:
+    with engine_builds(small_bundle(), [refused], GRAPHS, silent) as builds:
         assert refused.started.wait(60)
         with pytest.raises(BuildError, match="no such operator"):
             builds.add_all()
@@ -84,7 +84,7 @@ def test_an_error_in_the_other_work_stops_the_build() -> None:
     endless, told = _Endless("aside", aside=True), list[tuple[Any, ...]]()
     with (
         pytest.raises(ZeroDivisionError),
-        engine_builds(Bundle({}), [endless], GRAPHS, lambda *state: told.append(state)),
+        engine_builds(small_bundle(), [endless], GRAPHS, lambda *state: told.append(state)),
     ):
         assert endless.started.wait(60)
         raise ZeroDivisionError
@@ -96,10 +96,10 @@ def test_torch_leaves_a_core_to_it_and_gets_it_back() -> None:
     aside.go_on.set()
     try:
         torch.set_num_threads(3)
-        with engine_builds(Bundle({}), [aside], GRAPHS, silent):
+        with engine_builds(small_bundle(), [aside], GRAPHS, silent):
             assert torch.get_num_threads() == 2
         assert torch.get_num_threads() == 3
-        with engine_builds(Bundle({}), [_Fake("own", aside=False)], GRAPHS, silent):
+        with engine_builds(small_bundle(), [_Fake("own", aside=False)], GRAPHS, silent):
             assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

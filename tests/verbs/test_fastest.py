@@ -55,16 +55,16 @@ def test_both_are_built_and_timed() -> None:
     assert result
     assert set(choice.latency_ms) == {"int8", "fp16"}
     assert choice.target == "cpu"
-    assert result.bundle.manifest["precision"] == choice.precision
+    assert result.bundle.manifest.precision == choice.precision
     faster = min(choice.latency_ms, key=lambda name: choice.latency_ms[name])
     assert choice.precision in (faster, "fp16")
-    assert result.bundle.manifest["choice"]["reason"] == choice.reason
+    assert result.bundle.manifest.choice["reason"] == choice.reason
 
 
 def test_a_network_without_int8_layers_becomes_fp16() -> None:
     narrow = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     result, choice = compile_fastest(build_with(narrow.eval(), images()), options())
-    assert (choice.precision, result.bundle.manifest["precision"]) == ("fp16", "fp16")
+    assert (choice.precision, result.bundle.manifest.precision) == ("fp16", "fp16")
     assert choice.reason.startswith("INT8 is not possible: No layer of this network gains from INT8")
 
 
@@ -77,7 +77,7 @@ def test_int8_that_breaks_its_budget_gives_way() -> None:
 
     result, choice = compile_fastest(build, options())
     assert (choice.precision, choice.reason) == ("fp16", "INT8 is not possible: INT8 broke its parity budget")
-    assert result.bundle.manifest["precision"] == "fp16"
+    assert result.bundle.manifest.precision == "fp16"
 
 
 class _Failed(CompileResult):
@@ -106,7 +106,7 @@ def test_the_command_says_which_was_kept_and_why(tmp_path: Path) -> None:
     kept = result.stdout.split()[1].rstrip(":")
     assert result.stdout.startswith(f"Kept {kept}: ")
     manifest = pcn_deploy.Bundle.open(tmp_path / "out.pcn").manifest
-    assert (manifest["precision"], manifest["choice"]["precision"]) == (kept, kept)
+    assert (manifest.precision, manifest.choice["precision"]) == (kept, kept)
 
 
 def test_a_target_that_has_no_fp16_is_refused_before_anything_is_built() -> None:

@@ -28,11 +28,11 @@ def labelled(tmp_path: Path) -> Path:
 
 def test_a_cache_serves_whether_or_not_images_are_held_out(labelled: Path, tmp_path: Path) -> None:
     cached = partial(options, precision="int8", calibration_cache=tmp_path / "cache.json")
-    made = pcn_deploy.compile(network(), cached(), calibration=labelled).bundle.manifest["calibration"]
+    made = pcn_deploy.compile(network(), cached(), calibration=labelled).bundle.manifest.calibration
     assert made["images"] == 72
     for chosen, evaluation, judged in ((cached(), labelled, 90), (cached(max_drop=50.0), None, 45)):
         built = pcn_deploy.compile(network(), chosen, calibration=labelled, evaluation=evaluation)
-        assert built.bundle.manifest["calibration"] == made
+        assert built.bundle.manifest.calibration == made
         assert built.proofs[0].counts.images == judged
     analyze(network(), cached(), labelled, images=4)
 
@@ -40,7 +40,7 @@ def test_a_cache_serves_whether_or_not_images_are_held_out(labelled: Path, tmp_p
 def test_a_cache_made_with_the_images_that_are_to_judge_is_refused_in_words(labelled: Path, tmp_path: Path) -> None:
     cached = options(precision="int8", calibration_cache=tmp_path / "cache.json")
     made = pcn_deploy.compile(network(), cached, calibration=labelled, evaluation=labelled)
-    assert made.bundle.manifest["calibration"]["images"] == 90
+    assert made.bundle.manifest.calibration["images"] == 90
     words = "all 90 calibration images; without --data and --max-drop 18 of them are held out"
     with pytest.raises(DataError, match=words):
         pcn_deploy.compile(network(), cached, calibration=labelled)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import copied
 from PIL import Image
 
 import pcn_deploy
@@ -47,8 +48,7 @@ def bundle() -> Bundle:
 
 @pytest.fixture
 def path(bundle: Bundle, tmp_path: Path) -> Path:
-    fresh = Bundle(dict(bundle.manifest), {name: bundle.read(name) for name in bundle.manifest["members"]})
-    return fresh.save(tmp_path / "tiny.pcn")
+    return copied(bundle).save(tmp_path / "tiny.pcn")
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_the_golden_set_needs_nothing_else(path: Path, target: str) -> None:
     assert report
     assert (report.target, report.executed_by, report.data, report.images) == (target, target, "golden", 8)
     assert "top1_drop" not in report.metrics
-    assert report.budget == ParityBudget(**engine.bundle.manifest["parity_budget"])
+    assert report.budget == engine.bundle.manifest.parity_budget
 
 
 def test_a_labelled_folder(path: Path, folder: Path) -> None:

@@ -45,7 +45,7 @@ class EngineBuilds:
         Raises:
             BuildError: If the backend refuses the graph.
         """
-        if any(entry["target"] == backend.target for entry in self._bundle.engines):
+        if any(entry.target == backend.target for entry in self._bundle.engines):
             return
         aside = self._aside.pop(backend.target, None)
         artifact = aside.result() if aside else backend.build(self._graphs, self._progress)
@@ -62,7 +62,7 @@ class EngineBuilds:
         for backend in self._backends:
             self.add(backend)
         order = [backend.target for backend in self._backends]
-        self._bundle.engines.sort(key=lambda entry: order.index(entry["target"]))
+        self._bundle.engines.sort(key=lambda entry: order.index(entry.target))
 
     def stop(self) -> None:
         """Let the builds that go on end at their next step."""

@@ -78,7 +78,7 @@ def compile_fastest(
     else:
         choice = _compare({"int8": int8, "fp16": fp16}, options, progress)
     kept = int8 if int8 is not None and choice.precision == "int8" else fp16
-    kept.bundle.manifest["choice"] = choice.to_json()
+    kept.bundle.manifest.choice = choice.to_json()
     return kept, choice
 
 

@@ -126,7 +126,7 @@ def test_command_line(files: dict[str, Path], tmp_path: Path) -> None:
     text = " ".join(result.output.split())
     assert "Recovery: equalisation (0 layers), smoothquant (" in text
     assert "bias-correction (6 layers)" in text
-    kept = Bundle.open(tmp_path / "out.pcn").manifest["calibration"]["recovery"]
+    kept = Bundle.open(tmp_path / "out.pcn").manifest.calibration["recovery"]
     assert tuple(kept) == RECOVERIES
     assert kept["bias-correction"] == 6
     result = invoke("analyze", *common, "--recover", "bias-correction", "--sample", 4, "-o", tmp_path / "out.json")

@@ -135,7 +135,7 @@ def test_real_ones_never_cost_on_the_images_that_judge() -> None:
 def test_the_manifest_says_what_was_tried() -> None:
     chosen = options(precision="int8", recovery=("bias-correction",))
     result = pcn_deploy.compile(network(), chosen, calibration=images(16))
-    kept = result.bundle.manifest["calibration"]
+    kept = result.bundle.manifest.calibration
     trial = kept["recovery_trials"]["bias-correction"]
     assert trial.keys() == {"layers", "kept", "images", "before_db", "after_db"}
     assert kept["recovery"]["bias-correction"] == (trial["layers"] if trial["kept"] else 0)
