@@ -49,7 +49,7 @@ def mapped() -> dict[str, CompileResult]:
 def test_the_attention_map_is_proven_too(mapped: dict[str, CompileResult], precision: str) -> None:
     result = mapped[precision]
     assert result
-    assert result.bundle.manifest.to_json()["interface"]["outputs"] == [
+    assert list(result.bundle.manifest.to_json()["interface"]["outputs"]) == [
         {"name": "logits", "dtype": "float32", "shape": ("batch", 5)},
         {"name": "attention_map", "dtype": "float32", "shape": ("batch", 1, 8, 12)},
     ]
