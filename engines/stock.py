@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import numpy as np
@@ -30,21 +32,21 @@ _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from pcn_depl
 _ANSWER, _ERROR = b"A", b"E"
 
 
-def open_stock(data: bytes, spec: EngineSpec) -> Session:
+def open_stock(read: Callable[[], bytes], spec: EngineSpec) -> Session:
     """Open a graph in a default session of ONNX Runtime, in a process of its own.
 
     Args:
-        data: A serialised ONNX graph.
+        read: Gives the serialised ONNX graph; what it gives is written to a file and not kept.
         spec: Its interface.
 
     Raises:
         StockSessionError: If the session refuses the graph, or crashes on it.
     """
-    return _StockSession(data, spec)
+    return _StockSession(read, spec)
 
 
 class _StockSession(Session):
-    def __init__(self, data: bytes, spec: EngineSpec) -> None:
+    def __init__(self, read: Callable[[], bytes], spec: EngineSpec) -> None:
         super().__init__(spec)
         self._late = False
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
@@ -55,7 +57,10 @@ class _StockSession(Session):
             stderr=self._log,
         )
         try:
-            self._ask(data, "opening it")
+            with tempfile.TemporaryDirectory() as folder:
+                graph = Path(folder) / "model.onnx"
+                graph.write_bytes(read())
+                self._ask(str(graph).encode(), "opening it")
         except StockSessionError:
             self.close()
             raise
@@ -105,7 +110,7 @@ class _StockSession(Session):
 
 
 def serve() -> None:
-    """The other side: open the graph that standard input gives, and answer with outputs until it ends."""
+    """The other side: open the graph whose file standard input names, and answer with outputs until it ends."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not be taken for an answer
     session = None
@@ -116,16 +121,15 @@ def serve() -> None:
             return
         try:
             if session is None:
-                session, answer = _default_session(request), b""
+                session, answer = _default_session(request.decode()), b""
             else:
                 answer = _pack(_run(session, _unpack(request)))
-            del request  # the graph is as large as all weights
             _send(answers, _ANSWER, answer)
         except Exception as error:  # ONNX Runtime's exceptions share no public base
             _send(answers, _ERROR, str(error).encode())
 
 
-def _default_session(graph: bytes) -> Any:
+def _default_session(graph: str) -> Any:
     import onnxruntime
 
     from pcn_deploy.engines.onnxruntime import release_graph

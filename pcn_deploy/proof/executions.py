@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.engine import Engine, executor
@@ -34,32 +35,32 @@ class Execution:
         name: What reports call it.
         applies: Whether it says something of a bundle with this manifest (`precision`, `remainder`).
         judge: Compares what the session answers with what the golden set holds.
-        open: Opens a session on the bytes of the graph. A `StockSessionError` from it or its session is noted, and
-            does not fail the verdict.
+        open: Opens a session on the graph whose bytes its first argument gives: they are as large as all weights, and
+            need not be kept. A `StockSessionError` from it or its session is noted, and does not fail the verdict.
     """
 
     name: str
     applies: Callable[[Manifest], bool]
-    open: Callable[[bytes, EngineSpec], Session]
+    open: Callable[[Callable[[], bytes], EngineSpec], Session]
     judge: Callable[[Engine, ParityBudget, Progress], ParityReport] = verify_golden
 
 
-def _open_rounded(data: bytes, spec: EngineSpec) -> Session:
+def _open_rounded(read: Callable[[], bytes], spec: EngineSpec) -> Session:
     from pcn_deploy.engines.rounded import round_to_types
 
-    return get_backend("cpu").open(round_to_types(data), spec)
+    return get_backend("cpu").open(round_to_types(read()), spec)
 
 
-def _open_widened(data: bytes, spec: EngineSpec) -> Session:
+def _open_widened(read: Callable[[], bytes], spec: EngineSpec) -> Session:
     from pcn_deploy.engines.rounded import widen
 
-    return open_plain(widen(data), spec)
+    return open_plain(widen(read()), spec)
 
 
-def _open_stock(data: bytes, spec: EngineSpec) -> Session:
+def _open_stock(read: Callable[[], bytes], spec: EngineSpec) -> Session:
     import onnxruntime  # noqa: F401 - missing here, it is missing in the other process
 
-    return open_stock(data, spec)
+    return open_stock(read, spec)
 
 
 EXECUTIONS: tuple[Execution, ...] = (
@@ -129,7 +130,8 @@ def with_executions(
             continue
         return_freed()  # the session before has held all weights
         try:
-            with Engine(bundle, engine.target, name, execution.open(bundle.read(GRAPH), engine.spec)) as opened:
+            session = execution.open(partial(bundle.read, GRAPH), engine.spec)
+            with Engine(bundle, engine.target, name, session) as opened:
                 report = report.with_execution(execution.judge(opened, budget, _named(progress, name)))
         except StockSessionError as error:
             report = replace(report, notes=(*report.notes, str(error)))

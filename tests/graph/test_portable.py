@@ -132,7 +132,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
 def test_a_stock_session_computes_what_the_graph_says(case: str) -> None:
     make, codes, remainder = CASES[case]
     data = graph_of(make(), codes, remainder)
-    with open_stock(portable(data), engine_spec(ir.from_proto(onnx.load_from_string(data)), BATCH)) as session:
+    spec = engine_spec(ir.from_proto(onnx.load_from_string(data)), BATCH)
+    with open_stock(lambda: portable(data), spec) as session:
         found = session.run({"images": IMAGES})["logits"]
     assert least_sqnr_db([reference(data)], [found]) > 40
 

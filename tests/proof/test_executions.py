@@ -32,8 +32,8 @@ def spec_of(bundle: Bundle) -> EngineSpec:
 def further(name: str, answer: Any, *, applies: bool = True) -> Execution:
     """ONNX Runtime, whose logits go through `answer`: a fake of another execution, for our own judgement."""
 
-    def open_session(data: bytes, spec: Any) -> Any:
-        session = get_backend("cpu").open(data, spec)
+    def open_session(read: Any, spec: Any) -> Any:
+        session = get_backend("cpu").open(read(), spec)
         real = session.run
         session.run = lambda inputs: {"logits": answer(real(inputs)["logits"])}  # type: ignore[method-assign]
         return session
