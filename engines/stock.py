@@ -14,13 +14,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import numpy as np
 
 from pcn_deploy.engines.base import CLOSED, Array, Session
 from pcn_deploy.errors import PcnDeployError, StockSessionError
+from pcn_deploy.memory import temporary_path
 from pcn_deploy.specs import EngineSpec
 
 LIMIT = 600
@@ -57,8 +57,7 @@ class _StockSession(Session):
             stderr=self._log,
         )
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                graph = Path(folder) / "model.onnx"
+            with temporary_path("model.onnx") as graph:
                 graph.write_bytes(read())
                 self._ask(str(graph).encode(), "opening it")
         except StockSessionError:

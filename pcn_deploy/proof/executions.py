@@ -78,6 +78,7 @@ def prove(
     budget: ParityBudget | None = None,
     progress: Progress = silent,
     widened: dict[str, Array] | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> ParityReport:
     """Judge one engine of a bundle in all the ways that a build does.
 
@@ -89,6 +90,7 @@ def prove(
         budget: What is still parity; by default what the bundle was built for.
         progress: Told the number of images done.
         widened: What the widened graph answers to the real images, by name, where that was asked already.
+        between: Called when the engine is closed, before its graph is executed in further ways.
 
     Returns:
         The report of the engine; it fails where any execution does.
@@ -103,6 +105,7 @@ def prove(
         report = verify_golden(engine, budget, progress)
     if backend.member == SCRIPT:
         return report
+    between()
     if widened:
         report = report.with_execution(judge_widened(bundle, target, budget, widened))
     return with_executions(report, engine, budget, progress)

@@ -378,7 +378,8 @@ def _prove(
         if executed_by in reports:
             continue
         builds.add(backend)
-        reports[executed_by] = prove(bundle, backend.target, budget, progress, widened)
+        # the peak of an engine's build and that of a session in another process are not for the same moment
+        reports[executed_by] = prove(bundle, backend.target, budget, progress, widened, builds.add_built_aside)
         if judging.judges is not None:
             with Engine.open(bundle, backend.target, executed_by=executed_by) as engine:
                 proofs[executed_by] = prove_budget(engine, judging.judges, progress)

@@ -53,6 +53,16 @@ class EngineBuilds:
         del aside, artifact
         return_freed()
 
+    def add_built_aside(self) -> None:
+        """Wait for the engines that are built beside other work, and put them into the bundle.
+
+        Raises:
+            BuildError: If a backend refuses the graph.
+        """
+        for backend in self._backends:
+            if backend.target in self._aside:
+                self.add(backend)
+
     def add_all(self) -> None:
         """Put every engine into the bundle, and list them in the order of the backends.
 
