@@ -23,6 +23,9 @@ _COARSER = {"fp32": 2.0**26, "fp16": 2.0**26, "bf16": 2.0**32}
 """How many times more power the rounding errors of a type have than those of float32: its mantissa has 13 or 16 bits
 less. A GPU may round the factors of an FP32 product as FP16."""
 
+_AT_ONCE = 8
+"""Images in a batch: enough that batches are proven too; more take more memory (PatchConvNet-S60 20 MB each)."""
+
 _TWICE = 2.0
 """Power of the noise between two executions that share none of their rounding errors."""
 
@@ -117,8 +120,9 @@ def noise_floor(golden: GoldenSet, images: Images, manifest: Manifest, by: str) 
 
 
 def engine_outputs(engine: Engine, images: Images, progress: Progress, size: int | None = None) -> dict[str, Images]:
-    """All outputs of an engine for all images `(N, C, H, W)`, by name; by default as many at once as it takes."""
-    size, step = size or engine.spec.batch.max, f"Proving {engine.target}"
+    """All outputs of an engine for all images `(N, C, H, W)`, by name; by default some at once, if it takes them."""
+    batch, step = engine.spec.batch, f"Proving {engine.target}"
+    size = size or max(batch.min, min(batch.max, _AT_ONCE))
     batches = []
     progress(step, 0, len(images), "images")
     for start in range(0, len(images), size):
