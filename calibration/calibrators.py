@@ -17,9 +17,6 @@ LEVELS = 128
 PERCENTILE = 99.99
 """Default share of magnitudes, in percent, inside the range of the percentile calibrator."""
 
-FLOAT_CALIBRATORS = ("max", "percentile")
-"""Those that ask nothing of the codes, for E4M3."""
-
 WEIGHT_CALIBRATORS = ("max", "mse")
 """How the range of each output channel of a weight is found; see `calibration/weights.py`."""
 
@@ -137,8 +134,14 @@ _CALIBRATORS: dict[str, Callable[[Histogram], float]] = {
     "mse": calibrate_mse,
 }
 CALIBRATORS = tuple(_CALIBRATORS)
+_OF_PRECISION = {"int8": ("mse", "max", "percentile", "entropy"), "fp8": ("max", "percentile")}
 AUTO = "auto"
 """Asks for the one of `CALIBRATORS` that costs the network least, see `calibration.auto`."""
+
+
+def calibrators_of(precision: str) -> tuple[str, ...]:
+    """The calibrators of an 8-bit precision, its default first; those of E4M3 ask nothing of the codes."""
+    return _OF_PRECISION.get(precision, CALIBRATORS)
 
 
 def get_calibrator(name: str, percentile: float = PERCENTILE) -> Callable[[Histogram], float]:

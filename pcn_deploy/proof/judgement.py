@@ -23,7 +23,7 @@ _COARSER = {"fp32": 2.0**26, "fp16": 2.0**26, "bf16": 2.0**32}
 """How many times more power the rounding errors of a type have than those of float32: its mantissa has 13 or 16 bits
 less. A GPU may round the factors of an FP32 product as FP16."""
 
-_AT_ONCE = 8
+_AT_ONCE = 4
 """Images in a batch: enough that batches are proven too; more take more memory (PatchConvNet-S60 20 MB each)."""
 
 _TWICE = 2.0

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pcn_deploy.calibration.calibrators import (
     AUTO,
-    FLOAT_CALIBRATORS,
     PERCENTILE,
+    calibrators_of,
     check_weight_calibrator,
     get_calibrator,
 )
@@ -47,8 +47,8 @@ class CompileOptions:
         precision: One of `PRECISIONS`.
         remainder: Type of what INT8 and FP8 leave unquantised, `fp16` or `fp32`; used with `int8` and `fp8` only.
         targets: Names from `engines.registry.TARGETS`, each once.
-        calibrator: One of `calibrators.CALIBRATORS`, or `auto`: the one of largest SQNR on the calibration images. With
-            `fp8`, `max` or `percentile`. By default `mse`, with `fp8` `max`.
+        calibrator: One of `calibrators.CALIBRATORS`, or `auto`: the default one, or one that clearly gains SQNR over
+            it on calibration images. With `fp8`, `max` or `percentile`. By default `mse`, with `fp8` `max`.
         percentile: For the percentile calibrator, in percent, above 50 and at most 100.
         weight_calibrator: One of `calibrators.WEIGHT_CALIBRATORS`.
         calibration_cache: File that keeps what calibration saw, `.json`, or a bundle to take it from; see
@@ -97,7 +97,7 @@ class CompileOptions:
         if self.classes is not None:
             object.__setattr__(self, "classes", Classes.of(self.classes))
         if not self.calibrator:
-            object.__setattr__(self, "calibrator", "max" if self.precision == "fp8" else "mse")
+            object.__setattr__(self, "calibrator", calibrators_of(self.precision)[0])
         if self.precision not in PRECISIONS or self.remainder not in REMAINDERS:
             msg = (
                 f"Precision {self.precision!r} with remainder {self.remainder!r}: "
@@ -113,11 +113,12 @@ class CompileOptions:
             raise OptionError(msg)
         get_calibrator("percentile" if self.calibrator == AUTO else self.calibrator, self.percentile)
         check_weight_calibrator(self.weight_calibrator)
-        if self.precision == "fp8" and (self.calibrator not in FLOAT_CALIBRATORS or self.weight_calibrator != "max"):
+        known = calibrators_of("fp8")
+        if self.precision == "fp8" and (self.calibrator not in known or self.weight_calibrator != "max"):
             msg = (
                 f"Calibrator {self.calibrator!r} with weight calibrator {self.weight_calibrator!r} weighs clipping "
                 "against the equal steps of INT8; those of FP8 grow with the value. Take "
-                f"{' or '.join(FLOAT_CALIBRATORS)}, with weight calibrator max."
+                f"{' or '.join(known)}, with weight calibrator max."
             )
             raise OptionError(msg)
         check_recovery(self.recovery)

@@ -34,11 +34,11 @@ def loss(calibrator: str, percentile: float = 99.99) -> tuple[float, str]:
 @pytest.mark.parametrize("gain", [0.0, 1.0, 100.0])
 @pytest.mark.parametrize("percentile", [99.99, 60.0])
 def test_the_best_is_taken_if_it_gains_enough(monkeypatch: pytest.MonkeyPatch, percentile: float, gain: float) -> None:
-    monkeypatch.setattr(choose, "CLIPPING_DB", gain)
+    monkeypatch.setattr(choose, "GAIN_DB", gain)
     alone = {name: loss(name, percentile)[0] for name in CALIBRATORS}
     best = max(alone, key=lambda one: alone[one])
     found, name = loss("auto", percentile)
-    assert name == (best if alone[best] - alone["max"] >= gain else "max")
+    assert name == (best if alone[best] - alone["mse"] >= gain else "mse")
     np.testing.assert_allclose(found, alone[name])
     assert max(alone.values()) > min(alone.values())
 
@@ -48,7 +48,7 @@ def test_the_bundle_says_which_and_why() -> None:
     kept = result.bundle.read_json("calibration.json")
     assert kept["calibrator"] in CALIBRATORS
     (note,) = [note for note in kept["notes"] if "was chosen" in note]
-    assert note.startswith(f"calibrator {kept['calibrator']} was chosen by the SQNR of the logits, in dB: max ")
+    assert note.startswith(f"calibrator {kept['calibrator']} was chosen by the SQNR of the logits, in dB: mse ")
 
 
 def test_the_percentile_is_checked() -> None:

@@ -95,12 +95,12 @@ def _calibrators(
     network: Prepared, golden: GoldenSet, options: CompileOptions, out_of_time: Callable[[], bool]
 ) -> list[Attempt]:
     """The same histograms through every other calibrator."""
-    from pcn_deploy.calibration.calibrators import CALIBRATORS, FLOAT_CALIBRATORS
+    from pcn_deploy.calibration.calibrators import calibrators_of
     from pcn_deploy.calibration.collect import recalibrate
     from pcn_deploy.calibration.quantized import apply_scales
 
     seen, tried = network.calibration, []
-    for name in FLOAT_CALIBRATORS if options.precision == "fp8" else CALIBRATORS:
+    for name in calibrators_of(options.precision):
         if seen is None or name == seen.calibrator or out_of_time():
             continue
         try:

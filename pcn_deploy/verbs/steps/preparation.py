@@ -199,7 +199,7 @@ def _calibrate(
 ) -> tuple[PrecisionPlan, Calibration | None]:
     """The plan with a range for every layer that needs one, and what was seen to find them, if anything."""
     from pcn_deploy.calibration.auto import choose_calibrator
-    from pcn_deploy.calibration.calibrators import AUTO, CALIBRATORS
+    from pcn_deploy.calibration.calibrators import AUTO, calibrators_of
     from pcn_deploy.calibration.collect import calibrate
 
     missing = plan.without_range
@@ -210,7 +210,7 @@ def _calibrate(
         deployed,
         missing,
         source,
-        CALIBRATORS[-1] if automatic else options.calibrator,
+        calibrators_of(options.precision)[0] if automatic else options.calibrator,
         progress,
         percentile=options.percentile,
         cache=options.calibration_cache,
@@ -278,13 +278,13 @@ def _quantized_roughly(
     network: nn.Module, plan: PrecisionPlan, options: CompileOptions, source: ImageSource
 ) -> nn.Module:
     """The network in INT8 with ranges from some of the images: enough to compare two forms of it."""
-    from pcn_deploy.calibration.calibrators import AUTO
+    from pcn_deploy.calibration.calibrators import AUTO, calibrators_of
     from pcn_deploy.calibration.collect import calibrate
     from pcn_deploy.calibration.quantized import apply_scales, plan_scales
     from pcn_deploy.calibration.recovery.trial import JUDGES
 
     missing = plan.without_range
-    calibrator = "mse" if options.calibrator == AUTO else options.calibrator
+    calibrator = calibrators_of(options.precision)[0] if options.calibrator == AUTO else options.calibrator
     if missing:
         seen = calibrate(network, missing, source.subset(JUDGES), calibrator, percentile=options.percentile)
         plan = plan.with_ranges(seen.ranges)

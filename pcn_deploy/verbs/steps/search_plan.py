@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pcn_deploy.calibration.auto import take_best
-from pcn_deploy.calibration.calibrators import CALIBRATORS, FLOAT_CALIBRATORS, PERCENTILE
+from pcn_deploy.calibration.calibrators import PERCENTILE, calibrators_of
 from pcn_deploy.calibration.quantized import apply_scales
 from pcn_deploy.calibration.search.digests import run_digests
 from pcn_deploy.calibration.search.ledger import Ledger
@@ -90,7 +90,7 @@ def _with_better_ranges(network: Prepared, source: ImageSource, progress: Progre
         seen,
         source,
         percentile=seen.percentile or PERCENTILE,
-        names=CALIBRATORS if network.plan.precision == "int8" else FLOAT_CALIBRATORS,
+        names=calibrators_of(network.plan.precision),
         progress=progress,
     )
     return network if found.ranges == seen.ranges else network.with_calibration(found)
