@@ -223,18 +223,28 @@ class Backend(ABC):
             msg = f"Target {self.target!r} cannot run here: {state.detail}. {state.remedy}".rstrip()
             raise DependencyError(msg)
 
-    def open(self, data: bytes, spec: EngineSpec) -> Session:
+    def open(self, data: bytes, spec: EngineSpec, *, lean: bool = False) -> Session:
         """Open an engine whose bytes were verified by the caller.
+
+        Args:
+            data: The engine.
+            spec: Its interface.
+            lean: Whether little memory matters more than speed, as for a proof beside other work; the answers are the
+                same.
 
         Raises:
             DependencyError: If the backend's library is missing.
             IncompatibleError: If the engine does not fit this device or this version of the library.
         """
         self.check_can_run()
-        return self._open_impl(data, spec)
+        return self._open_lean(data, spec) if lean else self._open_impl(data, spec)
 
     @abstractmethod
     def _build_impl(self, source: GraphSource, progress: Progress) -> EngineArtifact: ...
 
     @abstractmethod
     def _open_impl(self, data: bytes, spec: EngineSpec) -> Session: ...
+
+    def _open_lean(self, data: bytes, spec: EngineSpec) -> Session:
+        """The same with less memory, where the backend can."""
+        return self._open_impl(data, spec)

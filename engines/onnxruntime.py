@@ -68,6 +68,9 @@ class OnnxRuntimeBackend(Backend):
     def _open_impl(self, data: bytes, spec: EngineSpec) -> Session:
         return _opened(data, spec, optimise=True)
 
+    def _open_lean(self, data: bytes, spec: EngineSpec) -> Session:
+        return _opened(data, spec, optimise=True, lean=True)
+
 
 @cache
 def truncates_half() -> bool:
@@ -94,11 +97,11 @@ def open_plain(data: bytes, spec: EngineSpec) -> Session:
     return _opened(data, spec, optimise=False)
 
 
-def _opened(data: bytes, spec: EngineSpec, *, optimise: bool) -> Session:
+def _opened(data: bytes, spec: EngineSpec, *, optimise: bool, lean: bool = False) -> Session:
     import onnxruntime
 
     try:
-        return _OnnxRuntimeSession(_session_of(data, optimise=optimise), spec)
+        return _OnnxRuntimeSession(_session_of(data, optimise=optimise, lean=lean), spec)
     except PcnDeployError:
         raise
     except Exception as error:
@@ -106,14 +109,14 @@ def _opened(data: bytes, spec: EngineSpec, *, optimise: bool) -> Session:
         raise IncompatibleError(msg) from error
 
 
-def _session_of(data: bytes, *, optimise: bool = True) -> Any:
+def _session_of(data: bytes, *, optimise: bool = True, lean: bool = False) -> Any:
     """A session on a graph; BF16, for which there are no kernels, is computed in FP32 with every tensor rounded to it.
 
     Raises:
         DependencyError: If a BF16 graph cannot be rewritten so, as the library for that is missing.
     """
     try:
-        return _session(data, optimise=optimise)
+        return _session(data, optimise=optimise, lean=lean)
     except Exception as refusal:
         try:
             from pcn_deploy.engines.rounded import holds_bf16, round_to_types
@@ -124,10 +127,10 @@ def _session_of(data: bytes, *, optimise: bool = True) -> Any:
             raise DependencyError.for_extra(error.name or "onnx", "compile", purpose) from error
         if not holds_bf16(data):
             raise
-        return _session(round_to_types(data), optimise=optimise)
+        return _session(round_to_types(data), optimise=optimise, lean=lean)
 
 
-def _session(data: bytes, *, optimise: bool = True) -> Any:
+def _session(data: bytes, *, optimise: bool = True, lean: bool = False) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -136,7 +139,8 @@ def _session(data: bytes, *, optimise: bool = True) -> Any:
     # and in which 1.31.1 ends the process on some attention in FP16. Before it had that level, "all" was without it.
     full = getattr(levels, "ORT_ENABLE_LAYOUT", levels.ORT_ENABLE_ALL)
     options.graph_optimization_level = full if optimise else levels.ORT_DISABLE_ALL
-    options.enable_cpu_mem_arena = optimise  # faster, and never gives back what one run took
+    options.enable_cpu_mem_arena = optimise and not lean  # faster, and never gives back what one run took
+    options.enable_mem_pattern = not lean  # faster, and holds all that a run takes as one block beside the first's
     options.log_severity_level = 3
     # Convolutions have no kernel that takes INT8 in and gives float out: left to itself, the runtime dequantises
     # their weights on every run. Told not to look for such kernels, it does so once.

@@ -42,13 +42,14 @@ class Engine:
         self._session = session
 
     @classmethod
-    def open(cls, bundle: Bundle, target: str, *, executed_by: str | None = None) -> Engine:
+    def open(cls, bundle: Bundle, target: str, *, executed_by: str | None = None, lean: bool = False) -> Engine:
         """Open one engine; its hash is checked before anything is deserialised.
 
         Args:
             bundle: A bundle that holds an engine for `target`.
             target: Which one.
             executed_by: Let this backend run the portable graph in its place.
+            lean: Whether little memory matters more than speed; the answers are the same.
 
         Raises:
             BundleError: If there is no such engine, or its bytes are not what was packed.
@@ -62,7 +63,7 @@ class Engine:
         backend.check_can_run()
         if backend.target == "cpu":
             _warn_of_cut_codes(bundle.manifest)
-        return cls(bundle, target, backend.target, backend.open(bundle.read(member), spec))
+        return cls(bundle, target, backend.target, backend.open(bundle.read(member), spec, lean=lean))
 
     def __call__(self, images: Any) -> Any:
         """Run any number of images.

@@ -101,7 +101,7 @@ def prove(
     """
     budget = budget or bundle.manifest.parity_budget
     backend = get_backend(target)
-    with Engine.open(bundle, target, executed_by=executor(backend)) as engine:
+    with Engine.open(bundle, target, executed_by=executor(backend), lean=True) as engine:
         report = verify_golden(engine, budget, progress)
     if backend.member == SCRIPT:
         return report
