@@ -139,7 +139,7 @@ def _session(data: bytes, *, optimise: bool = True, lean: bool = False) -> Any:
     # and in which 1.31.1 ends the process on some attention in FP16. Before it had that level, "all" was without it.
     full = getattr(levels, "ORT_ENABLE_LAYOUT", levels.ORT_ENABLE_ALL)
     options.graph_optimization_level = full if optimise else levels.ORT_DISABLE_ALL
-    options.enable_cpu_mem_arena = optimise and not lean  # faster, and never gives back what one run took
+    options.enable_cpu_mem_arena = optimise  # faster, and never gives back what one run took
     options.enable_mem_pattern = not lean  # faster, and holds all that a run takes as one block beside the first's
     options.log_severity_level = 3
     # Convolutions have no kernel that takes INT8 in and gives float out: left to itself, the runtime dequantises
