@@ -20,7 +20,7 @@ import pcn_deploy
 from pcn_deploy import BatchRange, CompileOptions
 from pcn_deploy.artefact.golden import edge_images
 from pcn_deploy.engines.registry import get_backend
-from pcn_deploy.tasks.parity import ParityMeter
+from pcn_deploy.tasks.classification import LogitsMeter
 
 KINDS = (("fp32", ""), ("fp16", ""), ("int8", "max"), ("int8", "entropy"))
 Logits = npt.NDArray[np.float32]
@@ -28,7 +28,7 @@ Logits = npt.NDArray[np.float32]
 
 def sqnr_db(reference: Logits, found: Logits) -> float:
     """Of the differences between the logits of an image."""
-    meter = ParityMeter()
+    meter = LogitsMeter()
     meter.update(reference, found)
     return meter.metrics()["sqnr_differences_db"]
 

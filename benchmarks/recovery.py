@@ -25,7 +25,7 @@ from pcn_deploy.cli import display
 from pcn_deploy.network.evaluation_mode import in_evaluation_mode
 from pcn_deploy.progress import silent
 from pcn_deploy.tasks.bound import PairedCounts
-from pcn_deploy.tasks.parity import ParityMeter
+from pcn_deploy.tasks.classification import LogitsMeter
 from pcn_deploy.verbs.steps.preparation import prepare
 
 CHOICES = ((), *((name,) for name in RECOVERIES), BEFORE, AFTER, RECOVERIES)
@@ -47,7 +47,7 @@ def row(task: Task, reference: npt.NDArray[np.float32], recovery: tuple[str, ...
     network = prepare(task.network, options, ImageSource([task.calibration], task.transform), silent)
     seconds = time.perf_counter() - started
     found = logits(apply_scales(network.deployed, network.scales), task.images)
-    meter = ParityMeter()
+    meter = LogitsMeter()
     meter.update(reference, found)
     was_right, right = reference.argmax(1) == task.labels, found.argmax(1) == task.labels
     counts = PairedCounts(len(right), int((was_right & ~right).sum()), int((~was_right & right).sum()))

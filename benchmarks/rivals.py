@@ -31,7 +31,7 @@ from pcn_deploy.graph.export import serialise, to_onnx
 from pcn_deploy.progress import silent
 from pcn_deploy.specs import BatchRange
 from pcn_deploy.tasks.bound import PairedCounts
-from pcn_deploy.tasks.parity import ParityMeter
+from pcn_deploy.tasks.classification import LogitsMeter
 from pcn_deploy.verbs.steps.preparation import prepare
 from pcn_deploy.verbs.steps.prepared import Prepared
 
@@ -134,7 +134,7 @@ def modelopt(task: Task, folder: Path, nodes: list[str], method: str, python: Pa
 def judge(task: Task, expected: npt.NDArray[np.float32], model: onnx.ModelProto, name: str) -> list[str]:
     """One row: who, products in INT8, SQNR, top-1, drop with its bound."""
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    meter, counts = ParityMeter(), PairedCounts()
+    meter, counts = LogitsMeter(), PairedCounts()
     fixed = session.get_inputs()[0].shape[0]
     step = fixed if isinstance(fixed, int) else BATCH.max
     for start in range(0, len(expected), step):

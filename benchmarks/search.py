@@ -27,10 +27,11 @@ from pcn_deploy.calibration.search.search import Search
 from pcn_deploy.calibration.search.sensitivity import measure_sensitivity, rank
 from pcn_deploy.calibration.search.simulate import Simulation
 from pcn_deploy.progress import silent
-from pcn_deploy.proof.budget import RANKING_IMAGES, Judges
+from pcn_deploy.proof.budget import Judges
 from pcn_deploy.tasks.bound import PairedCounts, images_needed
 from pcn_deploy.verbs.steps.preparation import prepare
 from pcn_deploy.verbs.steps.prepared import Prepared
+from pcn_deploy.verbs.steps.search_plan import RANKING_IMAGES
 
 BUDGETS = (0.4, 0.8, 1.5)
 COST_LIMIT = 3

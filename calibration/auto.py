@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pcn_deploy.calibration.calibrators import calibrators_of
-from pcn_deploy.calibration.collect import BATCH, recalibrate
+from pcn_deploy.calibration.collect import recalibrate
+from pcn_deploy.calibration.paired import Errors
 from pcn_deploy.calibration.plan.rules import PrecisionPlan
 from pcn_deploy.calibration.quantized import apply_scales, plan_scales
 from pcn_deploy.calibration.record import Calibration
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.progress import Progress, silent
-from pcn_deploy.tasks.parity import ParityMeter
 
 IMAGES = 64
 """Images that judge, at most, taken from all over the calibration images (`ImageSource.spread`)."""
@@ -38,7 +37,7 @@ def choose_calibrator(
     weight_calibrator: str,
     progress: Progress = silent,
 ) -> Calibration:
-    """Take the ranges with the largest SQNR of the logits; the default's unless others gain `GAIN_DB` over them.
+    """Take the ranges with the largest SQNR of the first output; the default's unless others clearly gain `GAIN_DB`.
 
     Args:
         deployed: The deploy form.
@@ -84,31 +83,20 @@ def take_best(
         names: Calibrators to try, the default first.
         progress: Told the number of calibrators tried.
     """
-    found: dict[str, tuple[float, Calibration]] = {}
+    tried: dict[str, tuple[Errors, Calibration]] = {}
     for done, name in enumerate(names):
         progress(STEP, done, len(names))
         candidate = recalibrate(seen, name, percentile)
-        found[name] = (sqnr_db(reference, quantized(candidate), source.subset(IMAGES)), candidate)
+        tried[name] = (Errors.of(reference, quantized(candidate), source.subset(IMAGES)), candidate)
     progress(STEP, len(names), len(names))
-    chosen = max(found, key=lambda name: found[name][0])
-    if found[chosen][0] < found[names[0]][0] + GAIN_DB:
-        chosen = names[0]
-    figures = ", ".join(f"{name} {sqnr:.1f}" for name, (sqnr, _) in found.items())
+    default = tried[names[0]][0]
+    better = {
+        name: errors.sqnr_db
+        for name, (errors, _) in tried.items()
+        if errors.sqnr_db >= default.sqnr_db + GAIN_DB and errors.clearly_less_than(default)
+    }
+    chosen = max(better, key=better.__getitem__, default=names[0])
+    figures = ", ".join(f"{name} {errors.sqnr_db:.1f}" for name, (errors, _) in tried.items())
     note = f"calibrator {chosen} was chosen by the SQNR of the logits, in dB: {figures}"
-    note += f"; another must gain {GAIN_DB:g} dB." if chosen == names[0] else "."
-    return replace(found[chosen][1], notes=(*seen.notes, note))
-
-
-def sqnr_db(reference: nn.Module, quantized: nn.Module, source: ImageSource) -> float:
-    """SQNR of the logits of a quantised network on images, in dB."""
-    meter = ParityMeter()
-    with torch.inference_mode():
-        for images, _ in source.batches(BATCH):
-            expected, answered = (_logits(network, torch.tensor(images)) for network in (reference, quantized))
-            meter.update(expected.numpy(), answered.numpy())
-    return meter.metrics()["sqnr_db"]
-
-
-def _logits(network: nn.Module, images: Tensor) -> Tensor:
-    outputs: Tensor | tuple[Tensor, ...] = network(images)
-    return outputs if isinstance(outputs, Tensor) else outputs[0]
+    note += "." if better else f"; another must gain {GAIN_DB:g} dB, clearly."
+    return replace(tried[chosen][1], notes=(*seen.notes, note))

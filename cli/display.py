@@ -29,13 +29,13 @@ from rich.text import Text
 from pcn_deploy.artefact.manifest import Manifest
 from pcn_deploy.progress import Progress as ProgressCallable
 from pcn_deploy.progress import silent
-from pcn_deploy.specs import ATTENTION_MAP
 
 if TYPE_CHECKING:
     from pcn_deploy.calibration.search.search import SearchResult
     from pcn_deploy.proof.budget import BudgetProof
-    from pcn_deploy.tasks.report import ParityReport
-
+    from pcn_deploy.tasks.role import Column
+from pcn_deploy.tasks.report import ParityReport
+from pcn_deploy.tasks.roles import get_role
 
 SECONDS_BETWEEN_LINES = 10.0
 """Where stderr is no terminal, a step that takes longer says so often how far it is."""
@@ -163,46 +163,49 @@ def size(count: int) -> str:
     return f"{count / 2**20:.1f} MiB" if count >= 2**18 else f"{count / 2**10:.1f} KiB"
 
 
-def parity_rows(reports: list[dict[str, Any]]) -> list[list[str]]:
-    """One row per parity report, and one for its attention map if it has one; see `PARITY_COLUMNS`."""
-    rows = []
-    for report in reports:
-        metrics, target = report["metrics"], report["target"]
-        executed = "" if report["executed_by"] == target else f" (run by {report['executed_by']})"
-        top1 = [
-            f"{metrics['top1_agreement']:.2f}",
-            f"{metrics['top1_drop']:+.2f}" if "top1_drop" in metrics else "-",
-        ]
-        row = _parity_row(target + executed, report, "", passed=report["passed"])
-        row[1] += " (constant)" if report["constant"] else ""
-        rows.append(row + top1)
-        for name, seen in report["executions"].items():
-            passed = not any(failure.startswith(f"{name}: ") for failure in report["failures"])
-            rows.append(
-                [
-                    *_parity_row(f"  {name}", {**report, "metrics": seen}, "", passed=passed),
-                    f"{seen['top1_agreement']:.2f}",
-                    "-",
-                ]
-            )
-        if "edge_sqnr_db" in metrics:
-            passed = not any(failure.startswith("edge images: ") for failure in report["failures"])
-            rows.append(
-                [
-                    "  edge images",
-                    "passed" if passed else "FAILED",
-                    "-",
-                    f"{metrics['edge_cosine_min']:.6f}",
-                    f"{metrics['edge_sqnr_db']:.1f}",
-                    "-",
-                    "-",
-                    "-",
-                ]
-            )
-        if f"{ATTENTION_MAP}_sqnr_db" in metrics:
-            passed = not any(failure.startswith("attention map") for failure in report["failures"])
-            rows.append([*_parity_row("  attention map", report, f"{ATTENTION_MAP}_", passed=passed), "-", "-"])
+def print_parity(title: str, reports: Sequence[ParityReport]) -> None:
+    """Print one row per parity report, and one for each further comparison that it holds."""
+    columns = [*_PARITY_COLUMNS, *(column.title for column in _columns(reports))]
+    print_table(title, columns, parity_rows(reports))
+
+
+def parity_rows(reports: Sequence[ParityReport]) -> list[list[str]]:
+    """The rows of `print_parity`."""
+    columns = _columns(reports)
+    return [row for report in reports for row in _parity_rows(report, columns)]
+
+
+def _columns(reports: Sequence[ParityReport]) -> tuple[Column, ...]:
+    """What the role of the first output shows beside what all roles have."""
+    return get_role(reports[0].role).columns if reports else ()
+
+
+def _parity_rows(report: ParityReport, columns: tuple[Column, ...]) -> list[list[str]]:
+    metrics, target, parts = report.metrics, report.target, report.parts
+    executed = "" if report.executed_by == target else f" (run by {report.executed_by})"
+    own = _parity_row(target + executed, report.images, metrics, passed=report.passed)
+    own[1] += " (constant)" if report.constant else ""
+    rows = [own + [column.text(metrics) for column in columns]]
+    for name, seen in report.executions.items():
+        shown = [column.text(seen) for column in columns]
+        rows.append(_parity_row(f"  {name}", report.images, seen, passed=parts[name]) + shown)
+    further: list[tuple[str, str, int | str]] = [("edge", "edge images", "-")] if "edge_sqnr_db" in metrics else []
+    further += [(name, name.replace("_", " "), report.images) for name in list(report.outputs)[1:]]
+    for name, words, images in further:
+        part = {key.removeprefix(f"{name}_"): value for key, value in metrics.items() if key.startswith(f"{name}_")}
+        if part:
+            rows.append(_parity_row(f"  {words}", images, part, passed=parts[name]) + ["-"] * len(columns))
     return rows
+
+
+def _parity_row(name: str, images: int | str, metrics: dict[str, float], *, passed: bool) -> list[str]:
+    """The columns of every role."""
+    error = f"{metrics['max_abs_error']:.2g}" if "max_abs_error" in metrics else "-"
+    figures = [f"{metrics['cosine_min']:.6f}", f"{metrics['sqnr_db']:.1f}", error]
+    return [name, "passed" if passed else "FAILED", str(images), *figures]
+
+
+_PARITY_COLUMNS = ["engine", "parity", "images", "worst cosine", "SQNR dB", "max abs error"]
 
 
 def failures(reports: Iterable[ParityReport | BudgetProof]) -> str:
@@ -221,34 +224,6 @@ def failures(reports: Iterable[ParityReport | BudgetProof]) -> str:
 _FIGURES = re.compile(r"-?\d[\d.]*(?= dB| of )| of the worst image, .+?,(?= is below)")
 """In a failure, what differs from one execution to another that breaks the same limit."""
 
-
-def _parity_row(name: str, report: dict[str, Any], prefix: str, *, passed: bool) -> list[str]:
-    """The columns that logits and attention map share."""
-    metrics = report["metrics"]
-    return [
-        name,
-        "passed" if passed else "FAILED",
-        str(report["images"]),
-        f"{metrics[f'{prefix}cosine_min']:.6f}",
-        f"{metrics[f'{prefix}sqnr_db']:.1f}",
-        f"{metrics[f'{prefix}max_abs_error']:.2g}",
-    ]
-
-
-PARITY_COLUMNS = [
-    "engine",
-    "parity",
-    "images",
-    "worst cosine",
-    "SQNR dB",
-    "max abs error",
-    "same top-1 %",
-    "top-1 drop",
-]
-
-
-TASK = {"proven": "proven", "broken": "BROKEN, not", "open": "neither proven nor broken"}
-"""Words for what labels tell of a drop."""
 
 PROOF_COLUMNS = ["target", "executed by", "images", "lost", "gained", "drop", "95 % bound", "budget", "verdict"]
 

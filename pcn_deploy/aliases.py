@@ -14,6 +14,9 @@ Images: TypeAlias = npt.NDArray[np.float32]
 Logits: TypeAlias = npt.NDArray[np.floating[Any]]
 """`(N, K)`."""
 
+Outputs: TypeAlias = npt.NDArray[np.floating[Any]]
+"""Any output, `(N, ...)`."""
+
 Indices: TypeAlias = npt.NDArray[np.int64]
 
 Forward: TypeAlias = Callable[[Images], Logits]

@@ -9,6 +9,8 @@ GOLDEN = "golden.npz"
 PLAN = "plan.json"
 CALIBRATION = "calibration.json"
 BUDGET = "budget.json"
+SIGNATURE = "signature.json"
+"""Beside the manifest, which it signs, so the one member that a manifest does not list."""
 
 
 def engine_member(target: str) -> str:

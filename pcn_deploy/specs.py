@@ -10,11 +10,22 @@ from pcn_deploy.errors import OptionError
 BATCH_AXIS = "batch"
 """Name of the one symbolic dimension; all others are fixed at build time."""
 
+IMAGE = "image"
+"""Role of an input: images `(N, C, H, W)`, transformed."""
+
 LOGITS = "logits"
-"""Name of the first output, `(N, K)`."""
+"""Role of an output, and its name unless the network has one: `(N, K)`, one number per class."""
 
 ATTENTION_MAP = "attention_map"
-"""Name of the second output, if there is one: `(N, T, H, W)`, the weight of each position for each class token."""
+"""Role and name of an output: `(N, T, H, W)`, the weight of each position for each class token."""
+
+TENSOR = "tensor"
+"""Role of an output that is compared as it stands: `(N, ...)`."""
+
+
+def usual_role(name: str) -> str:
+    """The role of an output of which only the name is known."""
+    return name if name in (LOGITS, ATTENTION_MAP) else TENSOR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,20 +36,42 @@ class TensorSpec:
         name: Name in the graph, such as `images`.
         dtype: numpy name of the element type, such as `float32`.
         shape: Dimensions; the symbolic batch axis is the string `batch`.
+        role: What it means: of an input `image`, of an output one of `tasks.roles.ROLES`.
+        axes: Names of the dimensions, such as `batch`, `channel`, `height`, `width`; empty where they have none.
     """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    role: str = ""
+    axes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.role:
+            object.__setattr__(self, "role", usual_role(self.name))
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TensorSpec:
         """Inverse of `dataclasses.asdict`."""
-        return cls(name=str(data["name"]), dtype=str(data["dtype"]), shape=tuple(data["shape"]))
+        return cls(
+            name=str(data["name"]),
+            dtype=str(data["dtype"]),
+            shape=tuple(data["shape"]),
+            role=str(data.get("role", "")),  # this and the axes are not in bundles of schema 1
+            axes=tuple(data.get("axes", ())),
+        )
 
     def with_batch(self, batch: int) -> tuple[int, ...]:
         """Shape with the symbolic batch axis replaced by `batch` images."""
         return tuple(batch if isinstance(dim, str) else dim for dim in self.shape)
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """An output that is built: its name and its role."""
+
+    name: str = LOGITS
+    role: str = LOGITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +125,10 @@ class EngineSpec:
     outputs: tuple[TensorSpec, ...]
     batch: BatchRange
 
+    def output_of(self, role: str) -> TensorSpec | None:
+        """The first output of a role, if there is one."""
+        return next((tensor for tensor in self.outputs if tensor.role == role), None)
+
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists, strings and integers."""
         return asdict(self)
@@ -100,7 +137,7 @@ class EngineSpec:
     def from_json(cls, data: dict[str, Any]) -> EngineSpec:
         """Inverse of `to_json`."""
         return cls(
-            inputs=tuple(TensorSpec.from_json(item) for item in data["inputs"]),
+            inputs=tuple(TensorSpec.from_json({"role": IMAGE, **item}) for item in data["inputs"]),
             outputs=tuple(TensorSpec.from_json(item) for item in data["outputs"]),
             batch=BatchRange(**data["batch"]),
         )

@@ -12,7 +12,7 @@ from pcn_deploy.calibration.quantized import apply_scales
 from pcn_deploy.models.attention_conv import AttentionAugmentedConv2d
 from pcn_deploy.models.augmentation import Augmentation
 from pcn_deploy.progress import silent
-from pcn_deploy.tasks.parity import ParityMeter
+from pcn_deploy.tasks.classification import LogitsMeter
 from pcn_deploy.verbs.steps.preparation import prepare
 from pcn_deploy.verbs.steps.prepared import Prepared
 
@@ -69,7 +69,7 @@ def logits_sqnr(net: nn.Module, recovery: tuple[str, ...], given: npt.NDArray[np
     """SQNR of the INT8 logits on images that did not calibrate, in dB."""
     network = prepared(net, recovery, given)
     x = torch.from_numpy(images(32, seed=9))
-    meter = ParityMeter()
+    meter = LogitsMeter()
     with torch.inference_mode():
         meter.update(net(x).numpy(), apply_scales(network.deployed, network.scales)(x).numpy())
     return meter.metrics()["sqnr_db"]

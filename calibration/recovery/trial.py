@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pcn_deploy.calibration.collect import BATCH
+from pcn_deploy.calibration.paired import Errors
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.progress import Progress, silent
 
@@ -20,11 +17,7 @@ EVERY = 4
 """Of so many calibration images, one judges and the others choose."""
 JUDGES = 128
 """Images that judge, at most."""
-CLEARLY = 1.645
-"""Standard errors by which the mean gain must be above 0: chance alone does so in 5 of 100 cases."""
 STEP = "Judging recovery"
-
-Errors = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +80,7 @@ class Trials:
         self.found: list[Trial] = []
         self.judging = source.select(judging).subset(JUDGES) if len(judging) > 1 else None
         self._reference, self._progress = reference, progress
-        self._before: tuple[Errors, Errors] | None = None
+        self._before: Errors | None = None
 
     def start(self, quantized: nn.Module) -> None:
         """Take the network that the next recovery must be better than."""
@@ -105,46 +98,17 @@ class Trials:
             return False
         self._progress(STEP, len(self.found), len(self.found) + 1)
         before, after = self._before, self._errors(quantized())
-        kept = before is not None and after is not None and _clearly_less(before, after)
-        images = len(before[0]) if before else 0
-        decibels = (_sqnr_db(before), _sqnr_db(after))
+        kept = before is not None and after is not None and after.clearly_less_than(before)
+        images = len(before) if before else 0
+        before_db, after_db = (each.sqnr_db if each else 0.0 for each in (before, after))
         self.found.append(
-            Trial(name=name, layers=layers, kept=kept, images=images, before_db=decibels[0], after_db=decibels[1])
+            Trial(name=name, layers=layers, kept=kept, images=images, before_db=before_db, after_db=after_db)
         )
         self._progress(STEP, len(self.found), len(self.found))
         if kept:
             self._before = after
         return kept
 
-    def _errors(self, quantized: nn.Module) -> tuple[Errors, Errors] | None:
-        """Squared error of the logits and of nothing (their square) per image, `(N,)` each; None without judges."""
-        if self.judging is None:
-            return None
-        errors, squares = [], []
-        with torch.inference_mode():
-            for images, _ in self.judging.batches(BATCH):
-                expected, found = (_logits(net, torch.tensor(images)) for net in (self._reference, quantized))
-                errors.append((found - expected).square().sum(1))
-                squares.append(expected.square().sum(1))
-        return torch.cat(errors).numpy(), torch.cat(squares).numpy()
-
-
-def _logits(network: nn.Module, images: Tensor) -> Tensor:
-    outputs: Any = network(images)
-    logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs[0]
-    return logits.flatten(1).double()
-
-
-def _sqnr_db(judged: tuple[Errors, Errors] | None) -> float:
-    if judged is None:
-        return 0.0
-    errors, squares = judged
-    return 10 * math.log10(max(float(squares.sum()), 1e-300) / max(float(errors.sum()), 1e-300))
-
-
-def _clearly_less(before: tuple[Errors, Errors], after: tuple[Errors, Errors]) -> bool:
-    """Whether the error is less in sum, and so is that of the typical image: by more than chance, in dB per image."""
-    tiny = 1e-12 * float(before[1].mean()) + 1e-300
-    per_image = 10 * np.log10((before[0] + tiny) / (after[0] + tiny))
-    error = float(per_image.std(ddof=1)) / math.sqrt(len(per_image))
-    return float(after[0].sum()) < float(before[0].sum()) and float(per_image.mean()) > CLEARLY * error
+    def _errors(self, quantized: nn.Module) -> Errors | None:
+        """What the network errs on the images that judge; None without them."""
+        return None if self.judging is None else Errors.of(self._reference, quantized, self.judging)

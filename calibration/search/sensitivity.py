@@ -12,7 +12,7 @@ from pcn_deploy.calibration.search.evaluation import BATCH, Answers
 from pcn_deploy.calibration.search.ledger import Ledger
 from pcn_deploy.calibration.search.simulate import Simulation
 from pcn_deploy.progress import Progress, silent
-from pcn_deploy.tasks.parity import ParityMeter
+from pcn_deploy.tasks.classification import LogitsMeter
 
 STEP = "Sensitivity"
 VARIANTS = ("only_quantized", "only_kept", "weight_only", "input_only")
@@ -169,7 +169,7 @@ class _Judge:
         self._reference: list[npt.NDArray[np.float32]] = []
 
     def effect(self, inputs: frozenset[str], weights: frozenset[str]) -> Effect:
-        meter = ParityMeter()
+        meter = LogitsMeter()
         for index, (images, labels) in enumerate(self._answers.source.batches(BATCH)):
             if index == len(self._reference):
                 self._reference.append(self._simulation.logits(images))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pcn_deploy.aliases import Images, Logits
 from pcn_deploy.calibration.quantized import QuantConv2d, QuantLinear, QuantResidualAdd, fake_quantize
+from pcn_deploy.network.outputs import first_output
 from pcn_deploy.network.sharing import share_weights
 
 
@@ -46,9 +46,7 @@ class Simulation:
         for path, switch in self._switches.items():
             switch.rounds_input, switch.rounds_weight = path in inputs, path in weights
         with torch.inference_mode():
-            outputs: Any = self._network(torch.tensor(images))
-        logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs[0]
-        found: Logits = logits.numpy()
+            found: Logits = first_output(self._network, torch.tensor(images)).numpy()
         return found
 
 

@@ -21,6 +21,7 @@ from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.errors import ModelError, OptionError, ParityError
 from pcn_deploy.members import BUDGET
 from pcn_deploy.specs import BatchRange
+from pcn_deploy.tasks.roles import ROLES
 from pcn_deploy.verbs.build import CompileResult, compile  # noqa: A004 - our verb
 from pcn_deploy.verbs.options import CompileOptions
 from pcn_deploy.verbs.steps.fastest import compile_fastest
@@ -80,6 +81,15 @@ if TYPE_CHECKING:
     metavar="PCT",
     help="Largest loss of top-1, in percentage points. Proven with 95 % confidence on the images of --data; for int8 "
     "and fp8 (there without --data on the calibration images) as many layers as needed are left unquantised.",
+)
+@click.option(
+    "--output-name",
+    "output_names",
+    multiple=True,
+    metavar="NAME[:ROLE]",
+    help="Build this output of a network that returns several, such as a dict; give it again for more. The first one "
+    f"judges the network. ROLE is what it means: {', '.join(ROLES)}. [default: every output; a tensor (N, K) alone is "
+    "logits]",
 )
 @click.option(
     "--with-attention-map",
@@ -194,6 +204,7 @@ def _options(given: dict[str, Any]) -> CompileOptions:
         transform=options.transform_of(given),
         batch=given["batch"] if isinstance(given["batch"], BatchRange) else BatchRange.parse(given["batch"]),
         max_drop=given["max_drop"],
+        output_names=given["output_names"],
         with_attention_map=given["with_attention_map"],
         seed=given["seed"],
         backend=options.backend_of(given),
@@ -229,7 +240,7 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
     display.print_table("Precision", ["layers", "kind", "precision", "reason"], summary)
     engines = [[entry.target, entry.member, display.size(entry.bytes)] for entry in bundle.engines]
     display.print_table("Engines", ["target", "member", "size"], engines)
-    display.print_table("Parity with the eager network", display.PARITY_COLUMNS, display.parity_rows(reports))
+    display.print_parity("Parity with the eager network", result.reports)
     if result.search:
         click.echo(display.search_summary(result.search, len(result.plan.quantized_entries)))
     if result.proofs:

@@ -47,8 +47,7 @@ def command(
     if as_json:
         display.print_json(report.to_json())
     else:
-        rows = display.parity_rows([report.to_json()])
-        display.print_table("Parity with the eager network", display.PARITY_COLUMNS, rows)
+        display.print_parity("Parity with the eager network", [report])
         for text in report.notes:
             display.note(text, quiet=quiet)
     if not report:

@@ -12,6 +12,7 @@ from pcn_deploy.calibration.plan.recipe import write_recipe
 from pcn_deploy.calibration.plan.rules import CODES
 from pcn_deploy.cli import display, options
 from pcn_deploy.proof.budget import proof_from_json
+from pcn_deploy.tasks.report import report_from_json
 from pcn_deploy.verbs.inspect import describe, plan_of
 
 _WEIGHTS = {
@@ -52,8 +53,7 @@ def command(file: Path, explain: bool, recipe: bool, as_json: bool) -> None:
         for entry in found["engines"]
     ]
     display.print_table("Engines", ["target", "size", "sha256", "built with"], engines)
-    parity = display.parity_rows(list(found["parity"].values()))
-    display.print_table("Parity with the eager network", display.PARITY_COLUMNS, parity)
+    display.print_parity("Parity with the eager network", [report_from_json(one) for one in found["parity"].values()])
     if found["budget"]:
         rows = [display.proof_row(proof_from_json(proof)) for proof in found["budget"]["proofs"]]
         display.print_table("Drop of top-1, in percentage points", display.PROOF_COLUMNS, rows)
@@ -93,7 +93,8 @@ def _golden(found: dict[str, Any]) -> str:
 
 
 def _tensor(tensor: dict[str, Any]) -> str:
-    return f"{tensor['name']} {tensor['dtype']} ({', '.join(str(dim) for dim in tensor['shape'])})"
+    dims = ", ".join(str(dim) for dim in tensor["shape"])
+    return f"{tensor['name']} {tensor['dtype']} ({dims}), role {tensor['role']}"
 
 
 def _pairs(values: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from pcn_deploy.data.classes import read_names
 from pcn_deploy.data.image_files import ImageFile, survey
 from pcn_deploy.errors import ParityError
 from pcn_deploy.show.heatmap import picture_paths
+from pcn_deploy.specs import LOGITS
 from pcn_deploy.verbs.load import load
 from pcn_deploy.verbs.run import Prediction, classify
 
@@ -54,10 +55,11 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Classify images with an engine of FILE.pcn and show the most likely classes."""
+    """Run an engine of FILE.pcn on images and show the most likely classes, or what other outputs hold."""
     pictures = picture_paths(heatmap, images, overwrite=overwrite) if heatmap else None
     with load(file, target) as engine:
-        names = read_names(labels, int(engine.spec.outputs[0].shape[-1])) if labels else None
+        logits = engine.spec.output_of(LOGITS)
+        names = read_names(labels, int(logits.shape[-1])) if labels and logits else None
         predictions = classify(
             engine, images, top=top, class_names=names, heatmaps=pictures, heatmap_class=heatmap_class
         )
@@ -83,8 +85,22 @@ def _show(predictions: list[Prediction], names: list[str] | None, used: str) -> 
             rows.append([shown, str(rank + 1), name, f"{100 * prediction.probabilities[rank]:.2f}"])
     if rows:
         display.print_table(f"Most likely classes, by {used}", ["image", "rank", "class", "probability %"], rows)
+    others = [
+        [prediction.image, name, answer["role"], _shape(answer["shape"]), *(f"{answer[key]:.4g}" for key in _FIGURES)]
+        for prediction in predictions
+        for name, answer in prediction.outputs.items()
+    ]
+    if others:
+        display.print_table(f"Outputs, by {used}", ["image", "output", "role", "shape", *_FIGURES], others)
     for prediction in predictions:
         _tell_picture(prediction, names)
+
+
+_FIGURES = ("smallest", "largest", "mean")
+
+
+def _shape(dims: list[int]) -> str:
+    return "x".join(map(str, dims))
 
 
 def _tell_picture(prediction: Prediction, names: list[str] | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -16,6 +15,7 @@ from pcn_deploy.data.processes import join
 from pcn_deploy.errors import ParityError
 from pcn_deploy.tasks.limits import budget_for
 from pcn_deploy.tasks.report import ParityReport
+from pcn_deploy.tasks.roles import get_role
 from pcn_deploy.verbs.load import load
 from pcn_deploy.verbs.verify import verify
 
@@ -64,7 +64,7 @@ def command(
         if processes.first and as_json:
             display.print_json(report.to_json())
         elif processes.first:
-            _print(report.to_json())
+            _print(report)
         if not report:
             message = f"Parity failed: {'; '.join(report.failures)}."
             raise ParityError(message)
@@ -100,13 +100,9 @@ def _verify(
     return report
 
 
-def _print(report: dict[str, Any]) -> None:
-    title = f"Parity with the eager network on {report['data']}"
-    display.print_table(title, display.PARITY_COLUMNS, display.parity_rows([report]))
-    if report["unreadable"]:
-        click.echo(f"{display.counted(report['unreadable'], 'image')} could not be read, left out.")
-    metrics = report["metrics"]
-    if "top1_reference" in metrics:
-        click.echo(f"top-1: eager {metrics['top1_reference']:.2f} %, engine {metrics['top1_engine']:.2f} %")
-        seen = f"drop {metrics['top1_drop']:.2f} points, at most {metrics['top1_drop_bound']:.2f} with 95 % confidence"
-        click.echo(f"{seen}: {display.TASK[report['task']]} within {report['budget']['top1_drop']:.2f}.")
+def _print(report: ParityReport) -> None:
+    display.print_parity(f"Parity with the eager network on {report.data}", [report])
+    if report.unreadable:
+        click.echo(f"{display.counted(report.unreadable, 'image')} could not be read, left out.")
+    for sentence in get_role(report.role).sentences(report.metrics, report.task, report.budget):
+        click.echo(sentence)

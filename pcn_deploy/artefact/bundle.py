@@ -22,9 +22,9 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.artefact.manifest import SCHEMA, EngineEntry, Manifest, Member, read_manifest
+from pcn_deploy.artefact.manifest import OLDER, SCHEMA, EngineEntry, Manifest, Member, read_manifest
 from pcn_deploy.errors import BundleError, OutputError
-from pcn_deploy.members import CALIBRATION, MANIFEST
+from pcn_deploy.members import CALIBRATION, MANIFEST, SIGNATURE
 from pcn_deploy.memory import output_error
 
 _MAX_MANIFEST_BYTES = 16 * 2**20
@@ -274,9 +274,9 @@ def _read_manifest(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
         # golden.npz is an archive too: of a truncated bundle its directory may be the last one
         msg = f"{path} has no valid {MANIFEST} ({error}): it is not a bundle, or is truncated. Copy or build it again."
         raise BundleError(msg) from error
-    if type(schema) is not int or schema != SCHEMA:
+    if type(schema) is not int or schema not in (SCHEMA, *OLDER):
         advice = "Upgrade pcn-deploy." if isinstance(schema, int) and schema > SCHEMA else "Build it again."
-        msg = f"{path} has bundle schema {schema}; this version reads schema {SCHEMA}. {advice}"
+        msg = f"{path} has bundle schema {schema}; this version reads schema {SCHEMA} and older. {advice}"
         raise BundleError(msg)
     for name in sizes:
         parts = PurePosixPath(name).parts
@@ -291,12 +291,13 @@ def _check_members(archive: zipfile.ZipFile, manifest: dict[str, Any], path: Pat
     present = [info for info in archive.infolist() if info.filename != MANIFEST]
     names = [info.filename for info in present]
     declared = manifest["members"]
-    if sorted(names) != sorted(declared):
-        odd = sorted(set(names) ^ set(declared)) or ["a member stored twice"]
+    signed = [SIGNATURE] if SIGNATURE in names else []
+    if sorted(names) != sorted([*declared, *signed]):
+        odd = sorted(set(names) ^ {*declared, *signed}) or ["a member stored twice"]
         msg = f"{path} does not hold what its manifest declares: {', '.join(odd)}. It is corrupt or was altered."
         raise BundleError(msg)
     for info in present:
-        if info.file_size != declared[info.filename]["bytes"]:
+        if info.filename not in signed and info.file_size != declared[info.filename]["bytes"]:
             msg = (
                 f"{info.filename} in {path} has {info.file_size} bytes instead of "
                 f"{declared[info.filename]['bytes']}. The bundle is corrupt or was altered."

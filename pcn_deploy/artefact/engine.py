@@ -17,7 +17,6 @@ from pcn_deploy.engines.base import Backend, Session
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DataError, ParityError, PcnDeployError
 from pcn_deploy.members import GRAPH
-from pcn_deploy.specs import LOGITS
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ class Engine:
             images: float32 `(N, C, H, W)`, transformed; a numpy array or a torch tensor.
 
         Returns:
-            Logits `(N, K)`, float32, of the same kind as `images`.
+            The first output, such as logits `(N, K)`, float32, of the same kind as `images`.
 
         Raises:
             DataError: If the images do not fit the engine.
@@ -90,12 +89,12 @@ class Engine:
             images: float32 `(N, C, H, W)`, transformed.
 
         Returns:
-            Logits, float32 `(N, K)`.
+            The first output, float32 `(N, ...)`, such as logits `(N, K)`.
 
         Raises:
             DataError: If the images do not fit the engine, or there are none.
         """
-        return self.outputs(images)[LOGITS]
+        return self.outputs(images)[self.spec.outputs[0].name]
 
     def outputs(self, images: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.float32]]:
         """Run any number of images and return everything the engine gives.
@@ -104,8 +103,9 @@ class Engine:
             images: float32 `(N, C, H, W)`, transformed.
 
         Returns:
-            `logits`, float32 `(N, K)`, and where the bundle was built with it `attention_map`, float32
-            `(N, T, H', W')`: the weight of each position for each of T class tokens.
+            What `spec.outputs` lists, by name, float32 `(N, ...)`: of a classifier `logits` `(N, K)`, and where the
+            bundle was built with it `attention_map` `(N, T, H', W')`, the weight of each position for each of T class
+            tokens.
 
         Raises:
             DataError: If the images do not fit the engine, or there are none.

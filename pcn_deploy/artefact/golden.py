@@ -19,12 +19,12 @@ import numpy.typing as npt
 
 from pcn_deploy.errors import BundleError
 from pcn_deploy.members import GOLDEN
-from pcn_deploy.specs import LOGITS
-from pcn_deploy.tasks.metrics import live_classes
+from pcn_deploy.specs import usual_role
+from pcn_deploy.tasks.parity import ParityMeter
+from pcn_deploy.tasks.role import Role
+from pcn_deploy.tasks.roles import get_role
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from pcn_deploy.artefact.bundle import Bundle
     from pcn_deploy.data.transform import Transform
 
@@ -54,6 +54,7 @@ class GoldenSet:
             only asked that its answer is finite. All false if not given.
         float32_noise: Mean power of the rounding in the logits of a real image, less the mean of their row, when the
             network runs in float32: against float64. NaN if unknown, as in bundles of 0.1.0.
+        roles: What each output means, by name; by default what its name says.
     """
 
     images: Array
@@ -65,10 +66,13 @@ class GoldenSet:
     widened_db: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     rounding: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
     float32_noise: float = math.nan
+    roles: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not len(self.rounding):
             object.__setattr__(self, "rounding", np.zeros(len(self.images), np.bool_))
+        if not self.roles:
+            object.__setattr__(self, "roles", {name: usual_role(name) for name in self.outputs})
 
     @property
     def judged_edge(self) -> npt.NDArray[np.bool_]:
@@ -76,9 +80,21 @@ class GoldenSet:
         return self.edge & ~self.rounding
 
     @property
-    def live(self) -> npt.NDArray[np.bool_]:
-        """The classes that are candidates for an answer to a real image, `(K,)`; see `metrics.live_classes`."""
-        return live_classes(self.outputs[LOGITS][~self.edge])
+    def first(self) -> str:
+        """Name of the output that the network is judged by."""
+        return next(iter(self.outputs))
+
+    def role(self, output: str) -> Role:
+        """What an output means."""
+        return get_role(self.roles[output])
+
+    def live(self, output: str) -> npt.NDArray[np.bool_] | None:
+        """Which entries of an output are compared, `(K,)`, as its role says of the real images; None for all."""
+        return self.role(output).live(_rows(self.outputs[output][~self.edge]))
+
+    def meter(self, output: str) -> ParityMeter:
+        """What compares an output with the trained network's."""
+        return self.role(output).meter(output, self.outputs[output][~self.edge])
 
     def to_npz(self) -> bytes:
         """As the bundle holds it: compressed, since edge images are nearly nothing then."""
@@ -93,16 +109,14 @@ class GoldenSet:
         return buffer.getvalue()
 
     @classmethod
-    def read(cls, bundle: Bundle, outputs: Iterable[str]) -> GoldenSet:
+    def read(cls, bundle: Bundle) -> GoldenSet:
         """The golden set of a bundle.
 
-        Args:
-            bundle: The bundle.
-            outputs: Names of the outputs that it must have.
-
         Raises:
-            BundleError: If it lacks one of them, or its arrays do not fit each other.
+            BundleError: If it lacks an output of the bundle's interface, or its arrays do not fit each other.
         """
+        roles = {tensor.name: tensor.role for tensor in bundle.manifest.interface.outputs}
+        outputs = tuple(roles)
         arrays = bundle.read_arrays(GOLDEN)
         expected = {"images", *outputs}
         if not expected <= arrays.keys():
@@ -120,6 +134,7 @@ class GoldenSet:
             widened_db=arrays.get(_LIMITS, np.zeros(0)),
             rounding=arrays.get("rounding", np.zeros(count, np.bool_)),
             float32_noise=float(arrays.get(_NOISE, np.array(math.nan)).ravel()[0]),
+            roles=roles,
         )
         lengths = {len(found.names), len(found.edge), len(found.rounding), *map(len, found.outputs.values())}
         lengths |= set(map(len, found.simulated.values()))
@@ -129,6 +144,10 @@ class GoldenSet:
             msg = f"The arrays of the golden set do not fit its {count} images. Build the bundle again."
             raise BundleError(msg)
         return found
+
+
+def _rows(values: Array) -> Array:
+    return values.reshape(len(values), -1)
 
 
 def edge_images(transform: Transform) -> dict[str, Array]:

@@ -14,8 +14,10 @@ from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.errors import BundleError, OptionError
 from pcn_deploy.specs import ATTENTION_MAP, LOGITS, EngineSpec
 from pcn_deploy.tasks.limits import ParityBudget
+from pcn_deploy.tasks.roles import get_role
 
-SCHEMA = 1
+SCHEMA = 2
+OLDER = (1,)
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "model": (str,),
@@ -132,7 +134,7 @@ class Manifest:
             precision=data["precision"],
             remainder=data["remainder"],
             transform=Transform.from_json(data["transform"]),
-            interface=_interface(data["interface"]),
+            interface=_interface(data["interface"], data.get("schema", SCHEMA)),
             parity_budget=ParityBudget(**data["parity_budget"]),  # refuses limits that are no finite numbers
             provenance=data["provenance"],
             calibration=data["calibration"],
@@ -176,12 +178,17 @@ def read_manifest(data: dict[str, Any], path: Path) -> Manifest:
     return manifest
 
 
-def _interface(data: dict[str, Any]) -> EngineSpec:
+def _interface(data: dict[str, Any], schema: int) -> EngineSpec:
     spec = EngineSpec.from_json(data)
-    outputs = tuple(tensor.name for tensor in spec.outputs)
-    if len(spec.inputs) != 1 or outputs not in ((LOGITS,), (LOGITS, ATTENTION_MAP)):
-        msg = f"{len(spec.inputs)} inputs and outputs {outputs} instead of images to logits, perhaps an attention map"
+    names = [tensor.name for tensor in (*spec.inputs, *spec.outputs)]
+    if not spec.inputs or not spec.outputs or len(set(names)) < len(names):
+        msg = f"inputs and outputs {names} instead of at least one of each, every one with a name of its own"
         raise ValueError(msg)
+    if schema == 1 and tuple(tensor.name for tensor in spec.outputs) not in ((LOGITS,), (LOGITS, ATTENTION_MAP)):
+        msg = f"inputs and outputs {names} instead of images to logits, perhaps an attention map"
+        raise ValueError(msg)
+    for tensor in spec.outputs:
+        get_role(tensor.role)
     return spec
 
 

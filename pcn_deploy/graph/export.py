@@ -27,13 +27,15 @@ from pcn_deploy.network.diagnosis.places import place_of_module
 from pcn_deploy.network.diagnosis.report import export_error, obstacle, running_error
 from pcn_deploy.network.preconditions import HEADLINE
 from pcn_deploy.progress import Progress, silent
-from pcn_deploy.specs import BATCH_AXIS, LOGITS, BatchRange, EngineSpec, TensorSpec
+from pcn_deploy.specs import BATCH_AXIS, IMAGE, BatchRange, EngineSpec, OutputSpec, TensorSpec, usual_role
+from pcn_deploy.tasks.roles import get_role
 
 log = logging.getLogger(__name__)
 
 OPSET = 20
 """First opset with native Gelu; LayerNormalization is native since 17."""
 
+_IMAGE_AXES = ("batch", "channel", "height", "width")
 INPUT_NAME = "images"
 
 
@@ -50,7 +52,7 @@ def export_network(
     image_shape: tuple[int, int, int],
     batch: BatchRange,
     *,
-    outputs: tuple[str, ...] = (LOGITS,),
+    outputs: tuple[OutputSpec, ...] = (OutputSpec(),),
 ) -> Exported:
     """Export a module in evaluation mode, in float32.
 
@@ -58,7 +60,7 @@ def export_network(
         model: The deploy form.
         image_shape: Shape of one input image, `(C, H, W)`.
         batch: The batch sizes the graph must take; the batch axis is symbolic if it is a true range.
-        outputs: Names of what the module returns, in order.
+        outputs: What the module returns, in order.
 
     Raises:
         ModelError: If the module cannot be exported, with the exporter's words.
@@ -77,7 +79,7 @@ def to_onnx(
     quantized: dict[str, Quantization],
     progress: Progress = silent,
     *,
-    outputs: tuple[str, ...] = (LOGITS,),
+    outputs: tuple[OutputSpec, ...] = (OutputSpec(),),
     exported: Exported | None = None,
 ) -> ir.Model:
     """Make the graph of a module in evaluation mode.
@@ -88,7 +90,7 @@ def to_onnx(
         batch: The batch sizes the graph must take; the batch axis is symbolic if it is a true range.
         quantized: Scales of the layers to quantise, by name; empty for a float graph.
         progress: Told the stages done.
-        outputs: Names of what the module returns, in order.
+        outputs: What the module returns, in order.
         exported: What `export_network` made, to be changed in place; used if it was made of this very module.
 
     Returns:
@@ -107,8 +109,21 @@ def to_onnx(
         insert_qdq(graph.graph, quantized)
         progress(step, 2, 3)
         simplify_exactly(graph)  # last: it merges equal weights, whose names then no longer tell the layers apart
+        _separate_outputs(graph.graph, outputs)
     progress(step, 3, 3)
     return graph
+
+
+def _separate_outputs(graph: ir.Graph, outputs: tuple[OutputSpec, ...]) -> None:
+    """Give every output a value and a name of its own: what computes the same was merged, outputs among it."""
+    for index, output in enumerate(outputs):
+        value = graph.outputs[index]
+        if any(value is other for other in graph.outputs[:index]):
+            copied = ir.node("Identity", [value], name=f"{output.name}.identity")
+            graph.append(copied)
+            copied.outputs[0].type, copied.outputs[0].shape = value.type, value.shape
+            graph.outputs[index] = value = copied.outputs[0]
+        value.name = output.name
 
 
 def _runs(model: nn.Module, example: Tensor) -> list[Run]:
@@ -121,7 +136,7 @@ def _runs(model: nn.Module, example: Tensor) -> list[Run]:
 
 
 def _export_unrolled(
-    model: nn.Module, example: Tensor, batch: BatchRange, runs: list[Run], outputs: tuple[str, ...]
+    model: nn.Module, example: Tensor, batch: BatchRange, runs: list[Run], outputs: tuple[OutputSpec, ...]
 ) -> Any:
     """Export one block of each run and unroll; the whole network where its blocks cannot be repeated."""
     program = _export(keep_first(model, runs), example, batch, outputs)
@@ -146,7 +161,7 @@ def _check_deterministic(model: nn.Module, graph: ir.Graph) -> None:
             raise obstacle(HEADLINE, place, reason, "draw them only if self.training.")
 
 
-def _export(model: nn.Module, example: Tensor, batch: BatchRange, outputs: tuple[str, ...]) -> Any:
+def _export(model: nn.Module, example: Tensor, batch: BatchRange, outputs: tuple[OutputSpec, ...]) -> Any:
     trace = partial(export_program, model, example, batch)
     try:
         return torch.onnx.export(
@@ -154,7 +169,7 @@ def _export(model: nn.Module, example: Tensor, batch: BatchRange, outputs: tuple
             dynamo=True,
             opset_version=OPSET,
             input_names=[INPUT_NAME],
-            output_names=list(outputs),
+            output_names=[output.name for output in outputs],
             optimize=False,
             verbose=False,
             custom_translation_table=translations(),
@@ -187,21 +202,31 @@ def release_weights(model: ir.Model) -> None:
         value.const_value = None
 
 
-def engine_spec(model: ir.Model, batch: BatchRange) -> EngineSpec:
-    """Read the interface of an exported graph."""
+def engine_spec(model: ir.Model, batch: BatchRange, outputs: tuple[OutputSpec, ...] = ()) -> EngineSpec:
+    """Read the interface of an exported graph.
+
+    Args:
+        model: The graph.
+        batch: The batch sizes it takes.
+        outputs: What its outputs mean, in order; by default what their names say.
+    """
+    roles = [output.role for output in outputs] or [usual_role(str(value.name)) for value in model.graph.outputs]
     return EngineSpec(
-        inputs=tuple(_spec(value, batch) for value in model.graph.inputs),
-        outputs=tuple(_spec(value, batch) for value in model.graph.outputs),
+        inputs=tuple(_spec(value, IMAGE, _IMAGE_AXES) for value in model.graph.inputs),
+        outputs=tuple(
+            _spec(value, role, get_role(role).axes) for value, role in zip(model.graph.outputs, roles, strict=True)
+        ),
         batch=batch,
     )
 
 
-def _spec(value: ir.Value, batch: BatchRange) -> TensorSpec:
+def _spec(value: ir.Value, role: str, axes: tuple[str, ...]) -> TensorSpec:
     if value.shape is None or value.dtype is None or value.name is None:
         msg = f"The exporter left {value.name!r} without a shape or type."
         raise ModelError(msg)
     dims = [BATCH_AXIS if not isinstance(dim, int) else dim for dim in value.shape]
-    return TensorSpec(name=value.name, dtype=value.dtype.numpy().name, shape=tuple(dims))
+    dtype = value.dtype.numpy().name
+    return TensorSpec(name=value.name, dtype=dtype, shape=tuple(dims), role=role, axes=axes)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from pcn_deploy.errors import ModelError
 from pcn_deploy.models.aggregation import TokenBlock
 from pcn_deploy.network.diagnosis.report import running_error
+from pcn_deploy.network.outputs import as_tuple
 from pcn_deploy.network.symbolic import trace
 
 _TOLERANCE = 1e-3  # relative and absolute; the same operations in the same order differ by rounding at most
@@ -45,14 +46,15 @@ def find_token_block(model: nn.Module) -> str:
 
 
 def output_attention_map(model: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
-    """Make the attention map a second output.
+    """Make the attention map the last output.
 
     Args:
-        model: A network that returns logits `(N, K)` and holds one attention-based aggregation; left as it is.
+        model: A network that returns a tensor or a tuple of them, and holds one attention-based aggregation; left as
+            it is.
         shape: C, H and W of the images, in pixels: what the code around the aggregation decides by them is decided.
 
     Returns:
-        A network with the same modules under the same names that returns the logits and the map `(N, T, H, W)`: the
+        A network with the same modules under the same names that returns its outputs and the map `(N, T, H, W)`: the
         weight of each position of the last feature map, for each of T class tokens.
 
     Raises:
@@ -73,7 +75,8 @@ def output_attention_map(model: nn.Module, shape: tuple[int, int, int]) -> nn.Mo
         raise ModelError(msg)
     with graph.inserting_before(result):
         attention_map = graph.call_function(operator.getitem, (calls[0], 1))
-    result.args = ((result.args[0], attention_map),)
+    returned = result.args[0]
+    result.args = ((*(returned if isinstance(returned, tuple) else (returned,)), attention_map),)
     traced.recompile()
     mapped = _plain_module(traced).eval()
     _check_same(model, mapped, shape, headline)
@@ -89,9 +92,9 @@ def _check_same(model: nn.Module, mapped: nn.Module, shape: tuple[int, int, int]
     images = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted_outputs = with_attention_map(model)(images)
-        if len(wanted_outputs[1]) != len(images):
+        if len(wanted_outputs[-1]) != len(images):
             msg = (
-                f"{headline}: there are {len(wanted_outputs[1])} maps for {len(images)} images. The network puts "
+                f"{headline}: there are {len(wanted_outputs[-1])} maps for {len(images)} images. The network puts "
                 f"several views of an image into one batch. {_WITHOUT}"
             )
             raise ModelError(msg)
@@ -122,18 +125,18 @@ def _plain_module(traced: fx.GraphModule) -> nn.Module:
     return plain
 
 
-def with_attention_map(model: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The network as a function to logits and map, by observing it as it runs: the reference for engines.
+def with_attention_map(model: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """The network as a function to its outputs and the map, by observing it as it runs: the reference for engines.
 
     Raises:
         ModelError: If there is no such aggregation.
     """
     block = model.get_submodule(find_token_block(model))
 
-    def forward(images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(images: Tensor) -> tuple[Tensor, ...]:
         maps: list[Tensor] = []
         with block.register_forward_hook(lambda _module, _inputs, output: maps.append(output[1])):
-            logits: Tensor = model(images)
-        return logits, maps[-1]
+            outputs = as_tuple(model(images))
+        return (*outputs, maps[-1])
 
     return forward

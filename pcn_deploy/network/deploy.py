@@ -24,6 +24,7 @@ from pcn_deploy.models.wrappers import unwrapped
 from pcn_deploy.network.additions import separate_additions
 from pcn_deploy.network.dataflow import DataFlow, is_plain_layer
 from pcn_deploy.network.lifting import become, lift_products
+from pcn_deploy.network.outputs import as_tuple
 from pcn_deploy.network.reparametrization import fuse_reparametrizations
 from pcn_deploy.network.sharing import share_weights
 from pcn_deploy.tasks.distance import least_sqnr_db
@@ -229,7 +230,7 @@ def to_deploy(model: nn.Module, images: Tensor) -> tuple[nn.Module, dict[str, in
         The deploy form, without gradients, and how often each rewrite applied.
     """
     with torch.no_grad():
-        expected: Tensor = model(images.clone())
+        expected = as_tuple(model(images.clone()))
     whole = _rewritten(model, REWRITES, images, expected)
     if whole is not None:
         return whole
@@ -248,7 +249,7 @@ def to_deploy(model: nn.Module, images: Tensor) -> tuple[nn.Module, dict[str, in
 
 
 def _rewritten(
-    model: nn.Module, rewrites: tuple[Rewrite, ...], images: Tensor, expected: Tensor
+    model: nn.Module, rewrites: tuple[Rewrite, ...], images: Tensor, expected: tuple[Tensor, ...]
 ) -> tuple[nn.Module, dict[str, int]] | None:
     """A rewritten copy, and how often each rewrite applied; None if it computes something else, or cannot run."""
     deployed = share_weights(model)
@@ -256,9 +257,11 @@ def _rewritten(
     try:
         with torch.no_grad():
             applied = {rewrite.__name__: rewrite(deployed, images) for rewrite in rewrites}
-            found: Tensor = deployed(images.clone())
+            found = as_tuple(deployed(images.clone()))
     except Exception as error:  # the network's own code, which may ask its modules for anything
         log.debug("The rewritten network cannot run: %r", error)
         return None
-    same = not expected.isfinite().all() or least_sqnr_db([expected.numpy()], [found.numpy()]) >= SAME_DB
+    finite = all(output.isfinite().all() for output in expected)
+    pair = ([output.numpy() for output in outputs] for outputs in (expected, found))
+    same = not finite or least_sqnr_db(*pair) >= SAME_DB
     return (deployed, applied) if same else None

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcn_deploy.errors import ModelError
 from pcn_deploy.network.diagnosis.places import place_of_module
-from pcn_deploy.network.diagnosis.report import obstacle, output_error, running_error
+from pcn_deploy.network.diagnosis.report import obstacle, running_error
 from pcn_deploy.network.double import InDouble
+from pcn_deploy.network.outputs import as_tuple
 from pcn_deploy.network.reparametrization import is_reparametrization
 from pcn_deploy.tasks.distance import least_sqnr_db
 
@@ -80,7 +81,7 @@ def _obstacles(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def check_behaviour(model: nn.Module, images: Tensor, *, batched: bool) -> None:
-    """Refuse a network whose logits are no function of the image alone: no engine could be equal to it.
+    """Refuse a network whose outputs are no function of the image alone: no engine could be equal to it.
 
     Args:
         model: The network in evaluation mode; buffers that it changes are put back, parameters are not.
@@ -88,17 +89,15 @@ def check_behaviour(model: nn.Module, images: Tensor, *, batched: bool) -> None:
         batched: Whether more than one image at a time will be given to it.
 
     Raises:
-        ModelError: If it cannot run, returns anything but logits `(N, K)`, changes a buffer or a parameter, draws
-            random numbers of Python's or NumPy's, returns something else when it is run again, or gives an image other
-            logits when another one is in its batch.
+        ModelError: If it cannot run, changes a buffer or a parameter, draws random numbers of Python's or NumPy's,
+            returns something else when it is run again, or gives an image another answer when another one is in its
+            batch.
     """
     sums, dice = _sums(model), _dice()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with _Types() as types:
         first = _run(model, images[:1])
     _check_types(types.seen)
-    if not (isinstance(first, Tensor) and first.ndim == 2 and first.is_floating_point()):
-        raise output_error(first)
     again = _run(model, images[:1])
     changed = [name for name, buffer in model.named_buffers() if not _equal(buffer, before[name])]
     for name in changed:
@@ -128,8 +127,8 @@ def check_behaviour(model: nn.Module, images: Tensor, *, batched: bool) -> None:
             "randn in forward; keep no state from one run to the next.",
         )
     if batched and not _equal_but_for_rounding(
-        _sqnr_db(torch.cat([first, _run(model, other)]), _run(model, images)),
-        lambda: _sqnr_db(torch.cat([_run(model, one), _run(model, other)]), _run(model, images)),
+        _sqnr_db(_joined(first, _run(model, other)), _run(model, images)),
+        lambda: _sqnr_db(_joined(_run(model, one), _run(model, other)), _run(model, images)),
     ):
         raise obstacle(
             HEADLINE,
@@ -178,11 +177,16 @@ def _dice() -> bytes:
     return pickle.dumps((random.getstate(), np.random.get_state()))  # noqa: NPY002 - what old code draws from
 
 
-def _run(model: nn.Module, images: Tensor) -> Tensor:
+def _joined(*runs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(outputs) for outputs in zip(*runs, strict=True))
+
+
+def _run(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    """Its outputs, `(N, ...)`."""
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said again when the network is compiled
-            output: Tensor = model(images.clone())  # it may write into what it is given
+            output = as_tuple(model(images.clone()))  # it may write into what it is given
     except Exception as error:  # the network's own code may fail in any way
         headline = f"The network cannot run on one input of shape {tuple(images.shape)}"
         raise running_error(model, error, headline) from error
@@ -209,8 +213,10 @@ def _equal_but_for_rounding(found: float, measure: Callable[[], float]) -> bool:
         return found >= ROUNDED_DB
 
 
-def _sqnr_db(first: Tensor, second: Tensor) -> float:
-    """How far two outputs agree; NaN and infinite logits are reported elsewhere."""
-    if not (first.isfinite().all() and second.isfinite().all()):
+def _sqnr_db(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> float:
+    """How far two runs agree; NaN and infinite outputs are reported elsewhere."""
+    if not all(output.isfinite().all() for output in (*first, *second)):
         return EQUAL_DB
-    return least_sqnr_db([first.numpy()], [second.numpy()]) if first.shape == second.shape else -EQUAL_DB
+    if any(one.shape != other.shape for one, other in zip(first, second, strict=True)):
+        return -EQUAL_DB
+    return least_sqnr_db(*([output.numpy() for output in run] for run in (first, second)))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from pcn_deploy.errors import ExecutionError, ModelError
 from pcn_deploy.members import GRAPH, SCRIPT
 from pcn_deploy.proof.reference import Network, run, run_together
 from pcn_deploy.specs import EngineSpec
-from pcn_deploy.tasks.distance import Live, least_sqnr_db, sqnr_of_images
+from pcn_deploy.tasks.distance import Live, sqnr_of_images, sqnr_of_output
 from pcn_deploy.tasks.noise_floor import ORDER_DB
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from pcn_deploy.calibration.plan.rules import PrecisionPlan
     from pcn_deploy.calibration.quantized import Quantization
+
+Lives: TypeAlias = Sequence[Live | None]
 
 EQUAL_DB = 80.0
 """Least SQNR between two float32 executions of one function: they sum in other orders, and leave 100 dB and more. A
@@ -125,6 +127,7 @@ def check_agreement(
         ModelError: If one computes something else; the message names the one that departs.
     """
     images = golden.images[~golden.edge][:2]  # two tell what they change
+    lives = _lives(golden)
     answers = [golden.outputs[tensor.name][~golden.edge][:2] for tensor in spec.outputs]
     eager, module = (partial(_rows, form, images, spec) for form in (forms.eager, forms.simulated))
     _compare(
@@ -132,7 +135,7 @@ def check_agreement(
         answers,
         _rows(forms.unrounded, images, spec),
         "the eager network",
-        golden.live,
+        lives,
         partial(eager, double=True),
     )
     if scripted:
@@ -141,21 +144,25 @@ def check_agreement(
         return _check_widened(bundle, golden, spec, forms)
     with executing("cpu"), open_plain(bundle.read(GRAPH), spec) as session:
         exported = _outputs(session, [np.repeat(image[None], spec.batch.min, axis=0) for image in images])
-    _compare("ONNX graph", module(), exported, "its module", golden.live, partial(module, double=True))
+    _compare("ONNX graph", module(), exported, "its module", lives, partial(module, double=True))
     return golden, {}
+
+
+def _lives(golden: GoldenSet) -> Lives:
+    return [golden.live(name) for name in golden.outputs]
 
 
 def _check_scripted(bundle: Bundle, golden: GoldenSet, spec: EngineSpec, forms: Forms) -> None:
     """Compare TorchScript with its module, on a batch that both run whole: their kernels are the same then."""
     import torch
 
-    chosen = next(run_together(len(golden.images), spec.batch))
+    lives, chosen = _lives(golden), next(run_together(len(golden.images), spec.batch))
     images = golden.images[chosen % len(golden.images)]
     module, slower = partial(run, forms.simulated, images), torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
     with slower, executing("torchscript"), get_backend("torchscript").open(bundle.read(SCRIPT), spec) as session:
         answers = session.run({spec.inputs[0].name: images})
     scripted = [answers[tensor.name] for tensor in spec.outputs]
-    _compare("TorchScript graph", module(), scripted, "its module", golden.live, partial(module, double=True))
+    _compare("TorchScript graph", module(), scripted, "its module", lives, partial(module, double=True))
 
 
 def _check_widened(
@@ -164,15 +171,15 @@ def _check_widened(
     """Compare the graph without its rounding with the network that has its weights, on every real image."""
     from pcn_deploy.engines.rounded import widen
 
-    images = golden.images[~golden.edge]
+    lives, images = _lives(golden), golden.images[~golden.edge]
     expected = _rows(forms.stored, images, spec)
     with executing("cpu"), open_plain(widen(bundle.read(GRAPH)), spec) as session:
         found = _outputs(session, [np.repeat(image[None], spec.batch.min, axis=0) for image in images])
-    apart = np.min([sqnr_of_images(*pair, golden.live) for pair in zip(expected, found, strict=True)], axis=0)
+    apart = np.min([sqnr_of_images(*one) for one in zip(expected, found, lives, strict=True)], axis=0)
     if not apart.min() >= ROUNDED_DB:  # NaN is not
         stored, floating = (partial(_rows, form, images, spec) for form in (forms.stored, forms.floating))
         roundings = partial(stored, double=True), floating
-        _explain("ONNX graph", float(apart.min()), "its module", expected, golden.live, *roundings)
+        _explain("ONNX graph", float(apart.min()), "its module", expected, lives, *roundings)
     names = [tensor.name for tensor in spec.outputs]
     limits = np.minimum(SHARPEST_DB, apart - CHAOS_DB)
     wanted = dict(zip(names, expected, strict=True))
@@ -191,7 +198,7 @@ def _compare(
     expected: list[Array],
     found: list[Array],
     of_what: str,
-    live: Live,
+    lives: Lives,
     *roundings: Callable[[], list[Array]],
 ) -> None:
     """Refuse a form that is further from what it was made from than two float32 executions are.
@@ -201,15 +208,15 @@ def _compare(
         expected: Outputs of what it was made from.
         found: Its own.
         of_what: What it was made from.
-        live: The logits that are compared, `(K,)`.
+        lives: Which entries of each output are compared, as `GoldenSet.live` has it.
         roundings: Further executions of what it was made from, which differ from `expected` by rounding alone.
 
     Raises:
         ModelError: If rounding does not explain how far they are apart.
     """
-    apart = _apart(expected, found, live)
+    apart = _apart(expected, found, lives)
     if apart < EQUAL_DB:
-        _explain(form, apart, of_what, expected, live, *roundings)
+        _explain(form, apart, of_what, expected, lives, *roundings)
 
 
 def _explain(
@@ -217,26 +224,27 @@ def _explain(
     apart: float,
     of_what: str,
     expected: list[Array],
-    live: Live,
+    lives: Lives,
     *roundings: Callable[[], list[Array]],
 ) -> None:
-    explained = min(_explained(expected, live, execute) for execute in roundings)
+    explained = min(_explained(expected, lives, execute) for execute in roundings)
     least = explained - ORDER_DB if explained >= NOTHING_DB else -math.inf
     if apart < least:
         raise ModelError(_departure(form, apart, of_what, explained))
 
 
-def _explained(expected: list[Array], live: Live, execute: Callable[[], list[Array]]) -> float:
+def _explained(expected: list[Array], lives: Lives, execute: Callable[[], list[Array]]) -> float:
     try:
-        return _apart(expected, execute(), live)
+        return _apart(expected, execute(), lives)
     except Exception:  # the network's own code may insist on float32, or not be finite otherwise: no explanation
         return math.inf
 
 
-def _apart(expected: list[Array], found: list[Array], live: Live) -> float:
+def _apart(expected: list[Array], found: list[Array], lives: Lives) -> float:
     """The least SQNR, in dB, of any output: of all images together, and of what they change in each of them."""
-    changes = [float(sqnr_of_images(*pair, live).min()) for pair in zip(expected, found, strict=True)]
-    return min(least_sqnr_db(expected, found, live=live), *changes)
+    compared = list(zip(expected, found, lives, strict=True))
+    changes = [float(sqnr_of_images(*one).min()) for one in compared]
+    return min(*(sqnr_of_output(*one) for one in compared), *changes)
 
 
 _ASKS = {

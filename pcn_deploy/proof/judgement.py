@@ -12,12 +12,11 @@ from pcn_deploy.artefact.engine import Engine
 from pcn_deploy.artefact.golden import NOISE, GoldenSet
 from pcn_deploy.artefact.manifest import Manifest
 from pcn_deploy.progress import Progress, silent
-from pcn_deploy.specs import ATTENTION_MAP, LOGITS
 from pcn_deploy.tasks.limits import BUDGETS, GUARD_DB, ParityBudget
-from pcn_deploy.tasks.metrics import power_of_noise
 from pcn_deploy.tasks.noise_floor import ON_CPU, NoiseFloor, natural_db
 from pcn_deploy.tasks.parity import ParityMeter
 from pcn_deploy.tasks.report import ParityReport
+from pcn_deploy.tasks.role import power_of_noise
 
 _COARSER = {"fp32": 2.0**26, "fp16": 2.0**26, "bf16": 2.0**32}
 """How many times more power the rounding errors of a type have than those of float32: its mantissa has 13 or 16 bits
@@ -43,17 +42,17 @@ def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = sil
     Raises:
         BundleError: If the golden set was altered.
     """
-    names = [tensor.name for tensor in engine.spec.outputs]
-    golden = GoldenSet.read(engine.bundle, names)
+    golden = GoldenSet.read(engine.bundle)
+    names = list(golden.outputs)
     found = engine_outputs(engine, golden.images, progress)
-    meters = {name: _compared(golden, ~golden.edge, golden.outputs[name], found[name], name) for name in names}
+    first, *others = (_compared(golden, ~golden.edge, golden.outputs[name], found[name], name) for name in names)
     floor = noise_floor(golden, golden.images[~golden.edge], engine.bundle.manifest, engine.executed_by)
-    report = meters[LOGITS].report(
+    report = first.report(
         target=engine.target,
         executed_by=engine.executed_by,
         data="golden",
         budget=budget,
-        attention=meters.get(ATTENTION_MAP),
+        others=others,
         changes=floor.judges_noise() or engine.bundle.manifest.golden != NOISE,
         floor=floor,
     )
@@ -71,16 +70,15 @@ def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = sil
         expected = golden.simulated.get(name, golden.outputs[name])
         if golden.simulated:
             seen = _compared(golden, ~golden.edge, expected, found[name], name)
-            report = seen.added_to(report, "simulated", limit)
+            report = seen.added_to(report, "simulated", limit, first=name == golden.first)
         if golden.judged_edge.any():
             seen = _compared(golden, golden.judged_edge, expected, found[name], name)
-            report = seen.added_to(report, "edge", edge_limit)
+            report = seen.added_to(report, "edge", edge_limit, first=name == golden.first)
     asked = [(index, golden.names[index]) for index in np.flatnonzero(golden.rounding)]
     broken = [name for index, name in asked if not all(np.isfinite(values[index]).all() for values in found.values())]
     if broken:
-        failure = f"edge images: NaN or infinite outputs for {', '.join(broken)}"
-        report = replace(report, failures=(*report.failures, failure))
-    return report
+        report = report.with_part("edge", {}, [f"NaN or infinite outputs for {', '.join(broken)}"], "edge images")
+    return replace(report, outputs=golden.roles)
 
 
 def simulation_limit(golden: GoldenSet, budget: ParityBudget, remainder: str) -> ParityBudget:
@@ -94,8 +92,9 @@ def simulation_limit(golden: GoldenSet, budget: ParityBudget, remainder: str) ->
         budget: What is parity with the trained network.
         remainder: Type of the graph outside Q/DQ.
     """
-    meter = _compared(golden, ~golden.edge, golden.outputs[LOGITS], golden.simulated[LOGITS], LOGITS)
-    noise = meter.metrics()["sqnr_differences_db"]
+    first = golden.first
+    seen = _compared(golden, ~golden.edge, golden.outputs[first], golden.simulated[first], first).metrics()
+    noise = seen.get("sqnr_differences_db", seen["sqnr_db"])
     return replace(budget, sqnr_db=min(noise - TWICE_DB, BUDGETS[remainder].sqnr_db))
 
 
@@ -113,9 +112,9 @@ def noise_floor(golden: GoldenSet, images: Images, manifest: Manifest, by: str) 
     if not exact:
         power *= _COARSER[manifest.remainder]
     if golden.simulated:
-        real = ~golden.edge
-        pair = (values[LOGITS][real][:, golden.live] for values in (golden.outputs, golden.simulated))
-        power += _TWICE * power_of_noise(*pair)
+        first = golden.first
+        trained, simulated = (values[first][~golden.edge] for values in (golden.outputs, golden.simulated))
+        power += _TWICE * power_of_noise(trained, simulated, golden.role(first), golden.live(first))
     return NoiseFloor(natural_db=natural_db(images, precision), power=power, exact=exact)
 
 
@@ -135,7 +134,7 @@ def _compared(
     golden: GoldenSet, chosen: npt.NDArray[np.bool_], expected: Images, found: Images, output: str
 ) -> ParityMeter:
     """Some of the golden images, compared."""
-    meter = ParityMeter(output, golden.live if output == LOGITS else None)
+    meter = golden.meter(output)
     names = [name for name, one in zip(golden.names, chosen, strict=True) if one]
     meter.update(expected[chosen], found[chosen], name=names.__getitem__)
     return meter

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.aliases import Images
+from pcn_deploy.aliases import Images, Outputs
 from pcn_deploy.artefact.golden import GoldenSet, edge_images
 from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import DataError
 from pcn_deploy.progress import Progress
-from pcn_deploy.specs import BatchRange, EngineSpec
-from pcn_deploy.tasks.distance import least_sqnr_db
+from pcn_deploy.specs import BatchRange, EngineSpec, OutputSpec
+from pcn_deploy.tasks.distance import Live, least_sqnr_db
 from pcn_deploy.tasks.limits import BUDGETS, GUARD_DB
-from pcn_deploy.tasks.metrics import alike, centred, live_classes, power_of_noise
+from pcn_deploy.tasks.metrics import alike
+from pcn_deploy.tasks.role import Role, power_of_noise
+from pcn_deploy.tasks.roles import get_role
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -72,7 +74,7 @@ def golden_set(
     forward: Network,
     real: dict[str, Array],
     transform: Transform,
-    outputs: tuple[str, ...],
+    outputs: tuple[OutputSpec, ...],
     batch: BatchRange,
     progress: Progress,
 ) -> tuple[GoldenSet, list[str]]:
@@ -82,7 +84,7 @@ def golden_set(
         forward: The network in evaluation mode, with all outputs; see `eager_outputs`.
         real: The real images, `(C, H, W)`, transformed, by name.
         transform: Makes the edge images.
-        outputs: Names of the outputs in their order, logits first.
+        outputs: The outputs in their order; the network is judged by the first.
         batch: Least and most images that the network takes at once.
         progress: Told the number of images done.
 
@@ -100,9 +102,12 @@ def golden_set(
     broken = [name for name, good in zip(names, finite, strict=True) if not good]
     if not all(finite[: len(real)]):
         first = ", ".join(name for name in broken if name in real)
-        msg = f"The eager network returns NaN or infinite logits for {first}; there is nothing to be equal to."
+        msg = (
+            f"The eager network returns NaN or infinite {_words(outputs)} for {first}; there is nothing to be equal to."
+        )
         raise DataError(msg)
-    rounding = _rounding(forward, images, rows, np.arange(len(images)) >= len(real), batch)
+    role = get_role(outputs[0].role)
+    rounding = _rounding(forward, images, rows, np.arange(len(images)) >= len(real), batch, role)
     noise, own_db = rounding.answered, rounding.own_db
     kept = np.flatnonzero(finite)
     columns = zip(*(rows[index] for index in kept), strict=True)
@@ -110,14 +115,20 @@ def golden_set(
         images=np.stack([images[index] for index in kept]),
         names=tuple(names[index] for index in kept),
         edge=kept >= len(real),
-        outputs={name: np.concatenate(values) for name, values in zip(outputs, columns, strict=True)},
+        outputs={output.name: np.concatenate(values) for output, values in zip(outputs, columns, strict=True)},
         rounding=np.isin(kept, noise),
         float32_noise=rounding.noise,
+        roles={output.name: output.role for output in outputs},
     )
-    return golden, _notes(names[: len(real)], broken, [names[index] for index in noise], own_db)
+    return golden, _notes(names[: len(real)], broken, [names[index] for index in noise], own_db, _words(outputs))
 
 
-def _notes(real: list[str], broken: list[str], noise: list[str], own_db: float) -> list[str]:
+def _words(outputs: tuple[OutputSpec, ...]) -> str:
+    """The outputs as messages call them."""
+    return " or ".join(output.name.replace("_", " ") for output in outputs)
+
+
+def _notes(real: list[str], broken: list[str], noise: list[str], own_db: float, words: str) -> list[str]:
     """What the user should know of the golden set.
 
     Args:
@@ -125,6 +136,7 @@ def _notes(real: list[str], broken: list[str], noise: list[str], own_db: float) 
         broken: Those of edge images for which the network is not finite.
         noise: Those of edge images to which it answers its own rounding.
         own_db: As `_Rounding` has it.
+        words: What the outputs are called.
     """
     notes = []
     if len(real) == 1:
@@ -134,7 +146,7 @@ def _notes(real: list[str], broken: list[str], noise: list[str], own_db: float) 
         ]
     if broken:
         notes += [
-            f"the trained network itself returns NaN or infinite logits for {', '.join(broken)} (an edge image); "
+            f"the trained network itself returns NaN or infinite {words} for {', '.join(broken)} (an edge image); "
             "the engines were not judged by that."
         ]
     if noise:
@@ -188,40 +200,46 @@ class _Rounding:
 
 
 def _rounding(
-    forward: Network, images: list[Array], rows: list[Row], edge: npt.NDArray[np.bool_], batch: BatchRange
+    forward: Network, images: list[Array], rows: list[Row], edge: npt.NDArray[np.bool_], batch: BatchRange, role: Role
 ) -> _Rounding:
     def size(index: int) -> float:
-        return float(np.sqrt(np.square(centred(rows[index][0].astype(np.float64))).mean()))
+        return float(np.sqrt(np.square(role.differences(_flat(rows[index][0]))).mean()))
 
     chosen = [int(index) for index in np.flatnonzero(edge) if all(np.isfinite(row).all() for row in rows[index])]
     real = [int(index) for index in np.flatnonzero(~edge)]
     least = FAINT * float(np.sqrt(np.mean([size(index) ** 2 for index in real])))
     faint = {index for index in chosen if 0 < size(index) < least}  # none at all is exact
-    logits = np.concatenate([rows[index][0] for index in real])
-    live = live_classes(logits)
-    logits = logits[:, live]
-    real = real[: TOGETHER if alike(logits, SMALL_DB) else 1]  # one tells enough where nothing hangs on the figure
+    answers = np.concatenate([rows[index][0] for index in real])
+    live = role.live(_flat(answers))
+    judged = _flat(answers) if live is None else _flat(answers)[:, live]
+    real = real[: TOGETHER if alike(judged, SMALL_DB) else 1]  # one tells enough where nothing hangs on the figure
     try:
         asked = np.stack([images[index] for index in (*real, *chosen)])
         doubles = list(_rows_in_double(forward, asked, batch))
     except Exception:  # the network's own code may insist on float32: nothing to compare with
         return _Rounding(answered=sorted(faint), own_db=math.inf, noise=math.nan)
-    answers = zip(chosen, doubles[len(real) :], strict=True)
-    unlike = {index for index, row in answers if not _reproduced(rows[index], row)}
-    first, exact = doubles[0], np.concatenate([row[0][:, live] for row in doubles[: len(real)]])
+    pairs = zip(chosen, doubles[len(real) :], strict=True)
+    unlike = {index for index, row in pairs if not _reproduced(rows[index], row)}
+    first, exact = doubles[0], np.concatenate([row[0] for row in doubles[: len(real)]])
     own_db = least_sqnr_db(first, rows[0]) if all(np.isfinite(row).all() for row in first) else -math.inf
-    return _Rounding(answered=sorted(faint | unlike), own_db=own_db, noise=_noise(logits, exact))
+    return _Rounding(answered=sorted(faint | unlike), own_db=own_db, noise=_noise(answers, exact, role, live))
 
 
-def _noise(logits: npt.NDArray[np.floating[Any]], exact: npt.NDArray[np.floating[Any]]) -> float:
-    """Mean power of the errors of logits `(N, K)` whose first rows are known in float64; NaN if those are not finite.
+def _flat(values: Outputs) -> npt.NDArray[np.float64]:
+    """One row per image."""
+    return values.reshape(len(values), -1).astype(np.float64)
+
+
+def _noise(answers: Outputs, exact: Outputs, role: Role, live: Live | None) -> float:
+    """Mean power of the errors of an output whose first rows are known in float64; NaN if those are not finite.
 
     No less than that of their last bit: by chance few errors may be smaller.
     """
-    if not np.isfinite(exact).all():
+    if not np.isfinite(_flat(exact) if live is None else _flat(exact)[:, live]).all():
         return math.nan
-    last_bit = np.square(np.spacing(np.abs(logits)).astype(np.float64)) / 12
-    return max(power_of_noise(exact, logits[: len(exact)]), float(last_bit.sum(1).mean()))
+    last_bit = np.square(_flat(np.spacing(np.abs(answers)))) / 12
+    last_bit = last_bit if live is None else last_bit[:, live]
+    return max(power_of_noise(exact, answers[: len(exact)], role, live), float(last_bit.sum(1).mean()))
 
 
 def _rows_in_double(forward: Network, images: Images, batch: BatchRange) -> Iterator[Row]:
@@ -263,7 +281,8 @@ def _eager_rows(forward: Network, images: list[Array], progress: Progress) -> li
 
 
 def eager_outputs(model: nn.Module, *, attention_map: bool) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """The network as a function from images `(N, C, H, W)` to all outputs that are built, logits first."""
+    """The network as a function from images `(N, C, H, W)` to all outputs that are built, in their order."""
     from pcn_deploy.network.attention_map import with_attention_map
+    from pcn_deploy.network.outputs import as_tuple
 
-    return with_attention_map(model) if attention_map else lambda images: (model(images),)
+    return with_attention_map(model) if attention_map else lambda images: as_tuple(model(images))

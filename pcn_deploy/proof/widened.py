@@ -23,10 +23,8 @@ from pcn_deploy.calibration.scales import input_scales
 from pcn_deploy.members import GRAPH, PLAN
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof.judgement import engine_outputs
-from pcn_deploy.specs import LOGITS
 from pcn_deploy.tasks.distance import sqnr_of_images
 from pcn_deploy.tasks.limits import ParityBudget
-from pcn_deploy.tasks.parity import ParityMeter
 from pcn_deploy.tasks.report import ParityReport
 
 Array = npt.NDArray[np.float32]
@@ -54,7 +52,7 @@ def verify_widened(engine: Engine, budget: ParityBudget, progress: Progress = si
     Raises:
         BundleError: If the golden set was altered.
     """
-    golden = GoldenSet.read(engine.bundle, [tensor.name for tensor in engine.spec.outputs])
+    golden = GoldenSet.read(engine.bundle)
     found = engine_outputs(engine, golden.images[~golden.edge], progress, size=1)  # more take more memory
     return judge_widened(engine.bundle, engine.target, budget, found)
 
@@ -71,11 +69,12 @@ def judge_widened(bundle: Bundle, target: str, budget: ParityBudget, found: dict
     Raises:
         BundleError: If the golden set was altered.
     """
-    golden = GoldenSet.read(bundle, found)
-    expected = golden.widened
-    meter = ParityMeter(LOGITS, golden.live)
-    meter.update(expected[LOGITS], found[LOGITS])
-    apart = np.min([sqnr_of_images(expected[name], values, golden.live) for name, values in found.items()], axis=0)
+    golden = GoldenSet.read(bundle)
+    expected, first = golden.widened, golden.first
+    meter = golden.meter(first)
+    meter.update(expected[first], found[first])
+    apart = [sqnr_of_images(expected[name], values, golden.live(name)) for name, values in found.items()]
+    apart = np.min(apart, axis=0)
     worst = int((apart - golden.widened_db).argmin())
     limit, failures = float(golden.widened_db[worst]), []
     if apart[worst] < limit:

@@ -9,8 +9,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.aliases import Logits
-from pcn_deploy.specs import LOGITS
+from pcn_deploy.aliases import Outputs
+from pcn_deploy.tasks.classification import LogitsMeter
 from pcn_deploy.tasks.metrics import centred, power_of_changes
 from pcn_deploy.tasks.parity import ParityMeter
 
@@ -18,44 +18,58 @@ Array = npt.NDArray[np.float32]
 Live: TypeAlias = npt.NDArray[np.bool_]
 
 
-def least_sqnr_db(expected: Iterable[Logits], found: Iterable[Logits], *, live: Live | None = None) -> float:
+def least_sqnr_db(expected: Iterable[Outputs], found: Iterable[Outputs]) -> float:
     """The least SQNR, in dB, between two lists of outputs `(N, ...)`, each compared with its counterpart.
 
-    Of outputs `(N, K)`, such as logits, that of the differences in a row counts too, and only those that are `live`.
+    Of outputs `(N, K)`, which may be logits, that of the differences in a row counts too.
 
     Raises:
         DataError: If shapes differ, or what is expected is not finite.
     """
-    ratios = []
-    for first, second in zip(expected, found, strict=True):
-        meter = ParityMeter(LOGITS, live) if first.ndim == 2 else ParityMeter("output")
-        meter.update(first, second)
-        metrics = meter.metrics()
-        ratios.append(min(metrics["sqnr_db"], metrics.get("sqnr_differences_db", math.inf)))
-    return min(ratios)
+    return min(
+        sqnr_of_output(first, second, np.ones(first.shape[1], np.bool_) if first.ndim == 2 else None)
+        for first, second in zip(expected, found, strict=True)
+    )
 
 
-def sqnr_of_images(expected: Array, found: Array, live: Live) -> npt.NDArray[np.float64]:
+def sqnr_of_output(expected: Outputs, found: Outputs, live: Live | None) -> float:
+    """SQNR, in dB, of an output `(N, ...)`; of logits, the least of theirs and that of the differences in a row.
+
+    Args:
+        expected: The output.
+        found: The same of an engine.
+        live: Which of K logits are compared, `(K,)`; None for an output that is compared as it stands.
+
+    Raises:
+        DataError: If shapes differ, or what is expected is not finite.
+    """
+    meter = ParityMeter("output") if live is None else LogitsMeter(live=live)
+    meter.update(expected, found)
+    metrics = meter.metrics()
+    return min(metrics["sqnr_db"], metrics.get("sqnr_differences_db", math.inf))
+
+
+def sqnr_of_images(expected: Array, found: Array, live: Live | None) -> npt.NDArray[np.float64]:
     """Mean power of what is expected, over the noise of each image, in dB; of logits, of what the images change in it.
 
     An image to which a network answers little has no less noise than another one, so it is not compared with its own.
     What every image gets alike, such as a large constant, would make every error look small.
 
     Args:
-        expected: `(N, ...)`; of `(N, K)`, such as logits, the differences in a row count.
+        expected: `(N, ...)`; of logits `(N, K)` the differences in a row count.
         found: The same of an engine.
-        live: Which of K logits are compared, `(K,)`.
+        live: Which of K logits are compared, `(K,)`; None for an output that is compared as it stands.
 
     Returns:
         `(N,)`, minus infinity where an answer is not finite.
     """
     wanted, seen = (values.reshape(len(values), -1).astype(np.float64) for values in (expected, found))
-    if expected.ndim == 2:
+    if live is not None:
         wanted, seen = centred(wanted[:, live]), centred(seen[:, live])
     noise = np.square(seen - wanted).mean(1)
     noise = np.where(np.isfinite(noise), noise, np.inf)
     power = float(np.square(wanted).sum())
-    if expected.ndim == 2:
+    if live is not None:
         changes = power_of_changes(power, float(np.square(wanted.sum(0)).sum()), len(wanted))
         power = min(power, changes or power)
     power = max(power / wanted.size, np.finfo(np.float64).tiny)

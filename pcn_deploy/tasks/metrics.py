@@ -17,7 +17,7 @@ SQNR_CEILING_DB = 200.0
 NO_CLASS = -1
 """The answer of a row that holds NaN or infinity: no class is the largest."""
 
-_NOTHING = 1e-14
+NOTHING = 1e-14
 """Share of the power of the logits below which the images change nothing: less than the last bit of float32."""
 
 _FAR = 100.0
@@ -86,12 +86,6 @@ def alike(images: Logits, least_db: float) -> bool:
     return changes is None or sqnr_db(changes, power) < least_db
 
 
-def power_of_noise(reference: Logits, found: Logits) -> float:
-    """Mean power of the errors in the differences of a row, of two sets of logits `(N, K)`."""
-    error = centred(reference.astype(np.float64)) - centred(found.astype(np.float64))
-    return float(np.square(error).sum(1).mean())
-
-
 def as_json(value: float) -> float:
     """JSON has no infinity: the largest double stands for it."""
     return min(value, float(np.finfo(np.float64).max))
@@ -110,4 +104,4 @@ def power_of_changes(power: float, squared_sums: float, images: int) -> float | 
         The power; None where the images change nothing, or there is only one.
     """
     changes = power - squared_sums / images
-    return changes * images / (images - 1) if images > 1 and changes > _NOTHING * power else None
+    return changes * images / (images - 1) if images > 1 and changes > NOTHING * power else None

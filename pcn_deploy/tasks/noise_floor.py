@@ -97,7 +97,8 @@ class NoiseFloor:
         least, kept = changes_limit(budget), metrics.get("changes_kept_db", math.nan)
         if self.exact and not math.isnan(kept):
             return min(least, kept - ORDER_DB)
-        changes, differences = (metrics.get(f"sqnr_{name}_db", math.inf) for name in ("changes", "differences"))
+        changes = metrics.get("sqnr_changes_db", math.inf)
+        differences = metrics.get("sqnr_differences_db", metrics.get("sqnr_db", math.inf))
         excused = differences >= self.natural_db or changes - differences < -self.natural_db
         return -math.inf if excused and not kept >= least else least
 

@@ -1,32 +1,28 @@
-"""How far an engine is from the eager model: the meter and its verdict. numpy only.
+"""How far an output of an engine is from the eager model's: the meter of any output and its verdict. numpy only.
 
 Definitions, with reference r and engine output y, one row per image:
 cosine = r.y / (|r| |y|) of the worst image; SQNR = 10 log10(sum r^2 / sum (r - y)^2) in dB over all images;
-SQNR of the differences = the same, of what each logit differs from the mean of its row by, on both sides: one number
-added to all logits of an image changes no answer, and makes the errors of the others look small;
-SQNR of the changes = what the images change in these differences, over the same noise: what every image of a set gets
-alike, such as the priors of the classes, tells no image from another;
-top-1 agreement = share of images with the same largest logit; top-1 drop = accuracy of r minus that of y, in
-percentage points. An output that is not finite is a failure of its own. The budgets are justified in docs/parity.md.
+SQNR of the changes = what the images change in the output, over the same noise: what every image of a set gets alike
+tells no image from another. An output that is not finite is a failure of its own. What a role of outputs measures
+beside, its own meter does, such as that of `tasks/classification.py`. The budgets are justified in docs/parity.md.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.aliases import Logits
+from pcn_deploy.aliases import Outputs
 from pcn_deploy.errors import DataError
-from pcn_deploy.exact import ExactSum, ExactVector
-from pcn_deploy.specs import ATTENTION_MAP, LOGITS
-from pcn_deploy.tasks.bound import PairedCounts, drop_failures, judge_drop
+from pcn_deploy.exact import ExactSum
 from pcn_deploy.tasks.limits import TOLERATED, ParityBudget, changes_limit
-from pcn_deploy.tasks.metrics import answers, as_json, centred, cosine, power_of_changes, sqnr_db
+from pcn_deploy.tasks.metrics import NOTHING, Doubles, as_json, cosine, sqnr_db
 from pcn_deploy.tasks.noise_floor import UNMEASURED, NoiseFloor
 from pcn_deploy.tasks.report import ParityReport, listed
 
@@ -38,47 +34,53 @@ class ParityMeter:
     """Accumulates the comparison batch by batch, in 8 bytes per image; grouping and order of the images do not matter.
 
     Args:
-        output: Name of the output that is compared, for messages.
-        live: Which of the K logits are compared, `(K,)`, as `metrics.live_classes` tells; by default all. The others
-            only count where one of them is the engine's answer.
+        output: Name of the output that is compared, for messages and as the prefix of metrics.
+        usual: What the output is on average over images, `(...)`: what an image changes is what differs from it. By
+            default changes are not measured.
     """
 
-    def __init__(self, output: str = LOGITS, live: npt.NDArray[np.bool_] | None = None) -> None:
-        self.output, self._live = output, live
-        self._labelled = 0
+    shape = "shape (N, ...)"
+    """What is asked of the arrays, in words."""
+
+    def __init__(self, output: str, usual: npt.NDArray[np.floating[Any]] | None = None) -> None:
+        self.output = output
+        self._usual = None if usual is None else usual.reshape(1, -1).astype(np.float64)
         self._cosines: list[float] = []
         self._worst: tuple[float, str] = (math.inf, "")
         self._broken: list[str] = []
         self._max_abs = 0.0
-        self._signal, self._noise = ExactSum(), ExactSum()
-        self._centred_signal, self._centred_noise = ExactSum(), ExactSum()
-        self._class_sums = ExactVector()
-        self._agree = self._reference_hits = self._engine_hits = self._lost = 0
+        self._sums = {name: ExactSum() for name in ("signal", "noise", "changes")}
+
+    def fresh(self) -> ParityMeter:
+        """A meter of the same output that has counted nothing, to merge others into."""
+        return ParityMeter(self.output, self._usual)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether an array of this shape can be such an output."""
+        return len(shape) > 1
 
     def update(
         self,
-        reference: Logits,
-        engine: Logits,
+        reference: Outputs,
+        engine: Outputs,
         labels: npt.NDArray[np.int64] | None = None,
         name: Name | None = None,
     ) -> None:
         """Compare one batch.
 
         Args:
-            reference: Logits of the eager model, `(N, K)`; another output, `(N, ...)`, is one row per image.
+            reference: Output of the eager model, `(N, ...)`, one row per image.
             engine: The same of the engine.
-            labels: Classes, `(N,)`, if known.
+            labels: What the images are labelled with, `(N,)`, if known, and if the output answers that.
             name: Names the images; by default by their number.
 
         Raises:
-            DataError: If the shapes differ, the reference is not finite, or a label is not one of the K classes.
+            DataError: If the shapes differ, the reference is not finite, or a label cannot be.
         """
-        rank_fits = reference.ndim == 2 if self.output == LOGITS else reference.ndim > 1
-        if reference.shape != engine.shape or not rank_fits:
-            shape = "(N, K)" if self.output == LOGITS else "shape (N, ...)"
+        if reference.shape != engine.shape or not self.fits(reference.shape):
             msg = (
                 f"Reference {self.output} {reference.shape} and engine {self.output} {engine.shape}: "
-                f"expected the same {shape}."
+                f"expected the same {self.shape}."
             )
             raise DataError(msg)
         seen = len(self._cosines)
@@ -91,28 +93,22 @@ class ParityMeter:
                 "there is nothing to be equal to."
             )
             raise DataError(msg)
+        self._broken += [name(index) for index in np.flatnonzero(~np.isfinite(out).all(1)).tolist()]
         self._compare(ref, out, name)
         if labels is not None:
             self._compare_with(labels, ref, out)
 
-    def _compare(self, ref: npt.NDArray[np.float64], out: npt.NDArray[np.float64], name: Name) -> None:
-        finite = np.isfinite(out)
-        self._broken += [name(index) for index in np.flatnonzero(~finite.all(1)).tolist()]
-        self._agree += int((ref.argmax(1) == answers(out)).sum())
-        stray = np.zeros(len(ref))
-        if self._live is not None:
-            wrong = ~self._live & (answers(out)[:, None] == np.arange(out.shape[1]))
-            stray = (np.where(wrong, ref - out, 0.0) ** 2).sum(1)
-            ref, out, finite = ref[:, self._live], out[:, self._live], finite[:, self._live]
-        error = np.where(finite, ref - out, np.inf)
-        self._signal.add((ref**2).sum(1))
-        self._noise.add((error**2).sum(1) + stray)
-        if self.output == LOGITS:
-            differences = centred(ref)
-            noise = (centred(np.where(finite, error, 0.0)) ** 2).sum(1) + stray
-            self._centred_signal.add((differences**2).sum(1))
-            self._centred_noise.add(np.where(finite.all(1), noise, np.inf))
-            self._class_sums.add(differences)
+    def _compare(self, ref: Doubles, out: Doubles, name: Name) -> None:
+        """Compare rows `(N, K)`."""
+        error = np.where(np.isfinite(out), ref - out, np.inf)
+        self._sums["signal"].add((ref**2).sum(1))
+        self._sums["noise"].add((error**2).sum(1))
+        if self._usual is not None:
+            self._sums["changes"].add(((ref - self._usual) ** 2).sum(1))
+        self._rank(ref, out, error, name)
+
+    def _rank(self, ref: Doubles, out: Doubles, error: Doubles, name: Name) -> None:
+        """Keep the largest error, and the worst image."""
         self._max_abs = max(self._max_abs, float(np.abs(error).max(initial=0.0)))
         cosines = cosine(ref, out).tolist()
         self._cosines += cosines
@@ -120,56 +116,36 @@ class ParityMeter:
         if least <= self._worst[0]:
             self._worst = min(self._worst, (least, min(name(i) for i, one in enumerate(cosines) if one == least)))
 
-    def _compare_with(self, labels: npt.NDArray[np.int64], ref: Logits, out: Logits) -> None:
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < ref.shape[1]:
-            msg = f"Labels run from {labels.min()} to {labels.max()}; the network has {ref.shape[1]} classes."
-            raise DataError(msg)
-        was_right, right = ref.argmax(1) == labels, answers(out) == labels
-        self._labelled += len(labels)
-        self._reference_hits += int(was_right.sum())
-        self._engine_hits += int(right.sum())
-        self._lost += int((was_right & ~right).sum())
+    def _compare_with(self, labels: npt.NDArray[np.int64], ref: Doubles, out: Doubles) -> None:
+        """Compare both with labels, where the output answers what they say."""
 
-    @property
-    def _sums(self) -> tuple[ExactSum, ...]:
-        return self._signal, self._noise, self._centred_signal, self._centred_noise
-
-    def state(self) -> bytes:
-        """Everything counted so far, as JSON, for `merge` in another process."""
-        whole = {
-            "sums": [[each.units, each.infinite] for each in self._sums],
-            "class_sums": self._class_sums.units,
+    def _state(self) -> dict[str, Any]:
+        """Everything counted so far, as JSON."""
+        return {
+            "sums": {name: [each.units, each.infinite] for name, each in self._sums.items()},
             "cosines": self._cosines,
             "worst": self._worst if self._cosines else None,
             "broken": self._broken,
             "max_abs": as_json(self._max_abs),
-            "counts": [self._labelled, self._agree, self._reference_hits, self._engine_hits, self._lost],
         }
-        return json.dumps(whole, allow_nan=False).encode()
 
-    def merge(self, state: bytes) -> None:
-        """Add what another meter counted. Nothing is rounded: the metrics are those of one meter for all images."""
-        other = json.loads(state)
-        for mine, (units, infinite) in zip(self._sums, other["sums"], strict=True):
-            mine.merge(ExactSum(units, infinite=infinite))
-        self._class_sums.merge(ExactVector(other["class_sums"]))
+    def _add_state(self, other: dict[str, Any]) -> None:
+        """Add what another meter counted."""
+        for name, (units, infinite) in other["sums"].items():
+            self._sums[name].merge(ExactSum(units, infinite=infinite))
         self._cosines += other["cosines"]
         if other["worst"]:
             self._worst = min(self._worst, tuple(other["worst"]))
         self._broken += other["broken"]
         self._max_abs = max(self._max_abs, other["max_abs"])
-        labelled, agree, reference_hits, engine_hits, lost = other["counts"]
-        self._labelled += labelled
-        self._agree += agree
-        self._reference_hits += reference_hits
-        self._engine_hits += engine_hits
-        self._lost += lost
 
-    @property
-    def counts(self) -> PairedCounts:
-        """Labelled images, and those lost and gained among them."""
-        gained = self._engine_hits - self._reference_hits + self._lost
-        return PairedCounts(self._labelled, self._lost, gained)
+    def state(self) -> bytes:
+        """Everything counted so far, as JSON, for `merge` in another process."""
+        return json.dumps(self._state(), allow_nan=False).encode()
+
+    def merge(self, state: bytes) -> None:
+        """Add what another meter counted. Nothing is rounded: the metrics are those of one meter for all images."""
+        self._add_state(json.loads(state))
 
     def metrics(self) -> dict[str, float]:
         """The numbers so far.
@@ -177,32 +153,39 @@ class ParityMeter:
         Raises:
             DataError: If nothing was compared.
         """
-        if (images := len(self._cosines)) == 0:
+        if len(self._cosines) == 0:
             msg = "No images were compared."
             raise DataError(msg)
-        found = {
+        return {
             "cosine_min": self._worst[0],
-            "sqnr_db": sqnr_db(float(self._signal), float(self._noise)),
+            "sqnr_db": sqnr_db(float(self._sums["signal"]), float(self._sums["noise"])),
             "max_abs_error": as_json(self._max_abs),
-            "top1_agreement": 100.0 * self._agree / images,
+            **self._metrics(),
             "non_finite": float(len(self._broken)),
         }
-        if self.output == LOGITS:
-            noise, changes = float(self._centred_noise), self._changes()
-            found["sqnr_differences_db"] = sqnr_db(float(self._centred_signal), noise)
-            if changes is not None:
-                found["sqnr_changes_db"] = sqnr_db(changes, noise)
-        if self._labelled:
-            hits, counts = (self._reference_hits, self._engine_hits), self.counts
-            reference, engine = (100.0 * each / self._labelled for each in hits)
-            found |= {"top1_reference": reference, "top1_engine": engine, "top1_drop": reference - engine}
-            found |= {"top1_lost": float(counts.lost), "top1_gained": float(counts.gained)}
-            found["top1_drop_bound"] = counts.drop_bound
-        return found
 
-    def _changes(self) -> float | None:
-        """Power of what all images together change; None where they change nothing."""
-        return power_of_changes(float(self._centred_signal), self._class_sums.sum_of_squares(), len(self._cosines))
+    def _metrics(self) -> dict[str, float]:
+        """Those of the role."""
+        changes = self.changes()
+        return {} if changes is None else {"sqnr_changes_db": sqnr_db(changes, self.noise())}
+
+    def changes(self) -> float | None:
+        """Power of what all images together change; None where they change nothing, or it is not measured."""
+        changed, images = float(self._sums["changes"]), len(self._cosines)
+        return changed if images > 1 and changed > NOTHING * float(self._sums["signal"]) else None
+
+    def noise(self) -> float:
+        """Power of the errors that what the images change is compared with."""
+        return float(self._sums["noise"])
+
+    @property
+    def measures_changes(self) -> bool:
+        """Whether what the images change is measured."""
+        return self._usual is not None
+
+    def task(self, budget: ParityBudget, *, to_prove: bool) -> tuple[str, list[str]]:
+        """What the labels tell, `proven`, `broken` or `open`, and what fails by them; nothing without labels."""
+        return "", []
 
     def report(
         self,
@@ -211,7 +194,7 @@ class ParityMeter:
         executed_by: str,
         data: str,
         budget: ParityBudget,
-        attention: ParityMeter | None = None,
+        others: Sequence[ParityMeter] = (),
         tolerant: bool = False,
         to_prove: bool = False,
         changes: bool = True,
@@ -224,14 +207,14 @@ class ParityMeter:
             executed_by: What computed its outputs.
             data: Where the images came from.
             budget: What is still parity.
-            attention: The comparison of the attention maps, judged by cosine and SQNR as the logits are.
+            others: The comparisons of the further outputs, judged by the same budget.
             tolerant: Whether, of many images, a share may be below the least cosine: `TOLERATED` percent, or less if
                 the budget allows less of them to change their answer.
             to_prove: Whether the labels must prove the drop within the budget; else they must not show it broken.
             changes: Whether what the images change is judged: noise tells nothing of that.
             floor: What rounding leaves of it.
         """
-        metrics, power, images = self.metrics(), self._changes(), len(self._cosines)
+        metrics, power, images = self.metrics(), self.changes(), len(self._cosines)
         if not changes:
             metrics.pop("sqnr_changes_db", None)
         elif power is not None and not math.isnan(floor.power):
@@ -239,17 +222,12 @@ class ParityMeter:
         share = min(budget.top1_drop, TOLERATED) if tolerant else 0.0
         metrics["cosine_judged"] = sorted(self._cosines)[int(len(self._cosines) * share / 100)]
         least = floor.least_changes_db(metrics, budget)
-        constant = self.output == LOGITS and power is None and images > 1
+        constant = self.measures_changes and power is None and images > 1
         notes = (floor.nothing,) if constant else floor.notes(metrics, budget, least)
-        task, failures = "", []
-        if self._labelled:
-            task = judge_drop(self.counts, budget.top1_drop)
-            failures = drop_failures(self.counts, budget.top1_drop, to_prove=to_prove)
+        task, failures = self.task(budget, to_prove=to_prove)
         failures += self.failures(metrics, budget, least)
-        failures += floor.failures(float(self._centred_noise) / images) if constant and not failures else []
-        if attention is not None:
-            failures += attention._judge_map(metrics, budget)
-        return ParityReport(
+        failures += floor.failures(self.noise() / images) if constant and not failures else []
+        report = ParityReport(
             target=target,
             executed_by=executed_by,
             images=images,
@@ -262,30 +240,40 @@ class ParityMeter:
             constant=constant,
             notes=notes,
         )
+        for other in others:
+            report = other._beside(report, changes=changes, floor=floor)
+        return report
 
-    def added_to(self, report: ParityReport, name: str, limit: ParityBudget) -> ParityReport:
+    def _beside(self, report: ParityReport, *, changes: bool, floor: NoiseFloor) -> ParityReport:
+        """A report with this, the comparison of a further output of the same images."""
+        own = self.metrics()
+        if not changes:
+            own.pop("sqnr_changes_db", None)
+        least = replace(floor, power=math.nan, exact=False).least_changes_db(own, report.budget)
+        kept = {f"{self.output}_{name}": value for name, value in own.items() if name not in ("non_finite",)}
+        return report.with_part(self.output, kept, self.failures(own, report.budget, least), self.words)
+
+    def added_to(self, report: ParityReport, name: str, limit: ParityBudget, *, first: bool = True) -> ParityReport:
         """A report with this as a further comparison, judged by cosine and SQNR.
 
         Args:
             report: The report.
-            name: Of the comparison, in front of its metrics and failures, with that of another output than logits.
+            name: Of the comparison, in front of its metrics and failures, with that of another output than the first.
             limit: What is allowed.
+            first: Whether this is the first output.
         """
         seen = self.metrics()
         seen.pop("sqnr_changes_db", None)
-        key, words = name, f"{name} images"
-        if self.output != LOGITS:
-            key, words = f"{name}_{self.output}", f"{self.output.replace('_', ' ')}: {words}"
+        key = name if first else f"{name}_{self.output}"
         kept = {f"{key}_cosine_min": seen["cosine_min"]}
         kept[f"{key}_sqnr_db"] = min(seen["sqnr_db"], seen.get("sqnr_differences_db", math.inf))
-        failures = (f"{words}: {failure}" for failure in self.failures(seen, limit))
-        return replace(report, metrics={**report.metrics, **kept}, failures=(*report.failures, *failures))
+        words = f"{name} images" if first else f"{self.words}: {name} images"
+        return report.with_part(key, kept, self.failures(seen, limit), words)
 
-    def _judge_map(self, metrics: dict[str, float], budget: ParityBudget) -> list[str]:
-        """What is wrong with the attention maps; their numbers are added to those of the logits."""
-        own = self.metrics()
-        metrics |= {f"{ATTENTION_MAP}_{name}": own[name] for name in ("cosine_min", "sqnr_db", "max_abs_error")}
-        return [f"attention map: {failure}" for failure in self.failures(own, budget)]
+    @property
+    def words(self) -> str:
+        """The output as messages call it."""
+        return self.output.replace("_", " ")
 
     def failures(self, metrics: dict[str, float], budget: ParityBudget, least: float | None = None) -> list[str]:
         """One sentence per limit that the numbers break, of the changes `least`; if they are no numbers, only that."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from pcn_deploy.specs import ATTENTION_MAP, LOGITS
 from pcn_deploy.tasks.limits import ParityBudget
 
 NAMED = 5
@@ -25,9 +26,11 @@ class ParityReport:
         metrics: Names as `tasks/parity.py` defines them, `sqnr_differences_db` and `sqnr_changes_db` of logits only;
             `cosine_judged` is that of the worst image but those that are tolerated; `non_finite` counts images;
             `top1_*` and `top1_drop` in percent, `top1_lost` and `top1_gained` in images, with labels only;
-            `attention_map_*` where the engine has that output and the reference too.
+            those of a further output have its name in front, as `attention_map_sqnr_db`.
         budget: What was allowed.
+        outputs: Role of each output that was compared, by its name, that of `metrics` without a prefix first.
         failures: One sentence per limit that was broken.
+        parts: Whether each further comparison passed, by its name: outputs, `edge` and `simulated` images, executions.
         unreadable: Image files that could not be read and were left out.
         task: What the labels tell of the drop: `proven` within the budget, `broken`, `open`; empty without labels.
         worst_image: Name of the image with the least cosine.
@@ -49,9 +52,16 @@ class ParityReport:
     executions: dict[str, dict[str, float]] = field(default_factory=dict)
     constant: bool = False
     notes: tuple[str, ...] = ()
+    outputs: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, bool] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return not self.failures
+
+    @property
+    def role(self) -> str:
+        """What the output means that the network is judged by."""
+        return next(iter(self.outputs.values()), LOGITS)
 
     @property
     def passed(self) -> bool:
@@ -60,11 +70,27 @@ class ParityReport:
 
     def with_execution(self, other: ParityReport) -> ParityReport:
         """This report, with that of another execution of the same graph: passed only if both did."""
+        name = other.executed_by
+        whole = self.with_part(name, {}, other.failures, name)
+        notes = tuple(dict.fromkeys((*self.notes, *other.notes)))
+        return replace(whole, notes=notes, executions={**self.executions, name: other.metrics})
+
+    def with_part(self, name: str, metrics: dict[str, float], failures: Iterable[str], words: str) -> ParityReport:
+        """This report, with a further comparison of the same execution or of another: passed only if both did.
+
+        Args:
+            name: Of the comparison.
+            metrics: Of it, under the names that they have in the report.
+            failures: One sentence per limit that it broke.
+            words: What these sentences start with.
+        """
+        sentences = [f"{words}: {failure}" for failure in failures]
+        passed = self.parts.get(name, True) and not sentences
         return replace(
             self,
-            failures=(*self.failures, *(f"{other.executed_by}: {failure}" for failure in other.failures)),
-            notes=tuple(dict.fromkeys((*self.notes, *other.notes))),
-            executions={**self.executions, other.executed_by: other.metrics},
+            metrics={**self.metrics, **metrics},
+            failures=(*self.failures, *sentences),
+            parts={**self.parts, name: passed},
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -93,7 +119,21 @@ def report_from_json(data: dict[str, Any]) -> ParityReport:
         executions=dict(data.get("executions", {})),
         constant=bool(data.get("constant", False)),
         notes=tuple(data.get("notes", ())),
+        outputs=dict(data["outputs"] if "outputs" in data else _outputs_of_schema_1(data)),
+        parts=dict(data["parts"] if "parts" in data else _parts_of_schema_1(data)),
     )
+
+
+def _outputs_of_schema_1(data: dict[str, Any]) -> dict[str, str]:
+    """The outputs of a report that does not name them."""
+    return {name: name for name in (LOGITS, ATTENTION_MAP) if name == LOGITS or f"{name}_sqnr_db" in data["metrics"]}
+
+
+def _parts_of_schema_1(data: dict[str, Any]) -> dict[str, bool]:
+    """Whether the parts of a report passed that tells it in words only."""
+    words = {name: name for name in data.get("executions", {})}
+    words |= {"edge": "edge images", ATTENTION_MAP: "attention map"}
+    return {name: not any(text.startswith(f"{said}: ") for text in data["failures"]) for name, said in words.items()}
 
 
 def listed(names: Iterable[str]) -> str:

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING
 from pcn_deploy.calibration.search.analysis import Analysis
 from pcn_deploy.calibration.search.evaluation import Answers
 from pcn_deploy.calibration.search.ledger import Ledger
+from pcn_deploy.data.images import ImageSource
 from pcn_deploy.errors import DataError
-from pcn_deploy.network.evaluation_mode import in_evaluation_mode
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.verbs.options import CompileOptions
-from pcn_deploy.verbs.steps.preparation import prepare
+from pcn_deploy.verbs.steps.opening import open_network
+from pcn_deploy.verbs.steps.preparation import prepare_opened
 from pcn_deploy.verbs.steps.sources import CalibrationImages, as_source, hold_out
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from pcn_deploy.calibration.search.simulate import Simulation
 
 
 SAMPLE = 128
@@ -59,17 +62,13 @@ def analyze(
 
     options = replace(options, precision="int8")
     source, _ = hold_out(calibration, options, judged=True)  # nothing is proven here
-    network = prepare(in_evaluation_mode(model), options, source, progress)
+    opened = open_network(model, options, source)
+    opened.check_labelled("analyze")
+    network = prepare_opened(opened, options, source, progress)
     simulation = Simulation(network.unrounded, apply_scales(network.deployed, network.scales), network.scales)
     judged_by = source if evaluation is None else as_source(evaluation, options)
     sample, notes = judged_by.subset(images), [*source.notes, *judged_by.notes]
-    try:
-        answers = Answers.of(simulation.logits, sample, progress)
-    except DataError as error:
-        if evaluation is not None or not sample.has_labels:
-            raise
-        notes.append(f"the labels of the calibration images are not used. {error}")  # nobody asked for them
-        answers = Answers.of(simulation.logits, sample.without_labels(), progress)
+    answers = _answers(simulation, sample, notes, progress, asked=evaluation is not None)
     notes += judged_by.notes  # what showed when they were judged
     ledger = Ledger(record, run_digests(network.deployed, network.scales, [answers]))
     kinds = {entry.op: entry.kind for entry in network.plan.entries}
@@ -83,3 +82,16 @@ def analyze(
         resumed=ledger.resumed,
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _answers(
+    simulation: Simulation, sample: ImageSource, notes: list[str], progress: Progress, *, asked: bool
+) -> Answers:
+    """What the network answers; labels that cannot be right are left out, with a note, if nobody asked for them."""
+    try:
+        return Answers.of(simulation.logits, sample, progress)
+    except DataError as error:
+        if asked or not sample.has_labels:
+            raise
+        notes.append(f"the labels of the calibration images are not used. {error}")
+        return Answers.of(simulation.logits, sample.without_labels(), progress)

@@ -15,35 +15,31 @@ from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.engine import Engine, executor
 from pcn_deploy.artefact.golden import NOISE, GoldenSet
 from pcn_deploy.artefact.manifest import Judged, Manifest
-from pcn_deploy.calibration.search.evaluation import Answers
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.engines.base import Array, Backend, GraphSource
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DependencyError, ModelError
 from pcn_deploy.members import BUDGET, CALIBRATION, GOLDEN, GRAPH, PLAN, SCRIPT, parity_member
 from pcn_deploy.memory import release_unused
-from pcn_deploy.network.evaluation_mode import in_evaluation_mode
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof.agreement import Forms, check_agreement
 from pcn_deploy.proof.budget import (
-    NOT_LABELLED,
     BudgetProof,
-    Judges,
-    judge_held_out,
     prove_budget,
 )
 from pcn_deploy.proof.executions import prove
 from pcn_deploy.proof.reference import Network, eager_outputs, golden_set, with_simulation
-from pcn_deploy.specs import LOGITS, EngineSpec
+from pcn_deploy.specs import EngineSpec, OutputSpec
 from pcn_deploy.tasks.limits import ParityBudget
 from pcn_deploy.tasks.report import ParityReport
 from pcn_deploy.verbs.options import CompileOptions
 from pcn_deploy.verbs.steps.advice import Attempt, advise, judge, remainder_in_fp32
 from pcn_deploy.verbs.steps.engine_builds import EngineBuilds, engine_builds
-from pcn_deploy.verbs.steps.preparation import prepare
+from pcn_deploy.verbs.steps.judging import JudgedBy, judge_by
+from pcn_deploy.verbs.steps.opening import open_network
+from pcn_deploy.verbs.steps.preparation import prepare_opened
 from pcn_deploy.verbs.steps.prepared import Prepared
 from pcn_deploy.verbs.steps.sources import BuildImages, CalibrationImages, open_images, real_images
-from pcn_deploy.verbs.verify import eager
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,7 +91,7 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     """Turn a network into a bundle of engines with the proof of parity.
 
     Args:
-        model: Network of one float input `(N, C, H, W)` and one output `(N, K)`; left in whatever mode it is.
+        model: Network of one float input `(N, C, H, W)`, with outputs as `network/outputs.py` takes them; left alone.
         options: What to build.
         calibration: Images for INT8 ranges and for the golden set; INT8 needs them unless a recipe gives every range.
         evaluation: Images that judge the accuracy, labelled or not: with `options.max_drop` every engine must keep the
@@ -113,26 +109,24 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
         DataError: If INT8 has no calibration images, or images are unusable.
         OptionError: If a target cannot have an engine of this precision.
         ModelError: If the network cannot be exported or run at this resolution.
-        DependencyError: If a library is missing; the message holds the pip line.
+        DependencyError: If a library is missing.
         BuildError: If a backend refuses the graph.
         ParityError: If the images are too few to prove the budget, or no layer can be INT8 within it.
     """
     options = options or CompileOptions()
-    backends = _backends(options)
-    images = open_images(calibration, evaluation, options)
-    model = in_evaluation_mode(model)
-    network = prepare(model, options, images.calibrating, progress, exporting=True)
-    network, judging = _judge_by(model, network, images, options, search_record, progress)
+    backends, images = _backends(options), open_images(calibration, evaluation, options)
+    opened = open_network(model, options, images.calibrating)
+    network, model = prepare_opened(opened, options, images.calibrating, progress, exporting=True), opened.model
+    network, judging = judge_by(model, network, images, options, search_record, progress)
     forward = eager_outputs(model, attention_map=options.with_attention_map)
-    golden, broken = _golden_set(forward, images.shown, options, progress)
+    golden, broken = _golden_set(forward, images.shown, network.outputs, options, progress)
     spec = _interface(network, options)
     bundle = _new_bundle(network, options, spec, images, _origin(model, provenance or {}), broken)
     plan = _add_graphs(bundle, network, golden, options, progress)
     forms = Forms.of(forward, network.deployed, network.unrounded, network.scales, plan)
     golden, widened = check_agreement(bundle, golden, spec, forms, scripted=options.scripts, rounded=options.rounds)
-    bundle.manifest.judged = _judged(golden, network, images, judging)
-    simulated = forms.simulated
-    del forms, forward, model  # the caller may keep it
+    simulated, bundle.manifest.judged = forms.simulated, _judged(golden, network, images, judging)
+    del forms, forward, model, opened
     release_unused()  # engines take memory of their own
     with engine_builds(bundle, backends, _graphs(bundle, spec, options), progress) as builds:
         golden, advice = _simulate(golden, simulated, spec, network, options, progress)
@@ -145,48 +139,7 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     return CompileResult(bundle=bundle, plan=plan, reports=reports, search=judging.search, proofs=proofs, advice=advice)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _JudgedBy:
-    """What judges the accuracy.
-
-    Attributes:
-        judges: The images, shared out; None where there are none.
-        search: What the search for a plan found, if there was one.
-        why_not: Why nothing judges it.
-    """
-
-    judges: Judges | None = None
-    search: SearchResult | None = None
-    why_not: str = NOT_LABELLED
-
-
-def _judge_by(
-    model: nn.Module,
-    network: Prepared,
-    images: BuildImages,
-    options: CompileOptions,
-    record: Path | None,
-    progress: Progress,
-) -> tuple[Prepared, _JudgedBy]:
-    """Let the network answer the images that judge it; with a budget of INT8, find the plan that keeps it."""
-    drop = options.budget.top1_drop
-    if images.judging is not None:
-        answers = Answers.of(eager(model), images.judging, progress)
-        asked = options.max_drop is not None
-        judges = Judges.share_out(answers, drop, searching=options.searches, asked=asked)
-        if not options.searches:
-            return network, _JudgedBy(judges=judges)
-        from pcn_deploy.verbs.steps.search_plan import search_plan
-
-        network, found = search_plan(network, judges, record, progress)
-        return network, _JudgedBy(judges=judges, search=found)
-    if images.held_out is None:
-        return network, _JudgedBy()
-    held_out, why_not = judge_held_out(eager(model), images.held_out, drop, progress)
-    return network, _JudgedBy(judges=held_out, why_not=why_not)
-
-
-def _judged(golden: GoldenSet, network: Prepared, images: BuildImages, by: _JudgedBy) -> Judged:
+def _judged(golden: GoldenSet, network: Prepared, images: BuildImages, by: JudgedBy) -> Judged:
     """What the verdict rests on, for the manifest."""
     return Judged(
         golden_images=int((~golden.edge).sum()),
@@ -214,10 +167,14 @@ def _backends(options: CompileOptions) -> list[Backend]:
 
 
 def _golden_set(
-    forward: Network, source: ImageSource | None, options: CompileOptions, progress: Progress
+    forward: Network,
+    source: ImageSource | None,
+    outputs: tuple[OutputSpec, ...],
+    options: CompileOptions,
+    progress: Progress,
 ) -> tuple[GoldenSet, list[str]]:
     real = real_images(options, source)
-    return golden_set(forward, real, options.transform, options.outputs, options.batch, progress)
+    return golden_set(forward, real, options.transform, outputs, options.batch, progress)
 
 
 def _interface(network: Prepared, options: CompileOptions) -> EngineSpec:
@@ -227,7 +184,7 @@ def _interface(network: Prepared, options: CompileOptions) -> EngineSpec:
     if network.exported is None:
         msg = "The network was prepared without its float graph."
         raise ModelError(msg)
-    return engine_spec(network.exported.graph, options.batch)
+    return engine_spec(network.exported.graph, options.batch, network.outputs)
 
 
 def _new_bundle(
@@ -301,7 +258,7 @@ def _add_graphs(
         options.batch,
         network.scales,
         progress,
-        outputs=options.outputs,
+        outputs=network.outputs,
         exported=network.exported,
     )
     plan = network.plan
@@ -343,7 +300,7 @@ def _simulate(
     if not options.quantizes:
         return golden, ()
     golden = with_simulation(golden, simulated, spec, progress)
-    if judge("", golden, golden.simulated[LOGITS], options.budget).passed:
+    if judge("", golden, golden.simulated[golden.first], options.budget).passed:
         return golden, ()
     return golden, advise(network, golden, options, progress)
 
@@ -361,7 +318,7 @@ def _prove(
     backends: list[Backend],
     builds: EngineBuilds,
     budget: ParityBudget,
-    judging: _JudgedBy,
+    judging: JudgedBy,
     widened: dict[str, Array],
     progress: Progress,
 ) -> tuple[tuple[ParityReport, ...], tuple[BudgetProof, ...]]:

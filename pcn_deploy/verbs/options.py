@@ -21,8 +21,9 @@ from pcn_deploy.data.transform import Transform
 from pcn_deploy.engines.base import BackendOptions
 from pcn_deploy.engines.registry import check_options, get_backend
 from pcn_deploy.errors import OptionError
-from pcn_deploy.specs import ATTENTION_MAP, LOGITS, BatchRange
+from pcn_deploy.specs import BatchRange, OutputSpec
 from pcn_deploy.tasks.limits import ParityBudget, budget_for
+from pcn_deploy.tasks.roles import get_role
 
 
 def check_target_precision(target: str, precision: str) -> None:
@@ -61,6 +62,8 @@ class CompileOptions:
         transform: Evaluation transform; its resolution is the resolution of the engine.
         batch: Batch sizes the engines take.
         max_drop: Largest loss of top-1, in percentage points; the default of the precision if None.
+        output_names: The outputs to build, in this order, each `NAME` or `NAME:ROLE` with a role of
+            `tasks.roles.ROLES`; by default all that the network returns. The first one judges the network.
         with_attention_map: Add the attention map to the outputs.
         seed: Seed of synthetic images.
         backend: How engines are built, where their target leaves a choice.
@@ -87,6 +90,7 @@ class CompileOptions:
     transform: Transform = field(default_factory=Transform)
     batch: BatchRange = field(default_factory=BatchRange)
     max_drop: float | None = None
+    output_names: tuple[str, ...] = ()
     with_attention_map: bool = False
     seed: int = 0
     backend: BackendOptions = field(default_factory=BackendOptions)
@@ -121,6 +125,9 @@ class CompileOptions:
                 f"{' or '.join(known)}, with weight calibrator max."
             )
             raise OptionError(msg)
+        for output in self.asked_outputs:
+            if output.role:
+                get_role(output.role)
         check_recovery(self.recovery)
         if self.recovery and self.precision != "int8":
             msg = (
@@ -148,9 +155,10 @@ class CompileOptions:
         return budget_for(self.precision, self.max_drop)
 
     @property
-    def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs, in order."""
-        return (LOGITS, ATTENTION_MAP) if self.with_attention_map else (LOGITS,)
+    def asked_outputs(self) -> tuple[OutputSpec, ...]:
+        """The outputs that were asked for, each with its role or none."""
+        split = (text.partition(":") for text in self.output_names)
+        return tuple(OutputSpec(name, role) for name, _, role in split)
 
     @property
     def graph_type(self) -> str:

@@ -1,9 +1,9 @@
-"""The verb `run`: the most likely classes of real images, through an opened engine. numpy and Pillow."""
+"""The verb `run`: what an opened engine answers to real images. numpy and Pillow."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,20 @@ from pcn_deploy.artefact.engine import Engine, check_finite
 from pcn_deploy.data.image_files import read_image
 from pcn_deploy.errors import DataError, OptionError, ParityError
 from pcn_deploy.show.heatmap import MapRange, choose_map, overlay, save
-from pcn_deploy.specs import ATTENTION_MAP, LOGITS
+from pcn_deploy.specs import ATTENTION_MAP, LOGITS, EngineSpec
+from pcn_deploy.tasks.roles import get_role
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The most likely classes of one image, best first.
+    """What an engine answers to one image: the most likely classes, best first, and its other outputs.
 
     Attributes:
         image: The file.
         classes: Indices of the classes.
         names: Their names; the indices as text where no names were given.
         probabilities: Softmax of the logits, 0 to 1.
+        outputs: What the other outputs hold, by name: role, shape, smallest and largest value, mean.
         heatmap: The picture of where the network looked, if one was asked for.
         attention: What its colours stand for, and whose class the map is.
         error: Why there is no answer: the file is no image, or the outputs are NaN or infinite. Nothing else is set.
@@ -35,6 +37,7 @@ class Prediction:
     classes: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()
+    outputs: dict[str, Any] = field(default_factory=dict)
     heatmap: str | None = None
     attention: MapRange | None = None
     error: DataError | ParityError | None = None
@@ -53,7 +56,7 @@ def classify(
     heatmaps: Sequence[Path] | None = None,
     heatmap_class: int | None = None,
 ) -> list[Prediction]:
-    """Classify image files.
+    """Classify image files; of an engine without logits, tell what its outputs hold.
 
     Args:
         engine: An opened engine.
@@ -73,7 +76,9 @@ def classify(
         OutputError: If a picture cannot be written.
         DependencyError: If Pillow is missing.
     """
-    if heatmaps is not None and len(engine.spec.outputs) == 1:
+    spec = engine.spec
+    logits, maps = spec.output_of(LOGITS), spec.output_of(ATTENTION_MAP)
+    if heatmaps is not None and maps is None:
         msg = "The bundle holds no attention map. Build it with --with-attention-map."
         raise OptionError(msg)
     if heatmaps is None and heatmap_class is not None:
@@ -88,19 +93,28 @@ def classify(
         except (DataError, ParityError) as error:
             results.append(Prediction(image=str(path), error=error))
             continue
-        found = _most_likely(path, outputs[LOGITS][0].astype(np.float64), top, class_names)
-        if heatmaps is not None:
-            drawn, attention = choose_map(outputs[ATTENTION_MAP][0], found.classes[0], heatmap_class)
+        found = Prediction(image=str(path), outputs=_others(spec, outputs))
+        if logits is not None:
+            found = _most_likely(found, outputs[logits.name][0].astype(np.float64), top, class_names)
+        if heatmaps is not None and maps is not None:
+            first = found.classes[0] if found.classes else 0
+            drawn, attention = choose_map(outputs[maps.name][0], first, heatmap_class)
             save(overlay(image, drawn, engine.transform), heatmaps[index])
             found = replace(found, heatmap=str(heatmaps[index]), attention=attention)
         results.append(found)
     return results
 
 
+def _others(spec: EngineSpec, outputs: dict[str, npt.NDArray[np.float32]]) -> dict[str, Any]:
+    """What the roles of the outputs tell that are neither logits nor an attention map, by name."""
+    others = (tensor for tensor in spec.outputs if tensor.role not in (LOGITS, ATTENTION_MAP))
+    return {tensor.name: get_role(tensor.role).answer(outputs[tensor.name][0]) for tensor in others}
+
+
 def _most_likely(
-    path: Path, logits: npt.NDArray[np.float64], top: int, class_names: Sequence[str] | None
+    found: Prediction, logits: npt.NDArray[np.float64], top: int, class_names: Sequence[str] | None
 ) -> Prediction:
-    """The classes with the largest of the logits `(K,)`.
+    """The prediction with the classes of the largest of the logits `(K,)`.
 
     Raises:
         DataError: If the names are not as many as the classes.
@@ -110,8 +124,8 @@ def _most_likely(
         raise DataError(msg)
     weights = np.exp(logits - logits.max())
     best = np.argsort(-logits, kind="stable")[:top]
-    return Prediction(
-        image=str(path),
+    return replace(
+        found,
         classes=tuple(int(index) for index in best),
         names=tuple(str(index) if class_names is None else class_names[index] for index in best),
         probabilities=tuple(float(value) for value in (weights / weights.sum())[best]),

@@ -17,6 +17,7 @@ from pcn_deploy.artefact import bundle as module
 from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.manifest import SCHEMA
 from pcn_deploy.errors import BundleError
+from pcn_deploy.members import SIGNATURE
 
 GOLDEN = bytes(range(256)) * 4
 TENSOR = {"dtype": "float32", "shape": ["batch", 3, 8, 8]}
@@ -171,7 +172,7 @@ def test_a_huge_manifest_is_not_read(good: Path, monkeypatch: pytest.MonkeyPatch
     ("schema", "words"),
     [
         (SCHEMA + 1, "Upgrade pcn-deploy"),
-        (SCHEMA - 1, "Build it again"),
+        (0, "Build it again"),
         ("x", "Build it again"),
     ],
 )
@@ -207,13 +208,32 @@ def test_a_manifest_with_a_garbled_entry(good: Path, key: str, value: Any) -> No
     refused(write(good, manifest, list(members.items())), "manifest of .*altered")
 
 
-OUTPUTS = [{"name": name, **TENSOR} for name in ("logits", "attention_map")]
+OUTPUTS = [{"name": name, **TENSOR, "role": name, "axes": []} for name in ("logits", "attention_map")]
+PLAIN = [{"name": name, **TENSOR} for name in ("logits", "attention_map")]
 
 
 @pytest.mark.parametrize(
     "outputs",
-    [[], OUTPUTS[1:], OUTPUTS[::-1], [OUTPUTS[0]] * 2, [*OUTPUTS, OUTPUTS[0]], [{"name": "Logits", **TENSOR}]],
+    [[], PLAIN[1:], PLAIN[::-1], [PLAIN[0]] * 2, [*PLAIN, PLAIN[0]], [{"name": "Logits", **TENSOR}]],
     ids=lambda outputs: "-".join(output["name"] for output in outputs),
+)
+def test_a_manifest_of_schema_1_with_other_outputs(good: Path, outputs: list[dict[str, Any]]) -> None:
+    manifest, members = contents(good)
+    manifest["schema"] = 1
+    manifest["interface"]["outputs"] = PLAIN
+    opened = Bundle.open(write(good, manifest, list(members.items())))
+    assert [(output.name, output.role) for output in opened.manifest.interface.outputs] == [
+        ("logits", "logits"),
+        ("attention_map", "attention_map"),
+    ]
+    manifest["interface"]["outputs"] = outputs
+    refused(write(good, manifest, list(members.items())), "inputs and outputs .*altered")
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [[], [OUTPUTS[0]] * 2, [*OUTPUTS, OUTPUTS[0]], [{**OUTPUTS[0], "role": "classes"}]],
+    ids=lambda outputs: "-".join(output["role"] for output in outputs),
 )
 def test_a_manifest_with_other_outputs(good: Path, outputs: list[dict[str, Any]]) -> None:
     manifest, members = contents(good)
@@ -221,7 +241,14 @@ def test_a_manifest_with_other_outputs(good: Path, outputs: list[dict[str, Any]]
     opened = Bundle.open(write(good, manifest, list(members.items())))
     assert json.loads(json.dumps(opened.manifest.to_json()["interface"]["outputs"])) == OUTPUTS
     manifest["interface"]["outputs"] = outputs
-    refused(write(good, manifest, list(members.items())), "images to logits, perhaps an attention map.*altered")
+    refused(write(good, manifest, list(members.items())), "(inputs and outputs|Unknown role) .*altered")
+
+
+def test_a_signature_beside_the_manifest(good: Path) -> None:
+    manifest, members = contents(good)
+    signed = write(good, manifest, [*members.items(), (SIGNATURE, b"signed")])
+    assert Bundle.open(signed).manifest.model
+    refused(write(good, manifest, [*members.items(), ("signature", b"signed")]), "signature")
 
 
 def test_an_engine_whose_hash_the_manifest_contradicts(good: Path) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pcn_deploy.cli import display
+from pcn_deploy.tasks.classification import LogitsMeter
 from pcn_deploy.tasks.limits import budget_for
-from pcn_deploy.tasks.parity import ParityMeter
 from pcn_deploy.tasks.report import ParityReport
 
 
@@ -18,7 +18,7 @@ def report(executed_by: str, scale: float, **given: Any) -> ParityReport:
     """Of an engine whose error grows with `scale`; 0 is a right one."""
     random = np.random.default_rng(0)
     expected, error = random.standard_normal((2, 8, 10))
-    meter = ParityMeter()
+    meter = LogitsMeter()
     meter.update(expected, expected + scale * error)
     return meter.report(target="cpu", executed_by=executed_by, data="", budget=budget_for("fp32"), **given)
 

@@ -94,7 +94,7 @@ def test_a_newer_schema(path: Path, words: list[str]) -> None:
         manifest["schema"] = 99
 
     rewrite(path, newer)
-    bad(path, words, "schema 99; this version reads schema 1. Upgrade pcn-deploy.")
+    bad(path, words, "schema 99; this version reads schema 2 and older. Upgrade pcn-deploy.")
 
 
 @commands

@@ -23,7 +23,7 @@ from pcn_deploy.data.processes import current, join
 from pcn_deploy.errors import PcnDeployError
 from pcn_deploy.network.deploy import to_deploy
 from pcn_deploy.progress import silent
-from pcn_deploy.tasks.parity import ParityMeter
+from pcn_deploy.tasks.classification import LogitsMeter
 from pcn_deploy.verbs.verify import of_all_processes
 
 LAYERS = ["patch_embed.proj.2.0", "blocks.1.attn.qkv_pos.5", "head"]
@@ -61,7 +61,7 @@ def parity(_out: Path) -> dict[str, object]:
     engine = reference + random.standard_normal(reference.shape) * 1e-3 * np.abs(reference)
     labels = reference.argmax(1)
     labels[::3] = 7
-    meter, index = ParityMeter(), np.arange(IMAGES, dtype=np.float32)[:, None, None, None]
+    meter, index = LogitsMeter(), np.arange(IMAGES, dtype=np.float32)[:, None, None, None]
     rows = ImageSource(np.broadcast_to(index, (IMAGES, 3, 2, 2)).copy(), Transform(resolution=(2, 2)))
     for images, _ in each_batch(rows, 4, "", silent, shared=True):
         part = images[:, 0, 0, 0].astype(int)

@@ -26,14 +26,14 @@ from pcn_deploy.models.aggregation import AttentionPool2d
 from pcn_deploy.models.patchconvnet import PatchConvNet
 from pcn_deploy.network.attention_map import output_attention_map, with_attention_map
 from pcn_deploy.network.deploy import to_deploy
-from pcn_deploy.specs import ATTENTION_MAP, LOGITS, BatchRange
+from pcn_deploy.specs import ATTENTION_MAP, LOGITS, BatchRange, OutputSpec
 
 Arrays = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 SHAPE = (3, 24, 40)
 """Not square, and 6x10 patches of 4 pixels, so that height and width cannot be taken for each other."""
 
-OUTPUTS = (LOGITS, ATTENTION_MAP)
+OUTPUTS = (OutputSpec(LOGITS, LOGITS), OutputSpec(ATTENTION_MAP, ATTENTION_MAP))
 
 
 class Convolutional(nn.Module):

@@ -137,17 +137,16 @@ def test_a_network_for_one_image_only() -> None:
 @pytest.mark.parametrize(
     ("output", "found", "advice"),
     [
-        ({"logits": 0, "features": 0}, "dict with logits, features", "self.net(x)['logits']`"),
-        ((0, 1), "tuple", "self.net(x)[0]`"),
-        (Config(), "Config", "self.net(x).logits`"),
-        (torch.zeros(1, 3, 4, 4), "a tensor (1, 3, 4, 4)", "a pooling over the positions"),
+        ({"logits": 0, "features": 0}, "dict with logits, features", "return the tensors themselves"),
+        ((torch.zeros(5), 1), "tuple", "keep the axis of the batch"),
+        (Config(), "Config", "return the tensors themselves"),
         (torch.zeros(5), "a tensor (5,)", "x.flatten(1) for x.squeeze()"),
         (torch.zeros(1, dtype=torch.int64), "a tensor (1,) of int64", "take argmax or topk"),
     ],
 )
-def test_outputs_that_are_no_logits(output: Any, found: str, advice: str) -> None:
+def test_outputs_that_are_no_rows_of_numbers(output: Any, found: str, advice: str) -> None:
     message = str(output_error(output))
-    assert f"returns {found}; expected one tensor of logits, (N, K)." in message
+    assert f"returns {found}; expected floating-point tensors with one row for each image" in message
     assert advice in message
 
 

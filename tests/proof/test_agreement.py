@@ -38,7 +38,7 @@ def built() -> dict[str, Any]:
     spec = bundle.manifest.interface
     return {
         "bundle": bundle,
-        "golden": GoldenSet.read(bundle, [tensor.name for tensor in spec.outputs]),
+        "golden": GoldenSet.read(bundle),
         "spec": spec,
         "forms": Forms.of(network(), prepared.deployed, prepared.unrounded, prepared.scales, plan),
         "other": other,

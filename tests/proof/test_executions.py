@@ -18,7 +18,7 @@ from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.progress import silent
 from pcn_deploy.proof.executions import Execution, prove
 from pcn_deploy.proof.reference import eager_outputs, golden_set
-from pcn_deploy.specs import EngineSpec
+from pcn_deploy.specs import EngineSpec, OutputSpec
 from pcn_deploy.tasks.report import report_from_json
 from pcn_deploy.verbs.steps.sources import real_images
 
@@ -114,7 +114,7 @@ def test_a_graph_that_is_not_finite_on_black_fails_by_name() -> None:
 def test_what_the_network_itself_cannot_answer_is_left_out_and_said() -> None:
     result = build_normalised(0.0)
     assert result
-    golden = GoldenSet.read(result.bundle, ["logits"])
+    golden = GoldenSet.read(result.bundle)
     assert "black" not in golden.names
     assert "white" in golden.names
     (note,) = [note for note in result.bundle.manifest.notes if "NaN" in note]
@@ -161,7 +161,7 @@ def test_edge_images_that_the_network_answers_with_its_rounding_must_only_be_fin
     torch.manual_seed(0)
     result = pcn_deploy.compile(made().eval(), options(precision=precision), calibration=images(16))
     assert result, result.reports
-    golden = GoldenSet.read(result.bundle, ["logits"])
+    golden = GoldenSet.read(result.bundle)
     rounding = {name for name, one in zip(golden.names, golden.rounding, strict=True) if one}
     assert {"white", "grey"} <= rounding
     assert not {"checkerboard", "random pixels"} & rounding
@@ -173,7 +173,7 @@ def test_an_engine_that_is_not_finite_where_the_network_rounds_fails_by_name() -
     torch.manual_seed(0)
     halves = Transform(resolution=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # sums of which are exact
     result = pcn_deploy.compile(HighPass().eval(), options(precision="fp32", transform=halves), calibration=images(16))
-    golden = GoldenSet.read(result.bundle, ["logits"])
+    golden = GoldenSet.read(result.bundle)
     assert "white" in {name for name, one in zip(golden.names, golden.rounding, strict=True) if one}
     faulty = further("broken", lambda logits: np.where(np.abs(logits) < 1e-5, np.nan, logits))
     with pytest.MonkeyPatch.context() as patch:
@@ -185,7 +185,7 @@ def test_an_engine_that_is_not_finite_where_the_network_rounds_fails_by_name() -
 def golden_of(model: Any, **given: Any) -> tuple[GoldenSet, list[str]]:
     chosen = options(precision="fp32", **given)
     forward, real = eager_outputs(model, attention_map=False), real_images(chosen, None)
-    return golden_set(forward, real, chosen.transform, chosen.outputs, chosen.batch, silent)
+    return golden_set(forward, real, chosen.transform, (OutputSpec(),), chosen.batch, silent)
 
 
 def test_a_network_that_only_runs_in_float32_keeps_its_edge_images() -> None:
@@ -229,7 +229,7 @@ def test_an_8_bit_graph_is_held_against_its_simulation() -> None:
     """Scales of two bits less stay within the budget of INT8, and are not what was built."""
     chosen = options(precision="int8", remainder="fp32", targets=("cpu", "torchscript"))
     bundle = pcn_deploy.compile(network(), chosen, calibration=images()).bundle
-    golden = GoldenSet.read(bundle, ["logits"])
+    golden = GoldenSet.read(bundle)
     assert prove(bundle, "cpu")
     with torch.inference_mode(), get_backend("torchscript").open(bundle.read("model.ts"), spec_of(bundle)) as session:
         again = [session.run({"images": image[None]})["logits"] for image in golden.images]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import pcn_deploy
 from pcn_deploy import Bundle
 from pcn_deploy.proof.executions import prove
+from pcn_deploy.tasks.classification import LogitsMeter
 from pcn_deploy.tasks.metrics import live_classes
-from pcn_deploy.tasks.parity import ParityMeter
 
 
 class Masked(nn.Module):
@@ -74,7 +74,7 @@ def test_a_masked_class_that_becomes_the_answer_is_an_error() -> None:
     wrong = logits.copy()
     wrong[5, 3] = 50.0
     for found, passes in ((logits, True), (wrong, False)):
-        meter = ParityMeter(live=live_classes(logits))
+        meter = LogitsMeter(live=live_classes(logits))
         meter.update(logits, found)
         assert (meter.metrics()["sqnr_db"] > 60) == passes
 

@@ -17,10 +17,10 @@ from hypothesis.extra.numpy import arrays
 
 from pcn_deploy.calibration.plan.rules import PRECISIONS
 from pcn_deploy.errors import DataError, OptionError
+from pcn_deploy.tasks.classification import LogitsMeter
 from pcn_deploy.tasks.limits import BUDGETS, ParityBudget, budget_for
 from pcn_deploy.tasks.metrics import SQNR_CEILING_DB
 from pcn_deploy.tasks.noise_floor import ALIKE, NoiseFloor, natural_db
-from pcn_deploy.tasks.parity import ParityMeter
 from pcn_deploy.tasks.report import ParityReport, report_from_json
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -30,13 +30,13 @@ logits = arrays(np.float32, (5, 4), elements=st.floats(-100, 100, width=32))
 
 
 def measure(reference: Floats, engine: Floats, labels: npt.NDArray[np.int64] | None = None) -> dict[str, float]:
-    meter = ParityMeter()
+    meter = LogitsMeter()
     meter.update(reference, engine, labels)
     return meter.metrics()
 
 
 def judge(reference: Floats, engine: Floats, labels: npt.NDArray[np.int64] | None = None) -> ParityReport:
-    meter = ParityMeter()
+    meter = LogitsMeter()
     meter.update(reference, engine, labels)
     return meter.report(target="cpu", executed_by="cpu", data="test", budget=STRICT)
 
@@ -58,7 +58,7 @@ def test_metrics_are_the_formulas(reference: Floats, engine: Floats) -> None:
 
 @given(logits, logits, st.integers(1, 4), arrays(np.int64, 5, elements=st.integers(0, 3)))
 def test_batches_do_not_matter(reference: Floats, engine: Floats, cut: int, labels: npt.NDArray[np.int64]) -> None:
-    meter = ParityMeter()
+    meter = LogitsMeter()
     for part in (slice(cut), slice(cut, None)):
         meter.update(reference[part], engine[part], labels[part])
     assert meter.metrics() == pytest.approx(measure(reference, engine, labels), abs=1e-9)
@@ -69,26 +69,26 @@ def test_metrics_are_the_same_to_the_bit_in_any_order_grouping_and_number_of_met
     reference = random.standard_normal((33, 300)) * np.logspace(-6, 6, 33)[:, None]
     engine = reference + random.standard_normal(reference.shape) * 1e-3
     labels = random.integers(0, 300, 33)
-    whole = ParityMeter()
+    whole = LogitsMeter()
     whole.update(reference, engine, labels)
     for seed in range(5):
         order = np.random.default_rng(seed).permutation(33)
-        meters = [ParityMeter() for _ in range(3)]
+        meters = [LogitsMeter() for _ in range(3)]
         for number, part in enumerate(np.array_split(order, 1 + 3 * seed)):
             meters[number % 3].update(reference[part], engine[part], labels[part])
-        merged = ParityMeter()
+        merged = LogitsMeter()
         for meter in meters:
             merged.merge(meter.state())
         assert merged.metrics() == whole.metrics()
 
 
 def test_a_broken_image_is_broken_after_merging() -> None:
-    meter, merged = ParityMeter(), ParityMeter()
+    meter, merged = LogitsMeter(), LogitsMeter()
     meter.update(np.ones((2, 4)), np.array([[1.0] * 4, [np.nan] * 4]))
     merged.merge(meter.state())
     assert merged.metrics() == meter.metrics()
     assert (merged.metrics()["cosine_min"], merged.metrics()["sqnr_db"]) == (-1, -SQNR_CEILING_DB)
-    merged.merge(ParityMeter().state())
+    merged.merge(LogitsMeter().state())
     assert merged.metrics() == meter.metrics()
 
 
@@ -158,7 +158,7 @@ def test_what_all_logits_have_in_common_hides_no_error() -> None:
     assert re.search(r"^SQNR 4\d\.\d dB is that of .* differences, -\d\.\d dB, is below 30\.0 dB$", report.failures[0])
     shifted = (reference + rng.standard_normal((20, 1)) / 100).astype(np.float32)
     assert judge(reference + 30, shifted + 30).metrics["sqnr_differences_db"] > 90, "the same for all logits: no error"
-    alone = ParityMeter()
+    alone = LogitsMeter()
     alone.update(reference[:, :1], reference[:, :1] + 1e-3)
     assert 50 < alone.metrics()["sqnr_differences_db"] < 70, "a single logit is measured from zero"
 
@@ -180,7 +180,7 @@ def test_a_limit_that_is_just_kept_passes() -> None:
     engine[3] = [1, 0, 0, 1.0001]
     metrics = measure(reference, engine, np.array([0, 1, 2, 3]))
     exact = ParityBudget(cosine_min=metrics["cosine_min"], sqnr_db=metrics["sqnr_db"], top1_drop=metrics["top1_drop"])
-    meter = ParityMeter()
+    meter = LogitsMeter()
     meter.update(reference, engine, np.array([0, 1, 2, 3]))
     assert meter.report(target="cpu", executed_by="cpu", data="test", budget=exact)
 
@@ -189,18 +189,18 @@ def test_a_limit_that_is_just_kept_passes() -> None:
 def test_labels_outside_the_classes(labels: list[int]) -> None:
     reference = np.ones((2, 4), np.float32)
     with pytest.raises(DataError, match=rf"Labels run from {min(labels)} to {max(labels)}; the network has 4 classes"):
-        ParityMeter().update(reference, reference, np.array(labels))
+        LogitsMeter().update(reference, reference, np.array(labels))
 
 
 @pytest.mark.parametrize(("one", "other"), [((2, 4), (2, 3)), ((2, 4), (1, 4)), ((4,), (4,)), ((2, 4, 1), (2, 1, 4))])
 def test_shapes_that_differ(one: tuple[int, ...], other: tuple[int, ...]) -> None:
     with pytest.raises(DataError, match=r"expected the same"):
-        ParityMeter().update(np.ones(one, np.float32), np.ones(other, np.float32))
+        LogitsMeter().update(np.ones(one, np.float32), np.ones(other, np.float32))
 
 
 def test_nothing_compared_is_no_parity() -> None:
     with pytest.raises(DataError, match=r"No images were compared"):
-        ParityMeter().report(target="cpu", executed_by="cpu", data="none", budget=STRICT)
+        LogitsMeter().report(target="cpu", executed_by="cpu", data="none", budget=STRICT)
 
 
 def test_every_precision_has_a_budget_and_lower_ones_allow_more() -> None:
@@ -227,7 +227,7 @@ def test_a_limit_that_is_none(limit: float) -> None:
 
 def test_the_json_form_keeps_its_keys() -> None:
     reference = np.eye(3, dtype=np.float32)
-    meter = ParityMeter()
+    meter = LogitsMeter()
     meter.update(reference, reference, np.arange(3))
     found = meter.report(target="tensorrt", executed_by="cpu", data="golden", budget=STRICT).to_json()
     assert json.loads(json.dumps(found)) == found
@@ -244,11 +244,11 @@ def test_a_reference_that_is_no_number_is_no_reference() -> None:
     reference = np.ones((3, 4))
     reference[1, 2] = np.nan
     with pytest.raises(DataError, match="nothing to be equal to"):
-        ParityMeter().update(reference, np.ones((3, 4)))
+        LogitsMeter().update(reference, np.ones((3, 4)))
 
 
 def test_an_infinite_error_is_still_json() -> None:
-    meter = ParityMeter()
+    meter = LogitsMeter()
     meter.update(np.ones((1, 4)), np.full((1, 4), np.inf))
     report = meter.report(target="cpu", executed_by="cpu", data="golden", budget=BUDGETS["int8"])
     assert not report
@@ -290,7 +290,7 @@ def test_changes_that_a_precision_cannot_tell_are_noted(
 ) -> None:
     rng = np.random.default_rng(0)
     reference = rng.standard_normal(100) + changes * rng.standard_normal((40, 100))
-    meter = ParityMeter()
+    meter = LogitsMeter()
     meter.update(reference, reference + noise * rng.standard_normal((40, 100)))
     report = meter.report(
         target="cpu",
@@ -315,9 +315,9 @@ def test_images_without_a_finite_answer_are_named_and_wrong() -> None:
     engine = reference.copy()
     engine[0] = np.nan  # argmax of NaN is 0, the right class
     engine[2, 1] = np.inf
-    meter = ParityMeter()
+    meter = LogitsMeter()
     meter.update(reference, engine, np.arange(4), ["a.png", "b.png", "c.png", "d.png"].__getitem__)
-    merged = ParityMeter()
+    merged = LogitsMeter()
     merged.merge(meter.state())
     for each in (meter, merged):
         report = each.report(target="cpu", executed_by="cpu", data="set", budget=STRICT)
@@ -343,7 +343,7 @@ def test_one_image_in_a_hundred_of_a_large_set_may_be_below_the_cosine(
     reference = np.random.default_rng(0).standard_normal((images, 10))
     engine = reference.copy()
     engine[:bad] += 0.2 * np.roll(reference[:bad], 1, axis=1)  # a cosine of about 0.98
-    meter = ParityMeter()
+    meter = LogitsMeter()
     meter.update(reference, engine)
     report = meter.report(target="cpu", executed_by="cpu", data="set", budget=STRICT, tolerant=tolerant)
     sqnr_is_kept = [failure for failure in report.failures if "SQNR" in failure] == []
@@ -372,7 +372,7 @@ def test_a_drop_is_proven_broken_or_open(images: int, lost: int, task: str, *, a
     reference = np.tile([1.0, 0.9999, -1.0], (images, 1)) + np.random.default_rng(0).standard_normal((images, 1)) / 10
     engine = reference.copy()
     engine[:lost] = engine[:lost, [1, 0, 2]]
-    meter = ParityMeter()
+    meter = LogitsMeter()
     meter.update(reference, engine, np.zeros(images, np.int64))
     report = meter.report(target="cpu", executed_by="cpu", data="set", budget=STRICT, to_prove=asked)
     assert (report.task, bool(report)) == (task, passed), report.failures

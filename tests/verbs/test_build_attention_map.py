@@ -23,6 +23,7 @@ from pcn_deploy.proof.agreement import Forms, check_agreement
 from pcn_deploy.tasks.limits import BUDGETS
 from pcn_deploy.verbs import build as compiler
 from pcn_deploy.verbs.steps.engine_builds import engine_builds
+from pcn_deploy.verbs.steps.judging import JudgedBy
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -50,8 +51,14 @@ def test_the_attention_map_is_proven_too(mapped: dict[str, CompileResult], preci
     result = mapped[precision]
     assert result
     assert list(result.bundle.manifest.to_json()["interface"]["outputs"]) == [
-        {"name": "logits", "dtype": "float32", "shape": ("batch", 5)},
-        {"name": "attention_map", "dtype": "float32", "shape": ("batch", 1, 8, 12)},
+        {"name": "logits", "dtype": "float32", "shape": ("batch", 5), "role": "logits", "axes": ("batch", "class")},
+        {
+            "name": "attention_map",
+            "dtype": "float32",
+            "shape": ("batch", 1, 8, 12),
+            "role": "attention_map",
+            "axes": ("batch", "token", "height", "width"),
+        },
     ]
     budget = BUDGETS[precision]
     for report in result.reports:
@@ -91,7 +98,7 @@ def test_a_spoiled_map_fails(mapped: dict[str, CompileResult], monkeypatch: pyte
     spec = built.manifest.interface
     graphs = GraphSource(onnx=b"", torchscript=b"", spec=spec)
     with engine_builds(bundle, backends, graphs, silent) as builds:
-        reports, _ = compiler._prove(bundle, backends, builds, BUDGETS["fp32"], compiler._JudgedBy(), {}, silent)
+        reports, _ = compiler._prove(bundle, backends, builds, BUDGETS["fp32"], JudgedBy(), {}, silent)
     assert [bool(report) for report in reports] == [False, True]
     assert reports[0].failures
     assert all(failure.startswith("attention map: ") for failure in reports[0].failures)
@@ -103,7 +110,7 @@ def test_graphs_whose_maps_differ_are_refused(
 ) -> None:
     bundle, real = mapped["fp32"].bundle, _OnnxRuntimeSession._run_impl
     spec = bundle.manifest.interface
-    golden = GoldenSet.read(bundle, [tensor.name for tensor in spec.outputs])
+    golden = GoldenSet.read(bundle)
     deployed = output_attention_map(to_deploy(network(), torch.from_numpy(golden.images[:1]))[0], (3, 32, 48))
     forms = Forms(eager=deployed, unrounded=deployed, simulated=deployed, stored=deployed, floating=deployed)
     check_agreement(bundle, golden, spec, forms, scripted=False, rounded=False)

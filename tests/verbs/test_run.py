@@ -13,6 +13,7 @@ from PIL import Image
 
 from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import DataError, DependencyError
+from pcn_deploy.specs import BatchRange, EngineSpec, TensorSpec
 from pcn_deploy.verbs.run import Prediction, classify
 
 
@@ -23,6 +24,11 @@ class FakeEngine:
     transform: Transform = field(
         default_factory=lambda: Transform(resolution=(4, 4), crop_pct=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
     )
+
+    @property
+    def spec(self) -> EngineSpec:
+        tensors = (TensorSpec(name=name, dtype="float32", shape=("batch", 4)) for name in ("images", "logits"))
+        return EngineSpec(inputs=(next(tensors),), outputs=(next(tensors),), batch=BatchRange())
 
     def outputs(self, images: Any) -> Any:
         assert images.shape == (1, 3, 4, 4)

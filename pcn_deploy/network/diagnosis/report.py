@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pcn_deploy.errors import ModelError
 from pcn_deploy.network.diagnosis.causes import find_cause, operator_in
@@ -63,21 +64,20 @@ def obstacle(headline: str, place: Place | None, reason: str, advice: str) -> Mo
 
 
 def output_error(output: Any) -> ModelError:
-    """Explain that a network returns, for one image, something else than one tensor of logits."""
+    """Explain that a network returns, for one image, no floating-point tensor with one row for it."""
     found = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-    names = list(output) if isinstance(output, dict) else []
-    if names:
-        found += f" with {', '.join(map(str, names[:6]))}"
-    pick = f"[{names[0]!r}]" if names else "[0]" if isinstance(output, tuple | list) else ".logits"
-    advice = "end it with a pooling over the positions and a linear layer"
+    if isinstance(output, dict) and output:
+        found += f" with {', '.join(map(str, list(output)[:6]))}"
+    advice = "return the tensors themselves, alone or in a tuple, a dict or a dataclass"
     if isinstance(output, Tensor) and not output.is_floating_point():
         found += f" of {str(output.dtype).removeprefix('torch.')}"
         advice = "return the logits, and take argmax or topk of what the engine returns"
-    elif isinstance(output, Tensor) and output.ndim == 1:
+    elif isinstance(output, Tensor) and output.ndim <= 1:
         advice = "keep the axis of the batch: x.flatten(1) for x.squeeze(), which drops it where there is one image"
-    elif not isinstance(output, Tensor):
-        advice = f"wrap it in an nn.Module whose forward is `return self.net(x){pick}`, and let the factory return that"
-    return ModelError(f"The network returns {found}; expected one tensor of logits, (N, K).\nWay round: {advice}.")
+    elif isinstance(output, dict | list | tuple) and any(isinstance(one, Tensor) for one in tree_leaves(output)):
+        advice = "return numbers before they are rounded to classes, and keep the axis of the batch"
+    msg = f"The network returns {found}; expected floating-point tensors with one row for each image, such as (N, K)."
+    return ModelError(f"{msg}\nWay round: {advice}.")
 
 
 def report(headline: str, error: BaseException, place: Place | None) -> str:

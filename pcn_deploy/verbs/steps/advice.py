@@ -13,10 +13,8 @@ import numpy.typing as npt
 from pcn_deploy.artefact.golden import GoldenSet
 from pcn_deploy.errors import DataError
 from pcn_deploy.progress import Progress
-from pcn_deploy.specs import LOGITS
 from pcn_deploy.tasks.limits import ParityBudget
 from pcn_deploy.tasks.noise_floor import NoiseFloor, natural_db
-from pcn_deploy.tasks.parity import ParityMeter
 from pcn_deploy.verbs.options import CompileOptions
 
 if TYPE_CHECKING:
@@ -49,9 +47,9 @@ class Attempt:
 
 
 def judge(words: str, golden: GoldenSet, found: Array, budget: ParityBudget) -> Attempt:
-    """What the real images of a golden set say of logits `(N, K)` to all of its images."""
-    meter = ParityMeter(live=golden.live)
-    meter.update(golden.outputs[LOGITS][~golden.edge], found[~golden.edge])
+    """What the real images of a golden set say of the first output, `(N, ...)`, for all of its images."""
+    meter = golden.meter(golden.first)
+    meter.update(golden.outputs[golden.first][~golden.edge], found[~golden.edge])
     floor = NoiseFloor(natural_db=natural_db(golden.images[~golden.edge], "int8"))
     report = meter.report(target="", executed_by="", data="", budget=budget, floor=floor)
     return Attempt(words=words, sqnr_db=report.metrics["sqnr_db"], passed=bool(report))
@@ -76,7 +74,7 @@ def advise(network: Prepared, golden: GoldenSet, options: CompileOptions, progre
         progress(STEP, min(int(spent), int(SECONDS)), int(SECONDS))
         return spent > SECONDS
 
-    now = judge("now", golden, golden.simulated[LOGITS], options.budget)
+    now = judge("now", golden, golden.simulated[golden.first], options.budget)
     tried = [*_calibrators(network, golden, options, out_of_time), *_layers(network, golden, options, out_of_time)]
     progress(STEP, int(SECONDS), int(SECONDS))
     gained = [attempt for attempt in tried if attempt.passed or attempt.sqnr_db > now.sqnr_db]
@@ -87,7 +85,7 @@ def remainder_in_fp32(golden: GoldenSet, options: CompileOptions) -> tuple[Attem
     """`--remainder fp32`, which is what the simulation computes, if that keeps the budget."""
     if options.graph_type == "fp32":
         return ()
-    attempt = judge("--remainder fp32", golden, golden.simulated[LOGITS], options.budget)
+    attempt = judge("--remainder fp32", golden, golden.simulated[golden.first], options.budget)
     return (attempt,) if attempt.passed else ()
 
 

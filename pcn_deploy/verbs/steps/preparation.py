@@ -12,9 +12,9 @@ import numpy.typing as npt
 from pcn_deploy.artefact.bundle import read_calibration
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.errors import DataError, ModelError
-from pcn_deploy.network.evaluation_mode import in_evaluation_mode
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.verbs.options import CompileOptions
+from pcn_deploy.verbs.steps.opening import Opened, open_network
 from pcn_deploy.verbs.steps.prepared import Prepared
 from pcn_deploy.verbs.steps.sources import NO_IMAGES, CalibrationImages, open_sources, synthetic_images, two_images
 
@@ -43,7 +43,7 @@ def take_part(
         PcnDeployError: As `prepare`, in all processes alike.
     """
     source, _ = open_sources(calibration, evaluation, options)
-    prepare(in_evaluation_mode(model), options, source, silent, exporting=True)
+    prepare(model, options, source, silent, exporting=True)
 
 
 def prepare(
@@ -54,10 +54,22 @@ def prepare(
     *,
     exporting: bool = False,
 ) -> Prepared:
+    """Open a network, and prepare it; as `open_network` and `prepare_opened`."""
+    return prepare_opened(open_network(model, options, source), options, source, progress, exporting=exporting)
+
+
+def prepare_opened(
+    opened: Opened,
+    options: CompileOptions,
+    source: ImageSource | None,
+    progress: Progress,
+    *,
+    exporting: bool = False,
+) -> Prepared:
     """Rewrite a network, plan the precision of its layers and calibrate what becomes INT8.
 
     Args:
-        model: Network in evaluation mode; left as it is.
+        opened: The network; left as it is.
         options: What to build.
         source: Calibration images; needed for INT8 layers whose range no recipe gives.
         progress: Told how far each step is.
@@ -67,15 +79,14 @@ def prepare(
     Raises:
         CheckpointError: If weights are NaN or infinite.
         DataError: If images are unusable.
-        ModelError: If the network cannot run at this resolution, returns no logits, is no function of the image, or
-            cannot be exported.
+        ModelError: If the network cannot run at this resolution, is no function of the image, or cannot be exported.
     """
     from pcn_deploy.calibration.quantized import plan_scales
 
-    made = _rewrite(model, options, two_images(options, source), progress, exporting=exporting)
+    made = _rewrite(opened, options, two_images(options, source), progress, exporting=exporting)
     plan, magnitudes = _plan(made.network, made.layers, options, source)
     progress(REWRITING, 4, 4)
-    deployed, recovered, notes = made.complete, dict[str, int](), made.notes
+    deployed, recovered, notes = made.complete, dict[str, int](), (*opened.notes, *made.notes)
     trials = _trials(made.network, source, options.recovery, progress)
     if trials is not None:
         network, recovered = _recover_before(made.network, plan, options, trials, progress)
@@ -91,7 +102,8 @@ def prepare(
         recovered |= after
         notes += tuple(trial.note for trial in trials.found if not trial.kept)
     return Prepared(
-        name=type(model).__name__,
+        name=type(opened.model).__name__,
+        outputs=opened.outputs,
         deployed=rounded,
         exported=made.exported,
         unrounded=deployed,
@@ -129,7 +141,7 @@ class _Rewritten:
 
 
 def _rewrite(
-    model: nn.Module, options: CompileOptions, images: npt.NDArray[np.float32], progress: Progress, *, exporting: bool
+    opened: Opened, options: CompileOptions, images: npt.NDArray[np.float32], progress: Progress, *, exporting: bool
 ) -> _Rewritten:
     """Check the network, bring it into its deploy form and look at its layers, on two images `(2, C, H, W)`."""
     import torch
@@ -142,6 +154,7 @@ def _rewrite(
     from pcn_deploy.network.deploy import to_deploy
     from pcn_deploy.network.preconditions import check_behaviour
 
+    model = opened.model
     check_finite(model.state_dict(), "The network")
     check_resolution(model, *options.transform.resolution)
     progress(REWRITING, 0, 4)
@@ -153,7 +166,7 @@ def _rewrite(
     complete = _with_outputs(network, options)
     exported = None
     if exporting:
-        exported = export_network(complete, options.transform.shape, options.batch, outputs=options.outputs)
+        exported = export_network(complete, options.transform.shape, options.batch, outputs=opened.outputs)
     progress(REWRITING, 3, 4)
     layers, hidden = survey(network, pair[:1].clone(), places=options.quantizes)
     notes = note_stretched(network, options.transform.shape)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from pcn_deploy.specs import OutputSpec
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The deploy form whose graph is built, the name of the network, and how it is quantised.
+    """The deploy form whose graph is built, the name of the network, its outputs, and how it is quantised.
 
     `unrounded` is the same network before any recovery changed weights and biases for INT8: what a layer is that is
     not quantised after all. It is `deployed` itself where none did. `exported` is the float graph before any recovery,
@@ -28,6 +30,7 @@ class Prepared:
     """
 
     name: str
+    outputs: tuple[OutputSpec, ...]
     deployed: nn.Module
     unrounded: nn.Module
     exported: Exported | None

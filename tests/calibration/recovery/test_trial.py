@@ -10,6 +10,7 @@ import torch
 from small_builds import images, network, options
 
 import pcn_deploy
+from pcn_deploy.calibration.paired import Errors
 from pcn_deploy.calibration.quantized import apply_scales
 from pcn_deploy.calibration.recovery import AFTER, BEFORE, RECOVERIES, equalisation, smoothquant
 from pcn_deploy.calibration.recovery import bias_correction as bias_module
@@ -102,13 +103,12 @@ def test_one_that_gains_is_kept(name: str) -> None:
 
 def test_a_gain_by_chance_is_none() -> None:
     """Half of the images gain a decibel, the others lose it."""
-    from pcn_deploy.calibration.recovery.trial import _clearly_less
-
-    squares, before = np.ones(64), np.full(64, 1e-3)
-    factor = 10 ** (0.1 * np.where(np.arange(64) % 2, 1.0, -1.0))
-    assert not _clearly_less((before, squares), (before * factor, squares))
-    assert not _clearly_less((before, squares), (before, squares))
-    assert _clearly_less((before, squares), (before * factor / 2, squares))
+    squares, noise = np.ones(64), np.full(64, 1e-3)
+    before, factor = Errors(noise, squares), 10 ** (0.1 * np.where(np.arange(64) % 2, 1.0, -1.0))
+    assert not Errors(noise * factor, squares).clearly_less_than(before)
+    assert not before.clearly_less_than(before)
+    assert Errors(noise * factor / 2, squares).clearly_less_than(before)
+    assert not Errors(noise[:1] / 2, squares[:1]).clearly_less_than(Errors(noise[:1], squares[:1]))
 
 
 def test_too_few_images_to_judge_keep_none() -> None:
