@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.errors import DataError, DependencyError, ExecutionError, PcnDeployError
+from pcn_deploy.members import GRAPH
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.specs import EngineSpec, TensorSpec
 
@@ -170,6 +171,12 @@ class Backend(ABC):
     member: ClassVar[str]
     """Where the engine lives in a bundle; a backend that executes the graph itself names `model.onnx` or `model.ts`."""
 
+    rank: ClassVar[int]
+    """Its place in the order in which the engines of a bundle are tried: the fastest is 0."""
+
+    graph: ClassVar[str] = GRAPH
+    """Member of a bundle that its engines are made from: `model.onnx` or `model.ts`."""
+
     built_aside: ClassVar[bool] = False
     """Whether a build keeps to one core and measures nothing, so that it can go on beside other work."""
 
@@ -194,6 +201,13 @@ class Backend(ABC):
         if not state.can_build:
             msg = f"Target {self.target!r} cannot be built here: {state.detail}. {state.remedy}".rstrip()
             raise DependencyError(msg)
+
+    def check_type(self, precision: str) -> None:  # noqa: B027 - the typed graph has the type of every precision
+        """Refuse a precision that the graph it is made from cannot have; loads no library.
+
+        Raises:
+            OptionError: If its engine would not have the precision of its bundle.
+        """
 
     def check_precision(self, precision: str) -> None:  # noqa: B027 - most backends take all of them
         """Refuse what the target's hardware cannot compute in, before the long work.

@@ -33,6 +33,7 @@ class OnnxRuntimeBackend(Backend):
     target = "cpu"
     extra = "runtime"
     member = GRAPH
+    rank = 2
 
     def availability(self) -> Availability:
         """ONNX Runtime builds and runs wherever it is installed."""

@@ -37,6 +37,11 @@ def get_backend(target: str, options: BackendOptions | None = None) -> Backend:
     return backend if options is None else backend.configured(options)
 
 
+def fastest_first(targets: Iterable[str]) -> list[str]:
+    """Targets in the order of their rank."""
+    return sorted(targets, key=lambda target: get_backend(target).rank)
+
+
 def check_options(targets: Iterable[str], options: BackendOptions) -> None:
     """Check that each setting that is asked for is one that some target has.
 

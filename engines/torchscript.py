@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 from pcn_deploy.engines.base import CLOSED, Array, Availability, Backend, EngineArtifact, GraphSource, Session
-from pcn_deploy.errors import BuildError, IncompatibleError, PcnDeployError
+from pcn_deploy.errors import BuildError, IncompatibleError, OptionError, PcnDeployError
 from pcn_deploy.members import SCRIPT
 from pcn_deploy.memory import temporary_path
 from pcn_deploy.progress import Progress
@@ -19,7 +19,8 @@ class TorchScriptBackend(Backend):
 
     target = "torchscript"
     extra = "compile"
-    member = SCRIPT
+    member = graph = SCRIPT
+    rank = 3
 
     def availability(self) -> Availability:
         """PyTorch builds and runs wherever it is installed."""
@@ -29,6 +30,15 @@ class TorchScriptBackend(Backend):
         from importlib.metadata import version
 
         return Availability(can_build=True, can_run=True, detail=f"PyTorch {version('torch')}")
+
+    def check_type(self, precision: str) -> None:
+        """Refuse FP16 and BF16: the module is FP32, with fake quantisation for 8 bits."""
+        if precision in ("fp16", "bf16"):
+            msg = (
+                f"The TorchScript module is FP32, so target torchscript cannot be {precision}. "
+                "Take --precision fp32 or int8 for it, or leave the target out."
+            )
+            raise OptionError(msg)
 
     def _build_impl(self, source: GraphSource, progress: Progress) -> EngineArtifact:
         import torch

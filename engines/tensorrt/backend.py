@@ -74,6 +74,7 @@ class TensorRTBackend(_TensorRT):
     target = "tensorrt"
     extra = "tensorrt"
     member = engine_member("tensorrt")
+    rank = 0
     flavour = TENSORRT
     settings = ("tf32",)
 
@@ -84,6 +85,7 @@ class TensorRTRTXBackend(_TensorRT):
     target = "tensorrt-rtx"
     extra = "tensorrt-rtx"
     member = engine_member("tensorrt-rtx")
+    rank = 1
     flavour = TENSORRT_RTX
     settings = ("compute_capabilities", "tf32")
     built_aside = True  # ahead of time: no kernel is timed

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -152,6 +153,18 @@ class Cuda:
     def use_device(self, index: int) -> None:
         """Make a device the calling thread's."""
         self._call("cudaSetDevice", index)
+
+    @contextmanager
+    def on_device(self, index: int) -> Iterator[None]:
+        """Let a device be the calling thread's for a while; afterwards it has the one that it had."""
+        before = self.device()
+        if before != index:
+            self.use_device(index)
+        try:
+            yield
+        finally:
+            if before != index:
+                self.use_device(before)
 
     def allocate(self, size: int) -> int:
         """Address of `size` new bytes on the device."""

@@ -158,28 +158,32 @@ class TensorRTSession(Session):
         with self._lock:
             if self._engine is None:
                 raise PcnDeployError(CLOSED)
-            self._cuda.use_device(self._device)
-            for tensor in self._inputs:
-                array = inputs[tensor.name]
-                self._cuda.to_device(tensor.address, array.ctypes.data, array.nbytes, self._stream)
-                if not self._context.set_input_shape(tensor.name, array.shape):
-                    self._fail(f"refused {tensor.name!r} of shape {array.shape}")
-            if not self._context.execute_async_v3(self._stream):
-                self._fail("failed to execute the engine")
-            outputs = {tensor.name: np.empty(self._shape(tensor.name), tensor.dtype) for tensor in self._outputs}
-            for tensor in self._outputs:
-                array = outputs[tensor.name]
-                self._cuda.to_host(array.ctypes.data, tensor.address, array.nbytes, self._stream)
-            self._cuda.wait(self._stream)
-            return outputs
+            with self._cuda.on_device(self._device):
+                return self._execute(inputs)
+
+    def _execute(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        for tensor in self._inputs:
+            array = inputs[tensor.name]
+            self._cuda.to_device(tensor.address, array.ctypes.data, array.nbytes, self._stream)
+            if not self._context.set_input_shape(tensor.name, array.shape):
+                self._fail(f"refused {tensor.name!r} of shape {array.shape}")
+        if not self._context.execute_async_v3(self._stream):
+            self._fail("failed to execute the engine")
+        outputs = {tensor.name: np.empty(self._shape(tensor.name), tensor.dtype) for tensor in self._outputs}
+        for tensor in self._outputs:
+            array = outputs[tensor.name]
+            self._cuda.to_host(array.ctypes.data, tensor.address, array.nbytes, self._stream)
+        self._cuda.wait(self._stream)
+        return outputs
 
     def close(self) -> None:
         """Free the device memory, the stream and the engine. May be called more than once."""
         with self._lock:
             if self._engine is None:
                 return
-            with suppress(PcnDeployError):  # a device that has failed must not keep the rest from being freed
-                self._cuda.use_device(self._device)
-                self._cuda.wait(self._stream)
-            self._context = self._engine = self._runtime = None
-            self._owned.close()
+            with suppress(PcnDeployError), ExitStack() as device:
+                with suppress(PcnDeployError):  # a device that has failed must not keep the rest from being freed
+                    device.enter_context(self._cuda.on_device(self._device))
+                    self._cuda.wait(self._stream)
+                self._context = self._engine = self._runtime = None
+                self._owned.close()

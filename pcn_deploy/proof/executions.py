@@ -103,7 +103,7 @@ def prove(
     backend = get_backend(target)
     with Engine.open(bundle, target, executed_by=executor(backend), lean=True) as engine:
         report = verify_golden(engine, budget, progress)
-    if backend.member == SCRIPT:
+    if backend.graph == SCRIPT:
         return report
     between()
     if widened:

@@ -13,7 +13,6 @@ from pcn_deploy.members import GRAPH, SCRIPT, parity_member
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof.executions import prove
 from pcn_deploy.tasks.report import ParityReport
-from pcn_deploy.verbs.options import check_target_precision
 
 
 def add_engine(
@@ -54,13 +53,13 @@ def add_engine(
     destination = Path(path if output is None else output)
     overwrite = overwrite or output is None
     check_output(destination, overwrite=overwrite)
-    check_target_precision(target, bundle.manifest.precision)
-    if backend.member == SCRIPT and backend.member not in bundle:
+    backend.check_type(bundle.manifest.precision)
+    if backend.graph == SCRIPT and SCRIPT not in bundle:
         msg = f"{path} holds no TorchScript module: build it again from the network with --target {target}."
         raise BundleError(msg)
     source = GraphSource(
         onnx=partial(bundle.read, GRAPH),
-        torchscript=bundle.read(SCRIPT) if backend.member == SCRIPT else b"",
+        torchscript=bundle.read(SCRIPT) if backend.graph == SCRIPT else b"",
         spec=bundle.manifest.interface,
     )
     artifact = backend.build(source, progress)

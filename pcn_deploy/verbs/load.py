@@ -6,11 +6,8 @@ from pathlib import Path
 
 from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.engine import Engine
-from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.engines.registry import fastest_first, get_backend
 from pcn_deploy.errors import DependencyError
-
-PREFERENCE = ("tensorrt", "tensorrt-rtx", "cpu", "torchscript")
-"""Order in which `load` tries the engines of a bundle: fastest first."""
 
 
 def load(path: str | Path, target: str | None = None) -> Engine:
@@ -31,13 +28,11 @@ def load(path: str | Path, target: str | None = None) -> Engine:
     bundle = Bundle.open(path)
     if target is not None:
         return Engine.open(bundle, target)
-    present = {entry.target for entry in bundle.engines}
     reasons = []
-    for candidate in PREFERENCE:
-        if candidate in present:
-            state = get_backend(candidate).availability()
-            if state.can_run:
-                return Engine.open(bundle, candidate)
-            reasons.append(f"{candidate}: {state.detail}. {state.remedy}".rstrip())
+    for candidate in fastest_first(entry.target for entry in bundle.engines):
+        state = get_backend(candidate).availability()
+        if state.can_run:
+            return Engine.open(bundle, candidate)
+        reasons.append(f"{candidate}: {state.detail}. {state.remedy}".rstrip())
     msg = f"None of the engines in {path} can run here:\n  " + "\n  ".join(reasons or ["it holds no engine"])
     raise DependencyError(msg)

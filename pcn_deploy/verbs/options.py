@@ -21,23 +21,10 @@ from pcn_deploy.data.transform import Transform
 from pcn_deploy.engines.base import BackendOptions
 from pcn_deploy.engines.registry import check_options, get_backend
 from pcn_deploy.errors import OptionError
+from pcn_deploy.members import SCRIPT
 from pcn_deploy.specs import BatchRange, OutputSpec
 from pcn_deploy.tasks.limits import ParityBudget, budget_for
 from pcn_deploy.tasks.roles import get_role
-
-
-def check_target_precision(target: str, precision: str) -> None:
-    """Refuse an engine that would not have the precision of its bundle.
-
-    Raises:
-        OptionError: If TorchScript, whose module is FP32, were to be called FP16 or BF16.
-    """
-    if target == "torchscript" and precision in ("fp16", "bf16"):
-        msg = (
-            f"The TorchScript module is FP32, so target torchscript cannot be {precision}. "
-            "Take --precision fp32 or int8 for it, or leave the target out."
-        )
-        raise OptionError(msg)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +96,7 @@ class CompileOptions:
             )
             raise OptionError(msg)
         for target in self.targets:
-            get_backend(target)
-            check_target_precision(target, self.precision)
+            get_backend(target).check_type(self.precision)
         check_options(self.targets, self.backend)
         if not self.targets or len(set(self.targets)) != len(self.targets):
             msg = f"Targets {self.targets}: name at least one, and each only once."
@@ -173,7 +159,7 @@ class CompileOptions:
     @property
     def scripts(self) -> bool:
         """Whether the bundle holds a TorchScript module: only where a target runs it."""
-        return "torchscript" in self.targets
+        return any(get_backend(target).graph == SCRIPT for target in self.targets)
 
     @property
     def quantizes(self) -> bool:

@@ -14,10 +14,9 @@ from pcn_deploy import BatchRange, Bundle, CompileOptions, Engine, Transform
 from pcn_deploy.artefact.engine import check_finite, executor
 from pcn_deploy.engines.base import Availability, Session
 from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend, _OnnxRuntimeSession
-from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.engines.registry import TARGETS, fastest_first, get_backend
 from pcn_deploy.engines.torchscript import TorchScriptBackend
 from pcn_deploy.errors import BundleError, DataError, DependencyError, ParityError
-from pcn_deploy.verbs.load import PREFERENCE
 
 torch = pytest.importorskip("torch")
 
@@ -140,7 +139,7 @@ def test_images_that_do_not_fit(path: Path, bad: Any) -> None:
 
 
 def test_load_takes_the_fastest_that_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert PREFERENCE.index("tensorrt") < PREFERENCE.index("cpu") < PREFERENCE.index("torchscript")
+    assert fastest_first(TARGETS) == ["tensorrt", "tensorrt-rtx", "cpu", "torchscript"]
     with pcn_deploy.load(path) as engine:
         assert (engine.target, engine.executed_by) == ("cpu", "cpu")
     monkeypatch.setattr(OnnxRuntimeBackend, "availability", lambda self: NOTHING)

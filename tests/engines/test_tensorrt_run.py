@@ -34,9 +34,12 @@ class FakeCudart:
         self.streams: set[int] = set()
         self.calls: list[str] = []
         self.fails: set[str] = set()
-        for name in ("cudaRuntimeGetVersion", "cudaGetDevice", "cudaSetDevice", "cudaStreamSynchronize"):
+        self.current = 0
+        for name in ("cudaRuntimeGetVersion", "cudaStreamSynchronize"):
             setattr(self, name, self._call(name))
         for name in (
+            "cudaGetDevice",
+            "cudaSetDevice",
             "cudaMalloc",
             "cudaFree",
             "cudaMemcpyAsync",
@@ -55,6 +58,12 @@ class FakeCudart:
             return 0
 
         return call
+
+    def _cudaGetDevice(self, index: Any) -> None:
+        index._obj.value = self.current
+
+    def _cudaSetDevice(self, index: int) -> None:
+        self.current = index
 
     def _cudaMalloc(self, address: Any, size: ctypes.c_size_t) -> None:
         block = ctypes.create_string_buffer(size.value)
@@ -191,6 +200,17 @@ def test_close_frees_everything_and_may_be_repeated() -> None:
     assert cudart.calls.count("cudaFree") == 2
     with pytest.raises(PcnDeployError, match="session is closed"):
         session.run(images(1))
+
+
+def test_the_callers_device_is_left_as_it_was() -> None:
+    cudart = FakeCudart()
+    cudart.current = 1
+    session = opened(cudart, FakeEngine())
+    cudart.current = 3
+    session.run(images(1))
+    assert (cudart.current, cudart.calls.count("cudaSetDevice")) == (3, 2)
+    session.close()
+    assert (cudart.current, cudart.calls.count("cudaSetDevice")) == (3, 4)
 
 
 def test_close_frees_even_when_the_device_has_failed() -> None:

@@ -8,12 +8,11 @@ from statistics import median
 from typing import Any
 
 from pcn_deploy.artefact.engine import Engine
-from pcn_deploy.engines.registry import get_backend
+from pcn_deploy.engines.registry import fastest_first, get_backend
 from pcn_deploy.errors import ModelError, ParityError
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.verbs.bench import bench
 from pcn_deploy.verbs.build import CompileResult
-from pcn_deploy.verbs.load import PREFERENCE
 from pcn_deploy.verbs.options import CompileOptions
 
 ROUNDS = 5
@@ -85,8 +84,8 @@ def compile_fastest(
 def _compare(results: dict[str, CompileResult], options: CompileOptions, progress: Progress) -> Choice:
     target = _timed_target(options.targets)
     if not target:
-        names = ", ".join(name for name in options.targets if name in PREFERENCE[:2])
-        reason = f"both pass; {names} cannot run here, so which is faster was not measured: run bench on the device"
+        first = fastest_first(options.targets)[0]
+        reason = f"both pass; {first} cannot run here, so which is faster was not measured: run bench on the device"
         return Choice(precision="int8", reason=reason, latency_ms={})
     engines = {precision: Engine.open(result.bundle, target) for precision, result in results.items()}
     times: dict[str, list[float]] = {precision: [] for precision in engines}
@@ -104,7 +103,7 @@ def _compare(results: dict[str, CompileResult], options: CompileOptions, progres
 
 def _timed_target(targets: tuple[str, ...]) -> str:
     """The fastest of the targets, if it can run here; CPU targets beside a TensorRT target do not speak for it."""
-    first = next(name for name in PREFERENCE if name in targets)
+    first = fastest_first(targets)[0]
     return first if get_backend(first).availability().can_run else ""
 
 
