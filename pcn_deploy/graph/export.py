@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pcn_deploy.calibration.quantized import Quantization
 from pcn_deploy.errors import ModelError
 from pcn_deploy.graph.exported import example_shape, export_program
+from pcn_deploy.graph.names import name_by_module
 from pcn_deploy.graph.optimise import fold_shapes, simplify_exactly
 from pcn_deploy.graph.qdq import insert_qdq
 from pcn_deploy.graph.repeat import SCOPES, Run, find_runs, keep_first, unroll
@@ -110,6 +111,7 @@ def to_onnx(
         progress(step, 2, 3)
         simplify_exactly(graph)  # last: it merges equal weights, whose names then no longer tell the layers apart
         _separate_outputs(graph.graph, outputs)
+        name_by_module(graph.graph)
     progress(step, 3, 3)
     return graph
 
