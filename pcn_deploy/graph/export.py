@@ -70,6 +70,7 @@ def export_network(
     with _quiet_exporter(), torch.no_grad():
         program = _export_unrolled(model, example, batch, _runs(model, example), outputs)
         _check_deterministic(model, program.model.graph)
+        _separate_outputs(program.model.graph, outputs)
     return Exported(model=model, graph=program.model)
 
 
@@ -117,7 +118,7 @@ def to_onnx(
 
 
 def _separate_outputs(graph: ir.Graph, outputs: tuple[OutputSpec, ...]) -> None:
-    """Give every output a value and a name of its own: what computes the same was merged, outputs among it."""
+    """Give every output a value and its name: what computes the same was merged, and blocks were copied with theirs."""
     for index, output in enumerate(outputs):
         value = graph.outputs[index]
         if any(value is other for other in graph.outputs[:index]):
@@ -125,6 +126,8 @@ def _separate_outputs(graph: ir.Graph, outputs: tuple[OutputSpec, ...]) -> None:
             graph.append(copied)
             copied.outputs[0].type, copied.outputs[0].shape = value.type, value.shape
             graph.outputs[index] = value = copied.outputs[0]
+        for other in [made for node in graph for made in node.outputs if made.name == output.name]:
+            other.name = f"{output.name}.inner"  # of the first block, where the last of a run of them is the output
         value.name = output.name
 
 

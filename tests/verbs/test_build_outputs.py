@@ -165,6 +165,23 @@ def test_a_reference_without_the_first_output(tmp_path: Path) -> None:
         pcn_deploy.verify(engine, images(3), reference=without)
 
 
+def test_a_backbone_that_ends_with_equal_blocks() -> None:
+    class Backbone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            block = (nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()) for _ in range(3))
+            self.stem, self.blocks = nn.Conv2d(3, 16, 4, 4), nn.Sequential(*block)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks(self.stem(x))  # type: ignore[no-any-return]
+
+    for precision in ("fp16", "int8"):
+        result = pcn_deploy.compile(Backbone(), options(precision=precision), calibration=images())
+        assert result, result.reports[0].failures
+        assert [one.name for one in result.bundle.manifest.interface.outputs] == ["output"]
+
+
 def test_two_outputs_that_are_equal_are_both_built() -> None:
     class Equal(Several):
         def forward(self, x: Tensor) -> dict[str, Tensor]:
