@@ -23,6 +23,21 @@ TENSOR = "tensor"
 """Role of an output that is compared as it stands: `(N, ...)`."""
 
 
+TAKEN = (
+    "images",
+    "names",
+    "rounding",
+    "float32_noise",
+    "edge",
+    "simulated",
+    "widened",
+    "least_widened",
+    "stock",
+    "rounded",
+)
+"""What the input, the golden set, and the parts of a report are called: no output has such a name or beginning."""
+
+
 def usual_role(name: str) -> str:
     """The role of an output of which only the name is known."""
     return name if name in (LOGITS, ATTENTION_MAP) else TENSOR

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from pcn_deploy.errors import ModelError, OptionError
 from pcn_deploy.network.diagnosis.report import output_error, running_error
-from pcn_deploy.specs import LOGITS, TENSOR, OutputSpec, usual_role
+from pcn_deploy.specs import LOGITS, TAKEN, TENSOR, OutputSpec, usual_role
 
 Path: TypeAlias = tuple[str | int, ...]
 """The keys, fields and indices that lead to a tensor."""
@@ -81,7 +81,8 @@ def named_tensors(returned: Any) -> dict[str, tuple[Path, Tensor]]:
     """The tensors in what a network returned, with the ways to them, by name.
 
     One tensor alone is called `logits` if it is `(N, K)`, else `output`; what a dict or a dataclass names keeps that
-    name, and what stands in a tuple is called `output_0` and so on. What is within another part has the name of both.
+    name, and what stands in a tuple is called `output_0` and so on. What is within another part has the name of both,
+    and a name that bundles use themselves (`specs.TAKEN`) gets an underscore in front.
     """
     return dict(_tensors(returned))
 
@@ -105,11 +106,12 @@ def _tensors(value: Any, path: Path = ()) -> Iterator[tuple[str, tuple[Path, Ten
 
 
 def _name(path: Path) -> str:
-    """Keys joined by dots, indices by underscores."""
+    """Keys joined by dots, indices by underscores; an underscore in front of what bundles use themselves."""
     name = "output" if isinstance(path[0], int) else ""
     for key in path:
-        name += f"_{key}" if isinstance(key, int) else f".{key}" if name else key
-    return name
+        name += f"_{key}" if isinstance(key, int) else f".{key}" if name else str(key)
+    taken = any(name == one or name.startswith(f"{one}_") for one in TAKEN)
+    return f"_{name}" if taken or not name else name
 
 
 def _at(value: Any, path: Path) -> Any:

@@ -56,6 +56,10 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Any], dict[str, str]]] = {
     "dict in a tuple": (lambda row, map_: (row, {"a": map_}), {"output_0": "tensor", "output_1.a": "tensor"}),
     "named tuple": (lambda row, map_: Pair(row, map_), {"near": "tensor", "far": "tensor"}),
     "dataclass": (lambda row, map_: Answer(row, map_), {"logits": "logits", "mask": "tensor"}),
+    "names of ours": (
+        lambda row, map_: {"images": row, "edge": map_, "simulated_x": row + 1, "edges": map_ + 1},
+        dict.fromkeys(("_images", "_edge", "_simulated_x", "edges"), "tensor"),
+    ),
     "one tensor twice": (lambda row, _map: (row, row), {"output_0": "tensor"}),
     "with others": (
         lambda row, map_: {"logits": row, "best": row.argmax(1), "size": 3, "all": row.sum(), "seg": map_},

@@ -165,6 +165,22 @@ def test_a_reference_without_the_first_output(tmp_path: Path) -> None:
         pcn_deploy.verify(engine, images(3), reference=without)
 
 
+def test_outputs_with_names_that_bundles_use_themselves(tmp_path: Path) -> None:
+    class Named(Several):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            logits, mask, embedding = super().forward(x).values()
+            return {"logits": logits, "images": mask, "names": embedding, "simulated_logits": embedding + 1}
+
+    result = pcn_deploy.compile(Named(), options(precision="int8"), calibration=images())
+    assert result, result.reports[0].failures
+    result.bundle.save(tmp_path / "net.pcn")
+    with pcn_deploy.load(tmp_path / "net.pcn", "cpu") as engine:
+        found = engine.outputs(images(2))
+        assert pcn_deploy.verify(engine)
+    assert list(found) == ["logits", "_images", "_names", "_simulated_logits"]
+    np.testing.assert_allclose(found["_images"], wanted(images(2))["mask"], atol=0.2)
+
+
 def test_a_backbone_that_ends_with_equal_blocks() -> None:
     class Backbone(nn.Module):
         def __init__(self) -> None:
