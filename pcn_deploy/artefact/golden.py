@@ -54,6 +54,7 @@ class GoldenSet:
             only asked that its answer is finite. All false if not given.
         float32_noise: Mean power of the rounding in the logits of a real image, less the mean of their row, when the
             network runs in float32: against float64. NaN if unknown, as in bundles of 0.1.0.
+        further_noise: As `float32_noise`, which is that of the first output, of the others by their names.
         roles: What each output means, by name; by default what its name says.
     """
 
@@ -67,6 +68,7 @@ class GoldenSet:
     rounding: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
     float32_noise: float = math.nan
     roles: dict[str, str] = field(default_factory=dict)
+    further_noise: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not len(self.rounding):
@@ -83,6 +85,10 @@ class GoldenSet:
     def first(self) -> str:
         """Name of the output that the network is judged by."""
         return next(iter(self.outputs))
+
+    def noise(self, output: str) -> float:
+        """`float32_noise` of an output; NaN if unknown."""
+        return self.float32_noise if output == self.first else self.further_noise.get(output, math.nan)
 
     def role(self, output: str) -> Role:
         """What an output means."""
@@ -101,6 +107,7 @@ class GoldenSet:
         arrays: dict[str, npt.NDArray[Any]] = {"images": self.images, **self.outputs}
         arrays |= {"names": np.array(self.names), "edge": self.edge, "rounding": self.rounding}
         arrays[_NOISE] = np.array(self.float32_noise)
+        arrays |= {f"{_NOISE}_{name}": np.array(value) for name, value in self.further_noise.items()}
         arrays |= {f"{_SIMULATED}{name}": values for name, values in self.simulated.items()}
         arrays |= {f"{_WIDENED}{name}": values for name, values in self.widened.items()}
         arrays |= {_LIMITS: self.widened_db} if self.widened else {}
@@ -135,6 +142,7 @@ class GoldenSet:
             rounding=arrays.get("rounding", np.zeros(count, np.bool_)),
             float32_noise=float(arrays.get(_NOISE, np.array(math.nan)).ravel()[0]),
             roles=roles,
+            further_noise={name: float(arrays[f"{_NOISE}_{name}"]) for name in outputs if f"{_NOISE}_{name}" in arrays},
         )
         lengths = {len(found.names), len(found.edge), len(found.rounding), *map(len, found.outputs.values())}
         lengths |= set(map(len, found.simulated.values()))

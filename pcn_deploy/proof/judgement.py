@@ -46,13 +46,14 @@ def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = sil
     names = list(golden.outputs)
     found = engine_outputs(engine, golden.images, progress)
     first, *others = (_compared(golden, ~golden.edge, golden.outputs[name], found[name], name) for name in names)
-    floor = noise_floor(golden, golden.images[~golden.edge], engine.bundle.manifest, engine.executed_by)
+    real, manifest, by = golden.images[~golden.edge], engine.bundle.manifest, engine.executed_by
+    floor, *floors = (noise_floor(golden, real, manifest, by, name) for name in names)
     report = first.report(
         target=engine.target,
         executed_by=engine.executed_by,
         data="golden",
         budget=budget,
-        others=others,
+        others=list(zip(others, floors, strict=True)),
         changes=floor.judges_noise() or engine.bundle.manifest.golden != NOISE,
         floor=floor,
     )
@@ -98,7 +99,7 @@ def simulation_limit(golden: GoldenSet, budget: ParityBudget, remainder: str) ->
     return replace(budget, sqnr_db=min(noise - TWICE_DB, BUDGETS[remainder].sqnr_db))
 
 
-def noise_floor(golden: GoldenSet, images: Images, manifest: Manifest, by: str) -> NoiseFloor:
+def noise_floor(golden: GoldenSet, images: Images, manifest: Manifest, by: str, output: str) -> NoiseFloor:
     """What rounding leaves of what the images change, in an execution.
 
     Args:
@@ -106,15 +107,15 @@ def noise_floor(golden: GoldenSet, images: Images, manifest: Manifest, by: str) 
         images: Those that are compared, or some of them, `(N, C, H, W)`, transformed.
         manifest: Of the bundle.
         by: What executes its graph.
+        output: Name of the output.
     """
-    precision, power = manifest.precision, golden.float32_noise
+    precision, power = manifest.precision, golden.noise(output)
     exact = precision == "fp32" and by in ON_CPU
     if not exact:
         power *= _COARSER[manifest.remainder]
     if golden.simulated:
-        first = golden.first
-        trained, simulated = (values[first][~golden.edge] for values in (golden.outputs, golden.simulated))
-        power += _TWICE * power_of_noise(trained, simulated, golden.role(first), golden.live(first))
+        trained, simulated = (values[output][~golden.edge] for values in (golden.outputs, golden.simulated))
+        power += _TWICE * power_of_noise(trained, simulated, golden.role(output), golden.live(output))
     return NoiseFloor(natural_db=natural_db(images, precision), power=power, exact=exact)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,7 +16,7 @@ from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import DataError
 from pcn_deploy.progress import Progress
 from pcn_deploy.specs import BatchRange, EngineSpec, OutputSpec
-from pcn_deploy.tasks.distance import Live, least_sqnr_db
+from pcn_deploy.tasks.distance import Live, sqnr_of_output
 from pcn_deploy.tasks.limits import BUDGETS, GUARD_DB
 from pcn_deploy.tasks.metrics import alike
 from pcn_deploy.tasks.role import Role, power_of_noise
@@ -106,8 +106,8 @@ def golden_set(
             f"The eager network returns NaN or infinite {_words(outputs)} for {first}; there is nothing to be equal to."
         )
         raise DataError(msg)
-    role = get_role(outputs[0].role)
-    rounding = _rounding(forward, images, rows, np.arange(len(images)) >= len(real), batch, role)
+    roles = [get_role(output.role) for output in outputs]
+    rounding = _rounding(forward, images, rows, np.arange(len(images)) >= len(real), batch, roles)
     noise, own_db = rounding.answered, rounding.own_db
     kept = np.flatnonzero(finite)
     columns = zip(*(rows[index] for index in kept), strict=True)
@@ -117,7 +117,8 @@ def golden_set(
         edge=kept >= len(real),
         outputs={output.name: np.concatenate(values) for output, values in zip(outputs, columns, strict=True)},
         rounding=np.isin(kept, noise),
-        float32_noise=rounding.noise,
+        float32_noise=rounding.noises[0],
+        further_noise={output.name: noise for output, noise in zip(outputs[1:], rounding.noises[1:], strict=True)},
         roles={output.name: output.role for output in outputs},
     )
     return golden, _notes(names[: len(real)], broken, [names[index] for index in noise], own_db, _words(outputs))
@@ -191,38 +192,44 @@ class _Rounding:
     Attributes:
         answered: The edge images for which its answer, though finite, is nothing else.
         own_db: How far its answer to the first image is from that in float64: SQNR in dB, infinite if unknown.
-        noise: Its mean power in the logits of a real image, as `GoldenSet.float32_noise`.
+        noises: Its mean power in each output for a real image, as `GoldenSet.float32_noise`.
     """
 
     answered: list[int]
     own_db: float
-    noise: float
+    noises: list[float]
 
 
 def _rounding(
-    forward: Network, images: list[Array], rows: list[Row], edge: npt.NDArray[np.bool_], batch: BatchRange, role: Role
+    forward: Network,
+    images: list[Array],
+    rows: list[Row],
+    edge: npt.NDArray[np.bool_],
+    batch: BatchRange,
+    roles: Sequence[Role],
 ) -> _Rounding:
     def size(index: int) -> float:
-        return float(np.sqrt(np.square(role.differences(_flat(rows[index][0]))).mean()))
+        return float(np.sqrt(np.square(roles[0].differences(_flat(rows[index][0]))).mean()))
 
     chosen = [int(index) for index in np.flatnonzero(edge) if all(np.isfinite(row).all() for row in rows[index])]
     real = [int(index) for index in np.flatnonzero(~edge)]
     least = FAINT * float(np.sqrt(np.mean([size(index) ** 2 for index in real])))
     faint = {index for index in chosen if 0 < size(index) < least}  # none at all is exact
-    answers = np.concatenate([rows[index][0] for index in real])
-    live = role.live(_flat(answers))
-    judged = _flat(answers) if live is None else _flat(answers)[:, live]
+    answers = [np.concatenate(column) for column in zip(*(rows[index] for index in real), strict=True)]
+    lives = [role.live(_flat(values)) for role, values in zip(roles, answers, strict=True)]
+    judged = _flat(answers[0]) if lives[0] is None else _flat(answers[0])[:, lives[0]]
     real = real[: TOGETHER if alike(judged, SMALL_DB) else 1]  # one tells enough where nothing hangs on the figure
     try:
         asked = np.stack([images[index] for index in (*real, *chosen)])
         doubles = list(_rows_in_double(forward, asked, batch))
     except Exception:  # the network's own code may insist on float32: nothing to compare with
-        return _Rounding(answered=sorted(faint), own_db=math.inf, noise=math.nan)
+        return _Rounding(answered=sorted(faint), own_db=math.inf, noises=[math.nan] * len(roles))
     pairs = zip(chosen, doubles[len(real) :], strict=True)
-    unlike = {index for index, row in pairs if not _reproduced(rows[index], row)}
-    first, exact = doubles[0], np.concatenate([row[0] for row in doubles[: len(real)]])
-    own_db = least_sqnr_db(first, rows[0]) if all(np.isfinite(row).all() for row in first) else -math.inf
-    return _Rounding(answered=sorted(faint | unlike), own_db=own_db, noise=_noise(answers, exact, role, live))
+    unlike = {index for index, row in pairs if not _reproduced(rows[index], row, roles)}
+    exact = [np.concatenate(column) for column in zip(*doubles[: len(real)], strict=True)]
+    own_db = _least_db(rows[0], doubles[0], roles) if all(np.isfinite(row).all() for row in doubles[0]) else -math.inf
+    noises = [_noise(*one) for one in zip(answers, exact, roles, lives, strict=True)]
+    return _Rounding(answered=sorted(faint | unlike), own_db=own_db, noises=noises)
 
 
 def _flat(values: Outputs) -> npt.NDArray[np.float64]:
@@ -251,8 +258,14 @@ def _rows_in_double(forward: Network, images: Images, batch: BatchRange) -> Iter
             yield tuple(values[[index]] for values in outputs)
 
 
-def _reproduced(found: Row, exact: Row) -> bool:
-    return all(np.isfinite(row).all() for row in exact) and least_sqnr_db(exact, found) >= REPRODUCED_DB
+def _reproduced(found: Row, exact: Row, roles: Sequence[Role]) -> bool:
+    return all(np.isfinite(row).all() for row in exact) and _least_db(found, exact, roles) >= REPRODUCED_DB
+
+
+def _least_db(found: Row, exact: Row, roles: Sequence[Role]) -> float:
+    """The least SQNR of any output for one image; of logits that of the differences counts too."""
+    outputs = zip(exact, found, roles, strict=True)
+    return min(sqnr_of_output(wanted, seen, role.live(_flat(wanted))) for wanted, seen, role in outputs)
 
 
 def run_together(count: int, allowed: BatchRange) -> Iterator[npt.NDArray[np.intp]]:

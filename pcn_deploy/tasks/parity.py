@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -194,7 +193,7 @@ class ParityMeter:
         executed_by: str,
         data: str,
         budget: ParityBudget,
-        others: Sequence[ParityMeter] = (),
+        others: Sequence[tuple[ParityMeter, NoiseFloor]] = (),
         tolerant: bool = False,
         to_prove: bool = False,
         changes: bool = True,
@@ -207,7 +206,7 @@ class ParityMeter:
             executed_by: What computed its outputs.
             data: Where the images came from.
             budget: What is still parity.
-            others: The comparisons of the further outputs, judged by the same budget.
+            others: The comparisons of further outputs, judged by the same budget, with what rounding leaves of each.
             tolerant: Whether, of many images, a share may be below the least cosine: `TOLERATED` percent, or less if
                 the budget allows less of them to change their answer.
             to_prove: Whether the labels must prove the drop within the budget; else they must not show it broken.
@@ -240,18 +239,22 @@ class ParityMeter:
             constant=constant,
             notes=notes,
         )
-        for other in others:
-            report = other._beside(report, changes=changes, floor=floor)
+        for other, own in others:
+            report = other._beside(report, changes=changes, floor=own)
         return report
 
     def _beside(self, report: ParityReport, *, changes: bool, floor: NoiseFloor) -> ParityReport:
         """A report with this, the comparison of a further output of the same images."""
-        own = self.metrics()
+        own, power, images = self.metrics(), self.changes(), len(self._cosines)
         if not changes:
             own.pop("sqnr_changes_db", None)
-        least = replace(floor, power=math.nan, exact=False).least_changes_db(own, report.budget)
-        kept = {f"{self.output}_{name}": value for name, value in own.items() if name not in ("non_finite",)}
-        return report.with_part(self.output, kept, self.failures(own, report.budget, least), self.words)
+        elif power is not None and not math.isnan(floor.power):
+            own["changes_kept_db"] = floor.kept_db(power / images)
+        failures = self.failures(own, report.budget, floor.least_changes_db(own, report.budget))
+        if self.measures_changes and power is None and images > 1 and not failures:
+            failures = floor.failures(self.noise() / images)
+        kept = {f"{self.output}_{name}": value for name, value in own.items() if name != "non_finite"}
+        return report.with_part(self.output, kept, failures, self.words)
 
     def added_to(self, report: ParityReport, name: str, limit: ParityBudget, *, first: bool = True) -> ParityReport:
         """A report with this as a further comparison, judged by cosine and SQNR.

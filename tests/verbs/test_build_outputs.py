@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from helpers import invoke
 from PIL import Image
@@ -17,6 +18,7 @@ import pcn_deploy
 from pcn_deploy import Bundle
 from pcn_deploy.errors import DataError, OptionError
 from pcn_deploy.proof.executions import prove
+from pcn_deploy.proof.judgement import verify_golden
 from pcn_deploy.verbs.analyze import analyze
 
 torch = pytest.importorskip("torch")
@@ -105,6 +107,33 @@ def test_an_output_that_is_wrong_in_what_images_change_fails() -> None:
     assert report.metrics["embedding_sqnr_db"] > report.budget.sqnr_db
     (failure,) = [failure for failure in report.failures if failure.startswith("embedding: SQNR")]
     assert "what the image changes" in failure
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_further_output_that_ignores_the_image_fails(precision: str) -> None:
+    """Beside a constant so large that SQNR is that of right engines."""
+
+    class Large(Several):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            logits, _, embedding = super().forward(x).values()
+            return {"logits": logits, "embedding": embedding + 1000}
+
+    chosen = options(precision=precision, remainder="fp32")
+    bundle = pcn_deploy.compile(Large(), chosen, calibration=images()).bundle
+    golden = bundle.read_arrays("golden.npz")
+    assert not golden["rounding"].all()
+    model, constant = onnx.load_from_string(bundle.read("model.onnx")), golden["embedding"][~golden["edge"]].mean(0)
+    for node in model.graph.node:
+        node.output[:] = ["right" if name == "embedding" else name for name in node.output]
+    values = {"zero": np.float32(0), "constant": constant[None].astype(np.float32)}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(np.array(one), name) for name, one in values.items())
+    model.graph.node.append(onnx.helper.make_node("Mul", ["right", "zero"], ["none"]))
+    model.graph.node.append(onnx.helper.make_node("Add", ["none", "constant"], ["embedding"]))
+    members = {name: bundle.read(name) for name in bundle.manifest.members if name != "model.onnx"}
+    wrong = Bundle(replace(bundle.manifest, members={}), {**members, "model.onnx": model.SerializeToString()})
+    with pcn_deploy.Engine.open(wrong, "cpu") as engine:
+        report = verify_golden(engine, wrong.manifest.parity_budget)
+    assert not report.parts["embedding"], report.metrics
 
 
 def _with_golden(bundle: Bundle, arrays: dict[str, Any]) -> Bundle:
