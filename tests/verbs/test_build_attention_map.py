@@ -72,7 +72,16 @@ def test_the_attention_map_is_proven_too(mapped: dict[str, CompileResult], preci
 def test_the_golden_set_holds_the_map_of_the_eager_network(mapped: dict[str, CompileResult]) -> None:
     golden = mapped["int8"].bundle.read_arrays("golden.npz")
     assert set(golden) == {
-        *("images", "names", "edge", "rounding", "float32_noise", "logits", "attention_map"),
+        *(
+            "images",
+            "names",
+            "edge",
+            "rounding",
+            "float32_noise",
+            "float32_noise_attention_map",
+            "logits",
+            "attention_map",
+        ),
         *("simulated_logits", "simulated_attention_map", "widened_logits", "widened_attention_map"),
         "least_widened_db",
     }

@@ -235,9 +235,7 @@ def test_right_maps_do_not_make_up_for_wrong_logits(path_with_map: Path) -> None
 
 def test_golden_maps_that_are_none(path_with_map: Path) -> None:
     golden = Bundle.open(path_with_map).read_arrays("golden.npz")["attention_map"]
-    words = (
-        r"holds \['edge', 'float32_noise', 'images', .*'rounding'\] instead of \['attention_map', 'images', 'logits'\]"
-    )
+    words = r"holds \['edge', .*'images', .*'rounding'\] instead of \['attention_map', 'images', 'logits'\]"
     with (
         pcn_deploy.load(with_golden(path_with_map, attention_map=None), "cpu") as engine,
         pytest.raises(BundleError, match=words),
