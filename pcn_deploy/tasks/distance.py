@@ -50,10 +50,11 @@ def sqnr_of_output(expected: Outputs, found: Outputs, live: Live | None) -> floa
 
 
 def sqnr_of_images(expected: Array, found: Array, live: Live | None) -> npt.NDArray[np.float64]:
-    """Mean power of what is expected, over the noise of each image, in dB; of logits, of what the images change in it.
+    """Mean power of what the images change in what is expected, over the noise of each image, in dB.
 
     An image to which a network answers little has no less noise than another one, so it is not compared with its own.
-    What every image gets alike, such as a large constant, would make every error look small.
+    What every image gets alike, such as a large constant, would make every error look small; where they change nothing,
+    or there is but one, it is all there is.
 
     Args:
         expected: `(N, ...)`; of logits `(N, K)` the differences in a row count.
@@ -69,9 +70,7 @@ def sqnr_of_images(expected: Array, found: Array, live: Live | None) -> npt.NDAr
     noise = np.square(seen - wanted).mean(1)
     noise = np.where(np.isfinite(noise), noise, np.inf)
     power = float(np.square(wanted).sum())
-    if live is not None:
-        changes = power_of_changes(power, float(np.square(wanted.sum(0)).sum()), len(wanted))
-        power = min(power, changes or power)
+    power = min(power, power_of_changes(power, float(np.square(wanted.sum(0)).sum()), len(wanted)) or power)
     power = max(power / wanted.size, np.finfo(np.float64).tiny)
     ratios: npt.NDArray[np.float64] = 10 * np.log10(power / np.maximum(noise, power * 1e-20))
     return ratios
