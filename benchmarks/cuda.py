@@ -41,7 +41,7 @@ class CudaSession(Session):
         if "CUDAExecutionProvider" not in self.session.get_providers():
             raise SystemExit("ONNX Runtime has no CUDA here.")
 
-    def _run_impl(self, inputs: dict[str, Array]) -> dict[str, Array]:
+    def _run_impl(self, inputs: dict[str, Array], out: dict[str, Array]) -> dict[str, Array]:
         names = [tensor.name for tensor in self.spec.outputs]
         return dict(zip(names, self.session.run(names, inputs), strict=True))
 

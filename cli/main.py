@@ -23,7 +23,9 @@ from pcn_deploy.errors import (
     PcnDeployError,
     ProcessError,
 )
+from pcn_deploy.memory import own_process
 
+own_process()
 # At its end Python looks through all objects for cycles, several times: of torch and its exporter that takes a second.
 atexit.register(gc.freeze)
 

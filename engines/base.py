@@ -5,6 +5,7 @@ Public methods check once what is common to all; a backend fills in the `_impl` 
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.errors import DataError, DependencyError, ExecutionError, PcnDeployError
+from pcn_deploy.errors import DataError, DependencyError, ExecutionError, OptionError, PcnDeployError
 from pcn_deploy.members import GRAPH
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.specs import EngineSpec, TensorSpec
@@ -62,6 +63,38 @@ class BackendOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OpenOptions:
+    """How an engine is opened.
+
+    Attributes:
+        device: What it runs on, as PyTorch names it: `cpu`, `cuda` for the calling thread's CUDA device, `cuda:1`;
+            empty for the backend's own choice.
+        stream: Handle of the CUDA stream that its work is queued on, such as `torch.cuda.Stream().cuda_stream`; 0 for
+            one of its own. `Session.run` returns when the work is done in either case.
+        lean: Whether little memory matters more than speed, as for a proof beside other work; the answers are the same.
+    """
+
+    device: str = ""
+    stream: int = 0
+    lean: bool = False
+
+    @property
+    def kind(self) -> str:
+        """`cpu`, `cuda`, or empty."""
+        return self.device.partition(":")[0]
+
+    @property
+    def index(self) -> int | None:
+        """Which of the CUDA devices; None for the calling thread's."""
+        number = self.device.partition(":")[2]
+        return int(number) if number else None
+
+
+OPEN = OpenOptions()
+"""As each backend would have it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GraphSource:
     """What an engine is built from.
 
@@ -101,17 +134,19 @@ class Session(ABC):
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """Execute the engine once.
 
         Args:
             inputs: One array per input of the engine, `(N, ...)`, of the stated dtype, N within the batch range.
+            out: Arrays to write outputs into, by name, `(N, ...)`, of the stated dtype, contiguous and writable. The
+                other outputs get new ones.
 
         Returns:
-            One array per output, `(N, ...)`, owned by the caller.
+            One array per output, `(N, ...)`, of the stated dtype, owned by the caller.
 
         Raises:
-            DataError: If an input is missing, of another dtype or shape, or the batch is out of range.
+            DataError: If an input is missing, an array is of another dtype or shape, or the batch is out of range.
             ExecutionError: If the engine fails on them; the message holds its library's words.
         """
         expected = {tensor.name for tensor in self.spec.inputs}
@@ -120,15 +155,32 @@ class Session(ABC):
             raise DataError(msg)
         for tensor in self.spec.inputs:
             self._check(tensor, inputs[tensor.name])
+        wanted = dict(out or {})
+        self._check_out(wanted, len(inputs[self.spec.inputs[0].name]))
         given = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         try:
-            return self._run_impl(given)
+            results = self._run_impl(given, wanted)
         except PcnDeployError:
             raise
         except Exception as error:  # the libraries' exceptions share no base
             shapes = {name: array.shape for name, array in given.items()}
             msg = f"The engine fails on inputs of shape {shapes}: {error}. Build it again, or report it with the graph."
             raise ExecutionError(msg) from error
+        return {tensor.name: _delivered(tensor, results, wanted.get(tensor.name)) for tensor in self.spec.outputs}
+
+    def _check_out(self, out: dict[str, Array], batch: int) -> None:
+        tensors = {tensor.name: tensor for tensor in self.spec.outputs}
+        if not out.keys() <= tensors.keys():
+            msg = f"Arrays given for outputs: {sorted(out)}; the engine has {sorted(tensors)}."
+            raise DataError(msg)
+        for name, array in out.items():
+            dtype, shape = tensors[name].dtype, tensors[name].with_batch(batch)
+            if (str(array.dtype), array.shape) != (dtype, shape):
+                msg = f"The array for {name!r} is {array.dtype} {array.shape}; the engine writes {dtype} {shape}."
+                raise DataError(msg)
+            if not (array.flags.c_contiguous and array.flags.writeable):
+                msg = f"The array for {name!r} is not contiguous, or may not be written. Give one as np.empty makes it."
+                raise DataError(msg)
 
     def _check(self, tensor: TensorSpec, array: Array) -> None:
         low, high = self.spec.batch.min, self.spec.batch.max
@@ -144,8 +196,16 @@ class Session(ABC):
             raise DataError(msg)
 
     @abstractmethod
-    def _run_impl(self, inputs: dict[str, Array]) -> dict[str, Array]:
-        """Execute on checked, contiguous inputs."""
+    def _run_impl(self, inputs: dict[str, Array], out: dict[str, Array]) -> dict[str, Array]:
+        """Execute on checked, contiguous inputs.
+
+        Args:
+            inputs: All inputs.
+            out: Where the caller wants some of the outputs; what is not written there is copied by `run`.
+
+        Returns:
+            All outputs: arrays of `out`, or new ones.
+        """
 
     def close(self) -> None:  # noqa: B027 - a backend without resources has nothing to release
         """Release what the session holds. May be called more than once."""
@@ -157,6 +217,23 @@ class Session(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _delivered(tensor: TensorSpec, results: Mapping[str, Array], wanted: Array | None) -> Array:
+    """An output where the caller wants it.
+
+    Raises:
+        ExecutionError: If the engine does not return what its interface says.
+    """
+    array = results.get(tensor.name)
+    if array is None or str(array.dtype) != tensor.dtype:
+        seen = "nothing" if array is None else str(array.dtype)
+        msg = f"The engine returns {seen} as {tensor.name!r}; its bundle says {tensor.dtype}. Build it again."
+        raise ExecutionError(msg)
+    if wanted is None or array is wanted:
+        return array
+    np.copyto(wanted, array)
+    return wanted
 
 
 class Backend(ABC):
@@ -176,6 +253,9 @@ class Backend(ABC):
 
     graph: ClassVar[str] = GRAPH
     """Member of a bundle that its engines are made from: `model.onnx` or `model.ts`."""
+
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    """Kinds of device that its engines run on, the best first: of `cpu` and `cuda`."""
 
     built_aside: ClassVar[bool] = False
     """Whether a build keeps to one core and measures nothing, so that it can go on beside other work."""
@@ -237,28 +317,39 @@ class Backend(ABC):
             msg = f"Target {self.target!r} cannot run here: {state.detail}. {state.remedy}".rstrip()
             raise DependencyError(msg)
 
-    def open(self, data: bytes, spec: EngineSpec, *, lean: bool = False) -> Session:
+    def check_device(self, options: OpenOptions) -> None:
+        """Refuse a device or a stream that the engines of this target cannot have.
+
+        Raises:
+            OptionError: If they cannot.
+        """
+        known = re.fullmatch(r"cpu|cuda(:\d+)?", options.device)
+        if options.device and not (known and options.kind in self.devices):
+            msg = f"Engines of target {self.target!r} run on {' or '.join(self.devices)}, not on {options.device!r}."
+            raise OptionError(msg)
+        if options.stream and (options.kind or self.devices[0]) != "cuda":
+            msg = f"Target {self.target!r} has no CUDA stream on {options.kind or self.devices[0]}; give none."
+            raise OptionError(msg)
+
+    def open(self, data: bytes, spec: EngineSpec, options: OpenOptions = OPEN) -> Session:
         """Open an engine whose bytes were verified by the caller.
 
         Args:
             data: The engine.
             spec: Its interface.
-            lean: Whether little memory matters more than speed, as for a proof beside other work; the answers are the
-                same.
+            options: On which device, on whose stream.
 
         Raises:
+            OptionError: If this target has no such device.
             DependencyError: If the backend's library is missing.
             IncompatibleError: If the engine does not fit this device or this version of the library.
         """
+        self.check_device(options)
         self.check_can_run()
-        return self._open_lean(data, spec) if lean else self._open_impl(data, spec)
+        return self._open_impl(data, spec, options)
 
     @abstractmethod
     def _build_impl(self, source: GraphSource, progress: Progress) -> EngineArtifact: ...
 
     @abstractmethod
-    def _open_impl(self, data: bytes, spec: EngineSpec) -> Session: ...
-
-    def _open_lean(self, data: bytes, spec: EngineSpec) -> Session:
-        """The same with less memory, where the backend can."""
-        return self._open_impl(data, spec)
+    def _open_impl(self, data: bytes, spec: EngineSpec, options: OpenOptions) -> Session: ...

@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from pcn_deploy.engines.base import CLOSED, Array, Availability, Backend, EngineArtifact, GraphSource, Session
+from pcn_deploy.engines.base import (
+    CLOSED,
+    Array,
+    Availability,
+    Backend,
+    EngineArtifact,
+    GraphSource,
+    OpenOptions,
+    Session,
+)
 from pcn_deploy.errors import BuildError, DependencyError, IncompatibleError, PcnDeployError
 from pcn_deploy.members import GRAPH
 from pcn_deploy.memory import large_blocks_returned, return_freed
@@ -66,11 +75,8 @@ class OnnxRuntimeBackend(Backend):
             built_with={"onnxruntime": onnxruntime.__version__, "provider": "CPUExecutionProvider"},
         )
 
-    def _open_impl(self, data: bytes, spec: EngineSpec) -> Session:
-        return _opened(data, spec, optimise=True)
-
-    def _open_lean(self, data: bytes, spec: EngineSpec) -> Session:
-        return _opened(data, spec, optimise=True, lean=True)
+    def _open_impl(self, data: bytes, spec: EngineSpec, options: OpenOptions) -> Session:
+        return _opened(data, spec, optimise=True, lean=options.lean)
 
 
 @cache
@@ -171,11 +177,23 @@ class _OnnxRuntimeSession(Session):
         super().__init__(spec)
         self._session = session
 
-    def _run_impl(self, inputs: dict[str, Array]) -> dict[str, Array]:
+    def _run_impl(self, inputs: dict[str, Array], out: dict[str, Array]) -> dict[str, Array]:
         if self._session is None:
             raise PcnDeployError(CLOSED)
         names = [tensor.name for tensor in self.spec.outputs]
+        if set(names) == out.keys():
+            self._run_into(inputs, out)
+            return out
         return dict(zip(names, self._session.run(names, inputs), strict=True))
+
+    def _run_into(self, inputs: dict[str, Array], out: dict[str, Array]) -> None:
+        """Execute with the caller's arrays as the memory of the outputs."""
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, array)
+        for name, array in out.items():
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        self._session.run_with_iobinding(binding)
 
     def close(self) -> None:
         """Free the session. May be called more than once."""

@@ -64,7 +64,7 @@ class _StockSession(Session):
             self.close()
             raise
 
-    def _run_impl(self, inputs: dict[str, Array]) -> dict[str, Array]:
+    def _run_impl(self, inputs: dict[str, Array], out: dict[str, Array]) -> dict[str, Array]:
         outputs = _unpack(self._ask(_pack(inputs), "running it"))
         return {tensor.name: outputs[tensor.name] for tensor in self.spec.outputs}
 

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
-from pcn_deploy.engines.base import CLOSED, Array, Availability, Backend, EngineArtifact, GraphSource, Session
+from pcn_deploy.engines.base import (
+    CLOSED,
+    Array,
+    Availability,
+    Backend,
+    EngineArtifact,
+    GraphSource,
+    OpenOptions,
+    Session,
+)
 from pcn_deploy.errors import BuildError, IncompatibleError, OptionError, PcnDeployError
 from pcn_deploy.members import SCRIPT
 from pcn_deploy.memory import temporary_path
@@ -21,6 +31,7 @@ class TorchScriptBackend(Backend):
     extra = "compile"
     member = graph = SCRIPT
     rank = 3
+    devices = ("cuda", "cpu")
 
     def availability(self) -> Availability:
         """PyTorch builds and runs wherever it is installed."""
@@ -48,10 +59,13 @@ class TorchScriptBackend(Backend):
             raise BuildError(msg)
         return EngineArtifact(data=source.torchscript, built_with={"torch": torch.__version__})
 
-    def _open_impl(self, data: bytes, spec: EngineSpec) -> Session:
+    def _open_impl(self, data: bytes, spec: EngineSpec, options: OpenOptions) -> Session:
         import torch
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = options.device or ("cuda" if options.stream or torch.cuda.is_available() else "cpu")
+        if device != "cpu" and (options.index or 0) >= torch.cuda.device_count():
+            msg = f"PyTorch finds {torch.cuda.device_count()} CUDA devices here, so there is no {device!r}."
+            raise OptionError(msg)
         try:
             with warnings.catch_warnings(), temporary_path("model.ts") as path:
                 for kind in (DeprecationWarning, FutureWarning):  # of TorchScript itself
@@ -61,27 +75,31 @@ class TorchScriptBackend(Backend):
         except RuntimeError as error:
             msg = f"PyTorch {torch.__version__} cannot load this TorchScript module: {error}"
             raise IncompatibleError(msg) from error
-        return _TorchScriptSession(module, device, spec)
+        return _TorchScriptSession(module, device, options.stream, spec)
 
 
 class _TorchScriptSession(Session):
-    def __init__(self, module: Any, device: str, spec: EngineSpec) -> None:
+    def __init__(self, module: Any, device: str, stream: int, spec: EngineSpec) -> None:
         super().__init__(spec)
         self._module = module
         self._device = device
+        self._stream = stream
 
-    def _run_impl(self, inputs: dict[str, Array]) -> dict[str, Array]:
+    def _run_impl(self, inputs: dict[str, Array], out: dict[str, Array]) -> dict[str, Array]:
         import torch
 
         if self._module is None:
             raise PcnDeployError(CLOSED)
-        # a copy: the network may write into what it is given
-        tensors = [torch.tensor(inputs[tensor.name], device=self._device) for tensor in self.spec.inputs]
-        with torch.inference_mode():
-            result = self._module(*tensors)
-        results = result if isinstance(result, tuple | list) else (result,)
+        external = None
+        if self._stream:
+            external = torch.cuda.ExternalStream(self._stream, device=self._device)  # type: ignore[no-untyped-call]
         names = [tensor.name for tensor in self.spec.outputs]
-        return {name: value.cpu().numpy() for name, value in zip(names, results, strict=True)}
+        with torch.cuda.stream(external) if external else nullcontext(), torch.inference_mode():
+            # a copy: the network may write into what it is given
+            tensors = [torch.tensor(inputs[tensor.name], device=self._device) for tensor in self.spec.inputs]
+            result = self._module(*tensors)
+            results = result if isinstance(result, tuple | list) else (result,)
+            return {name: value.cpu().numpy() for name, value in zip(names, results, strict=True)}
 
     def close(self) -> None:
         """Free the module. May be called more than once."""

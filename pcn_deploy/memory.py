@@ -16,6 +16,17 @@ from pcn_deploy.errors import OutputError
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from malloc.h
 _LARGE = 2**20
 
+_owned = False
+
+
+def own_process() -> None:
+    """Say that this process is ours, as a command's is: its allocator may be told when to give memory back.
+
+    That holds for the whole process and cannot be read, so a library must not change it under its caller.
+    """
+    global _owned
+    _owned = True
+
 
 def release_unused() -> None:
     """Return freed memory to the system, so that the next step does not add its peak to the last one's.
@@ -41,10 +52,11 @@ def return_freed() -> None:
 def large_blocks_returned() -> Iterator[None]:
     """Return blocks of 1 MiB and more to the system the moment they are freed, not when the heap's end is free.
 
-    For steps that copy all weights. Left to itself, glibc raises the limit above which it does so to 32 MiB, which
-    few weights reach, and keeps what is freed below. Afterwards the limits are where it leaves them, see mallopt(3).
+    For steps that copy all weights, in a process of our own. Left to itself, glibc raises the limit above which it does
+    so to 32 MiB, which few weights reach, and keeps what is freed below. Afterwards the limits are where it leaves
+    them, see mallopt(3).
     """
-    libc = _glibc()
+    libc = _glibc() if _owned else None
     if libc is None:
         yield
         return

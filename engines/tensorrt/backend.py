@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from pcn_deploy.engines.base import Availability, Backend, BackendOptions, EngineArtifact, GraphSource, Session
+from pcn_deploy.engines.base import (
+    Availability,
+    Backend,
+    BackendOptions,
+    EngineArtifact,
+    GraphSource,
+    OpenOptions,
+    Session,
+)
 from pcn_deploy.engines.tensorrt import cuda, library
 from pcn_deploy.engines.tensorrt.build import BuildOptions, build, check_capabilities, fp8_capable
 from pcn_deploy.engines.tensorrt.flavour import PORTABLE, TENSORRT, TENSORRT_RTX, Flavour
@@ -21,6 +29,7 @@ class _TensorRT(Backend):
 
     flavour: ClassVar[Flavour]
     options: BuildOptions
+    devices = ("cuda",)
 
     def __init__(self, *, compute_capabilities: Sequence[str] = PORTABLE, tf32: bool = False) -> None:
         self.options = BuildOptions(compute_capabilities=tuple(compute_capabilities), tf32=tf32)
@@ -63,9 +72,11 @@ class _TensorRT(Backend):
     def _build_impl(self, source: GraphSource, progress: Progress) -> EngineArtifact:
         return build(library.load(self.flavour), self.flavour, source, self.options, progress)
 
-    def _open_impl(self, data: bytes, spec: EngineSpec) -> Session:
+    def _open_impl(self, data: bytes, spec: EngineSpec, options: OpenOptions) -> Session:
         runtime = cuda.Cuda.load(cuda.devices().driver)
-        return open_engine(self.flavour, library.load(self.flavour), runtime, cuda.current(), data, spec)
+        with runtime.on_device(options.index if options.index is not None else runtime.device()):
+            device = cuda.current()
+            return open_engine(self.flavour, library.load(self.flavour), runtime, device, data, spec, options.stream)
 
 
 class TensorRTBackend(_TensorRT):

@@ -41,7 +41,7 @@ class _Tensor:
 
 
 def open_engine(
-    flavour: Flavour, trt: Any, cuda: Cuda, device: Device, data: bytes, spec: EngineSpec
+    flavour: Flavour, trt: Any, cuda: Cuda, device: Device, data: bytes, spec: EngineSpec, stream: int = 0
 ) -> TensorRTSession:
     """Check, deserialise and open an engine. Host code in engines stays forbidden: TensorRT's default.
 
@@ -52,6 +52,7 @@ def open_engine(
         device: The device at hand.
         data: The engine, verified by the caller.
         spec: Its interface.
+        stream: The caller's CUDA stream; 0 for one of the session's own.
 
     Raises:
         IncompatibleError: If the engine does not fit this device, this version, or the specification.
@@ -69,7 +70,7 @@ def open_engine(
         engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise refused(flavour, trt, device, messages.of("INTERNAL_ERROR", "ERROR"))
-        return TensorRTSession(trt, cuda, runtime, engine, spec, messages)
+        return TensorRTSession(trt, cuda, runtime, engine, spec, messages, stream)
 
 
 class TensorRTSession(Session):
@@ -85,21 +86,25 @@ class TensorRTSession(Session):
         engine: The engine.
         spec: Its interface.
         messages: What the library logs.
+        stream: The caller's CUDA stream, of the current device; 0 for one of the session's own.
 
     Raises:
         IncompatibleError: If the engine's inputs and outputs are not those of the specification.
         PcnDeployError: If CUDA or TensorRT cannot provide the memory.
     """
 
-    def __init__(self, trt: Any, cuda: Cuda, runtime: Any, engine: Any, spec: EngineSpec, messages: Messages) -> None:
+    def __init__(
+        self, trt: Any, cuda: Cuda, runtime: Any, engine: Any, spec: EngineSpec, messages: Messages, stream: int = 0
+    ) -> None:
         super().__init__(spec)
         self._cuda, self._runtime, self._engine, self._messages = cuda, runtime, engine, messages
         self._lock = threading.Lock()
         self._device = cuda.device()
         dtypes = self._interface(trt)
         with ExitStack() as owned:
-            self._stream = cuda.stream()
-            owned.callback(cuda.drop_stream, self._stream)
+            self._stream = stream or cuda.stream()
+            if not stream:
+                owned.callback(cuda.drop_stream, self._stream)
             self._context = engine.create_execution_context()
             if self._context is None:
                 self._fail("could not create an execution context")
@@ -154,14 +159,14 @@ class TensorRTSession(Session):
         msg = f"TensorRT {what}:{self._messages.summary()}"
         raise PcnDeployError(msg)
 
-    def _run_impl(self, inputs: dict[str, Array]) -> dict[str, Array]:
+    def _run_impl(self, inputs: dict[str, Array], out: dict[str, Array]) -> dict[str, Array]:
         with self._lock:
             if self._engine is None:
                 raise PcnDeployError(CLOSED)
             with self._cuda.on_device(self._device):
-                return self._execute(inputs)
+                return self._execute(inputs, out)
 
-    def _execute(self, inputs: dict[str, Array]) -> dict[str, Array]:
+    def _execute(self, inputs: dict[str, Array], out: dict[str, Array]) -> dict[str, Array]:
         for tensor in self._inputs:
             array = inputs[tensor.name]
             self._cuda.to_device(tensor.address, array.ctypes.data, array.nbytes, self._stream)
@@ -169,9 +174,10 @@ class TensorRTSession(Session):
                 self._fail(f"refused {tensor.name!r} of shape {array.shape}")
         if not self._context.execute_async_v3(self._stream):
             self._fail("failed to execute the engine")
-        outputs = {tensor.name: np.empty(self._shape(tensor.name), tensor.dtype) for tensor in self._outputs}
+        outputs = {}
         for tensor in self._outputs:
-            array = outputs[tensor.name]
+            array = out[tensor.name] if tensor.name in out else np.empty(self._shape(tensor.name), tensor.dtype)
+            outputs[tensor.name] = array
             self._cuda.to_host(array.ctypes.data, tensor.address, array.nbytes, self._stream)
         self._cuda.wait(self._stream)
         return outputs

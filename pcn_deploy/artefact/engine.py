@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy.typing as npt
 from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.manifest import Manifest
 from pcn_deploy.calibration.plan.rules import in_fp32
-from pcn_deploy.engines.base import Backend, Session
+from pcn_deploy.engines.base import OPEN, Array, Backend, OpenOptions, Session
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DataError, ParityError, PcnDeployError
 from pcn_deploy.members import GRAPH
@@ -41,16 +40,19 @@ class Engine:
         self._session = session
 
     @classmethod
-    def open(cls, bundle: Bundle, target: str, *, executed_by: str | None = None, lean: bool = False) -> Engine:
+    def open(
+        cls, bundle: Bundle, target: str, *, executed_by: str | None = None, options: OpenOptions = OPEN
+    ) -> Engine:
         """Open one engine; its hash is checked before anything is deserialised.
 
         Args:
             bundle: A bundle that holds an engine for `target`.
             target: Which one.
             executed_by: Let this backend run the portable graph in its place.
-            lean: Whether little memory matters more than speed; the answers are the same.
+            options: On which device, on whose stream.
 
         Raises:
+            OptionError: If what executes it has no such device.
             BundleError: If there is no such engine, or its bytes are not what was packed.
             DependencyError: If its library is missing, or it needs a GPU that is not there.
             IncompatibleError: If it does not fit this device or library version.
@@ -62,7 +64,7 @@ class Engine:
         backend.check_can_run()
         if backend.target == "cpu":
             _warn_of_cut_codes(bundle.manifest)
-        return cls(bundle, target, backend.target, backend.open(bundle.read(member), spec, lean=lean))
+        return cls(bundle, target, backend.target, backend.open(bundle.read(member), spec, options))
 
     def __call__(self, images: Any) -> Any:
         """Run any number of images.
@@ -113,22 +115,33 @@ class Engine:
         if images.ndim == 0 or len(images) == 0:
             msg = "No images were given."
             raise DataError(msg)
-        batches = [self.run_batch(batch) for batch in self._batches(images)]
-        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        size, count = self.spec.batch.max, len(images)
+        if count <= size:
+            return self.run_batch(images)
+        found = {tensor.name: np.empty(tensor.with_batch(count), tensor.dtype) for tensor in self.spec.outputs}
+        for start in range(0, count, size):
+            batch = slice(start, start + size)
+            self.run_batch(images[batch], {name: values[batch] for name, values in found.items()})
+        return found
 
-    def run_batch(self, images: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.float32]]:
-        """Run at most `spec.batch.max` images; a batch below the engine's minimum is filled up with copies."""
-        missing = self.spec.batch.min - len(images)
-        batch = images
-        if missing > 0:
-            batch = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
-        outputs = self._session.run({self.spec.inputs[0].name: batch})
-        return {name: values[: len(images)] for name, values in outputs.items()}
+    def run_batch(self, images: npt.NDArray[np.float32], out: dict[str, Array] | None = None) -> dict[str, Array]:
+        """Run at most `spec.batch.max` images; a batch below the engine's minimum is filled up with copies.
 
-    def _batches(self, images: npt.NDArray[np.float32]) -> Iterator[npt.NDArray[np.float32]]:
-        size = self.spec.batch.max
-        for start in range(0, len(images), size):
-            yield images[start : start + size]
+        Args:
+            images: float32 `(N, C, H, W)`, transformed.
+            out: Arrays to write all outputs into, by name, `(N, ...)`.
+
+        Returns:
+            The outputs by name, `(N, ...)`.
+        """
+        name, missing = self.spec.inputs[0].name, self.spec.batch.min - len(images)
+        if missing <= 0:
+            return self._session.run({name: images}, out)
+        filled = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
+        found = {key: values[: len(images)] for key, values in self._session.run({name: filled}).items()}
+        for key, values in (out or {}).items():
+            values[:] = found[key]
+        return out or found
 
     def close(self) -> None:
         """Release the engine."""

@@ -12,7 +12,7 @@ from functools import partial
 from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.engine import Engine, executor
 from pcn_deploy.artefact.manifest import Manifest
-from pcn_deploy.engines.base import Array, Session
+from pcn_deploy.engines.base import Array, OpenOptions, Session
 from pcn_deploy.engines.onnxruntime import open_plain
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.engines.stock import open_stock
@@ -25,6 +25,8 @@ from pcn_deploy.proof.widened import WIDENED, has_widened, judge_widened, verify
 from pcn_deploy.specs import EngineSpec
 from pcn_deploy.tasks.limits import ParityBudget
 from pcn_deploy.tasks.report import ParityReport
+
+LEAN = OpenOptions(lean=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,7 @@ def prove(
     """
     budget = budget or bundle.manifest.parity_budget
     backend = get_backend(target)
-    with Engine.open(bundle, target, executed_by=executor(backend), lean=True) as engine:
+    with Engine.open(bundle, target, executed_by=executor(backend), options=LEAN) as engine:
         report = verify_golden(engine, budget, progress)
     if backend.graph == SCRIPT:
         return report

@@ -6,33 +6,43 @@ from pathlib import Path
 
 from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.engine import Engine
+from pcn_deploy.engines.base import OpenOptions
 from pcn_deploy.engines.registry import fastest_first, get_backend
-from pcn_deploy.errors import DependencyError
+from pcn_deploy.errors import DependencyError, OptionError
 
 
-def load(path: str | Path, target: str | None = None) -> Engine:
+def load(path: str | Path, target: str | None = None, *, device: str = "", stream: int = 0) -> Engine:
     """Open a bundle and the fastest of its engines that this machine can run.
 
     Args:
         path: The bundle.
         target: Take this engine instead.
+        device: What it must run on, as PyTorch names it: `cpu`, `cuda`, `cuda:1`; by default what is fastest.
+        stream: Handle of the CUDA stream that its work is queued on; 0 for one of its own.
 
     Returns:
         The opened engine.
 
     Raises:
+        OptionError: If the engine does not run on such a device, or there is none.
         BundleError: If the bundle is corrupt, altered, of a newer schema, or holds no such engine.
-        DependencyError: If none of its engines can run here; every reason is in the message.
+        DependencyError: If none of its engines can run here, on this device; every reason is in the message.
         IncompatibleError: If the chosen engine does not fit this device or library version.
     """
-    bundle = Bundle.open(path)
+    bundle, options = Bundle.open(path), OpenOptions(device=device, stream=stream)
     if target is not None:
-        return Engine.open(bundle, target)
+        return Engine.open(bundle, target, options=options)
     reasons = []
     for candidate in fastest_first(entry.target for entry in bundle.engines):
-        state = get_backend(candidate).availability()
+        backend = get_backend(candidate)
+        state = backend.availability()
+        try:
+            backend.check_device(options)
+        except OptionError as error:
+            reasons.append(f"{candidate}: {error}")
+            continue
         if state.can_run:
-            return Engine.open(bundle, candidate)
+            return Engine.open(bundle, candidate, options=options)
         reasons.append(f"{candidate}: {state.detail}. {state.remedy}".rstrip())
     msg = f"None of the engines in {path} can run here:\n  " + "\n  ".join(reasons or ["it holds no engine"])
     raise DependencyError(msg)

@@ -16,7 +16,7 @@ from pcn_deploy.engines.base import Availability, Session
 from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend, _OnnxRuntimeSession
 from pcn_deploy.engines.registry import TARGETS, fastest_first, get_backend
 from pcn_deploy.engines.torchscript import TorchScriptBackend
-from pcn_deploy.errors import BundleError, DataError, DependencyError, ParityError
+from pcn_deploy.errors import BundleError, DataError, DependencyError, OptionError, ParityError
 
 torch = pytest.importorskip("torch")
 
@@ -95,17 +95,38 @@ def test_an_engine_without_map_gives_logits_only(path: Path, expected: Any) -> N
     np.testing.assert_allclose(outputs["logits"], expected, atol=1e-5)
 
 
+def test_the_device_that_is_asked_for(path: Path) -> None:
+    with pcn_deploy.load(path, device="cpu") as engine:
+        assert engine.target == "cpu"
+    with pytest.raises(OptionError, match=r"Engines of target 'cpu' run on cpu, not on 'cuda:7'"):
+        pcn_deploy.load(path, "cpu", device="cuda:7")
+    if not torch.cuda.is_available():
+        with pytest.raises(OptionError, match=r"0 CUDA devices here, so there is no 'cuda:7'"):
+            pcn_deploy.load(path, device="cuda:7")
+    only = Bundle.open(path)
+    names = [name for name in only.manifest.members if name != "model.ts"]
+    only = Bundle(
+        replace(only.manifest, members={}, engines=[only.engine("cpu")]), {name: only.read(name) for name in names}
+    )
+    only.save(path.with_name("only.pcn"))
+    with pytest.raises(DependencyError, match=r"cpu: Engines of target 'cpu' run on cpu, not on 'cuda:7'"):
+        pcn_deploy.load(path.with_name("only.pcn"), device="cuda:7")
+    with pytest.raises(OptionError, match="has no CUDA stream on cpu"):
+        pcn_deploy.load(path, "cpu", stream=3)
+
+
 def test_batches_are_as_few_and_as_full_as_the_engine_allows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     with pcn_deploy.load(path, "cpu") as engine:
         real = Session.run
 
-        def run(self: Session, inputs: Any) -> Any:
+        def run(self: Session, inputs: Any, out: Any = None) -> Any:
             sizes.append(len(inputs["images"]))
-            return real(self, inputs)
+            return real(self, inputs, out)
 
+        one_by_one = np.concatenate([engine.predict(images(9)[index : index + 2]) for index in range(0, 9, 2)])
         monkeypatch.setattr(Session, "run", run)
-        assert engine.predict(images(9)).shape == (9, 5)
+        np.testing.assert_allclose(engine.predict(images(9)), one_by_one, rtol=1e-5, atol=1e-6)
     assert sizes == [4, 4, 2], "the last image is repeated, for the engine takes 2 or more"
 
 

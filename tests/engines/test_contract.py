@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from pcn_deploy.engines.base import Array, Backend, GraphSource, Session
+from pcn_deploy.engines.base import Array, Backend, GraphSource, OpenOptions, Session
 from pcn_deploy.engines.registry import TARGETS, get_backend
 from pcn_deploy.errors import (
     BuildError,
@@ -35,6 +35,8 @@ SPEC = EngineSpec(
     batch=BatchRange(min=2, opt=2, max=4),
 )
 
+TWO = replace(SPEC, outputs=(*SPEC.outputs, TensorSpec(name="classes", dtype="int64", shape=("batch",))))
+
 
 def images(count: int = 3, seed: int = 0) -> Array:
     return np.random.default_rng(seed).standard_normal((count, 3, 2, 2), dtype=np.float32)
@@ -55,6 +57,10 @@ class ContractTemplate(ABC):
     @abstractmethod
     def source(self) -> GraphSource:
         """A graph that computes `expected`."""
+
+    @abstractmethod
+    def two_outputs(self) -> GraphSource:
+        """A graph with a second output, the class as an integer, and `TWO` as its interface."""
 
     @abstractmethod
     def broken(self) -> list[GraphSource]:
@@ -127,6 +133,63 @@ class ContractTemplate(ABC):
         np.testing.assert_array_equal(first, kept)
         np.testing.assert_array_equal(session.run({"images": images()})["logits"], kept)
 
+    def test_outputs_are_written_where_the_caller_wants_them(self, session: Session) -> None:
+        memory = np.full((6, 3), 7, np.float32)
+        wanted = memory[1:4]
+        found = session.run({"images": images()}, {"logits": wanted})
+        assert found["logits"] is wanted
+        np.testing.assert_allclose(wanted, expected(images()), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(memory[[0, 4, 5]], 7, "nothing is written beside it")
+
+    @pytest.mark.parametrize(
+        ("out", "words"),
+        [
+            ({"scores": np.empty((3, 3), np.float32)}, r"given for outputs: \['scores'\]; the engine has \['logits'\]"),
+            ({"logits": np.empty((3, 3), np.float64)}, r"'logits' is float64 \(3, 3\); the engine writes float32"),
+            ({"logits": np.empty((4, 3), np.float32)}, r"is float32 \(4, 3\); the engine writes float32 \(3, 3\)"),
+            ({"logits": np.empty((3, 6), np.float32)[:, ::2]}, "not contiguous, or may not be written"),
+            ({"logits": np.frombuffer(bytes(36), np.float32).reshape(3, 3)}, "not contiguous, or may not be written"),
+        ],
+        ids=["name", "dtype", "shape", "strided", "read only"],
+    )
+    def test_arrays_that_cannot_be_written(self, session: Session, out: dict[str, Array], words: str) -> None:
+        with pytest.raises(DataError, match=words):
+            session.run({"images": images()}, out)
+
+    def test_outputs_have_types_of_their_own(self) -> None:
+        session = self.backend.open(bytes(self.backend.build(self.two_outputs()).data), TWO)
+        given, classes = images(), np.empty(3, np.int64)
+        for found in (session.run({"images": given}), session.run({"images": given}, {"classes": classes})):
+            assert {name: str(array.dtype) for name, array in found.items()} == {
+                "logits": "float32",
+                "classes": "int64",
+            }
+            np.testing.assert_array_equal(found["classes"], expected(given).argmax(1))
+        assert found["classes"] is classes
+
+    def test_an_output_of_another_type_than_its_interface_says(self) -> None:
+        wrong = replace(TWO, outputs=(TWO.outputs[0], replace(TWO.outputs[1], dtype="int32")))
+        session = self.backend.open(bytes(self.backend.build(self.two_outputs()).data), wrong)
+        with pytest.raises(ExecutionError, match="returns int64 as 'classes'; its bundle says int32"):
+            session.run({"images": images()})
+
+    @pytest.mark.parametrize("device", ["gpu", "cuda:one", "cpu:0", "CUDA", "xpu"])
+    def test_a_device_that_is_none(self, device: str) -> None:
+        with pytest.raises(OptionError, match=f"run on .*cpu.*, not on {device!r}"):
+            self.backend.open(bytes(self.backend.build(self.source()).data), SPEC, OpenOptions(device=device))
+
+    def test_the_device_and_the_stream_of_the_caller(self) -> None:
+        data = bytes(self.backend.build(self.source()).data)
+        session = self.backend.open(data, SPEC, OpenOptions(device="cpu", lean=True))
+        np.testing.assert_allclose(
+            session.run({"images": images()})["logits"], expected(images()), rtol=1e-5, atol=1e-6
+        )
+        with pytest.raises(OptionError, match="has no CUDA stream on cpu"):
+            self.backend.open(data, SPEC, OpenOptions(device="cpu", stream=1))
+        if not torch.cuda.is_available():
+            with pytest.raises(OptionError, match=r"not on 'cuda:3'|there is no 'cuda:3'"):
+                self.backend.open(data, SPEC, OpenOptions(device="cuda:3"))
+
     def test_inputs_are_left_alone(self, session: Session) -> None:
         given = images()
         session.run({"images": given})
@@ -180,6 +243,12 @@ class TestOnnxRuntime(ContractTemplate):
     def source(self) -> GraphSource:
         return self._graph("ReduceSum", keepdims=0)
 
+    def two_outputs(self) -> GraphSource:
+        model = onnx.load_from_string(self.source().read_onnx())
+        model.graph.node.append(onnx.helper.make_node("ArgMax", ["logits"], ["classes"], axis=1, keepdims=0))
+        model.graph.output.append(onnx.helper.make_tensor_value_info("classes", onnx.TensorProto.INT64, ["batch"]))
+        return GraphSource(onnx=model.SerializeToString(), torchscript=b"", spec=TWO)
+
     def broken(self) -> list[GraphSource]:
         good = self.source()
         return [self._graph("NoSuchOperator"), replace(good, onnx=b""), replace(good, onnx=good.read_onnx()[:-20])]
@@ -215,6 +284,12 @@ class _Sum(torch.nn.Module):  # type: ignore[name-defined,misc]
         return images.sum((2, 3))
 
 
+class _SumAndClass(torch.nn.Module):  # type: ignore[name-defined,misc]
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[name-defined]
+        logits = images.sum((2, 3))
+        return logits, logits.argmax(1)
+
+
 class _Reshaped(torch.nn.Module):  # type: ignore[name-defined,misc]
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # type: ignore[name-defined]
         return images.reshape(2, 3)
@@ -226,6 +301,9 @@ class TestTorchScript(ContractTemplate):
 
     def source(self) -> GraphSource:
         return self._scripted(_Sum())
+
+    def two_outputs(self) -> GraphSource:
+        return replace(self._scripted(_SumAndClass()), spec=TWO)
 
     def failing(self) -> GraphSource:
         return self._scripted(_Reshaped())

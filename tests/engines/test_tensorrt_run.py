@@ -152,10 +152,12 @@ class FakeTensorRT:
         return SimpleNamespace(deserialize_cuda_engine=deserialize)
 
 
-def opened(cudart: FakeCudart, engine: Any, spec: EngineSpec = SPEC, says: str = "") -> TensorRTSession:
+def opened(
+    cudart: FakeCudart, engine: Any, spec: EngineSpec = SPEC, says: str = "", stream: int = 0
+) -> TensorRTSession:
     trt = FakeTensorRT()
     trt.engine, trt.says = engine, says
-    return open_engine(TENSORRT, trt, Cuda(cudart), Device("NVIDIA Orin", "SM87"), b"engine", spec)
+    return open_engine(TENSORRT, trt, Cuda(cudart), Device("NVIDIA Orin", "SM87"), b"engine", spec, stream)
 
 
 def images(batch: int, seed: int = 0) -> dict[str, Any]:
@@ -180,6 +182,24 @@ def test_outputs_belong_to_the_caller() -> None:
         second = session.run(images(2, 2))["logits"]
     np.testing.assert_array_equal(first, kept)
     assert not np.shares_memory(first, second)
+
+
+def test_outputs_are_copied_where_the_caller_wants_them() -> None:
+    cudart, wanted = FakeCudart(), np.full((2, 3), 7, np.float32)
+    found = opened(cudart, FakeEngine()).run(images(2), {"logits": wanted})
+    assert found["logits"] is wanted
+    np.testing.assert_allclose(wanted, images(2)["images"].mean((2, 3)), rtol=1e-6)
+
+
+def test_the_stream_of_the_caller_is_used_and_kept() -> None:
+    cudart = FakeCudart()
+    cudart.streams = {5}
+    session = opened(cudart, FakeEngine(), stream=5)
+    session.run(images(2))
+    assert "cudaStreamCreateWithFlags" not in cudart.calls
+    session.close()
+    assert cudart.streams == {5}
+    assert not cudart.memory
 
 
 def test_inputs_that_are_not_contiguous() -> None:

@@ -34,8 +34,8 @@ def further(name: str, answer: Any, *, applies: bool = True) -> Execution:
 
     def open_session(read: Any, spec: Any) -> Any:
         session = get_backend("cpu").open(read(), spec)
-        real = session.run
-        session.run = lambda inputs: {"logits": answer(real(inputs)["logits"])}  # type: ignore[method-assign]
+        real = session._run_impl
+        session._run_impl = lambda inputs, out: {"logits": answer(real(inputs, {})["logits"])}  # type: ignore[method-assign]
         return session
 
     return Execution(name=name, applies=lambda manifest: applies and manifest.precision == "fp32", open=open_session)

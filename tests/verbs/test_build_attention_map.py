@@ -97,8 +97,8 @@ def test_a_spoiled_map_fails(mapped: dict[str, CompileResult], monkeypatch: pyte
     """The logits are right and the map is not: a fake answer of the session, for our own judgement."""
     built, real = mapped["fp32"].bundle, _OnnxRuntimeSession._run_impl
 
-    def spoiled(self: Any, inputs: Any) -> Any:
-        found = real(self, inputs)
+    def spoiled(self: Any, inputs: Any, out: Any) -> Any:
+        found = real(self, inputs, out)
         return {**found, "attention_map": np.ascontiguousarray(found["attention_map"][:, :, ::-1])}
 
     bundle = copied(built)
@@ -126,7 +126,7 @@ def test_graphs_whose_maps_differ_are_refused(
     monkeypatch.setattr(
         _OnnxRuntimeSession,
         "_run_impl",
-        lambda self, inputs: {**(found := real(self, inputs)), "attention_map": 1.1 * found["attention_map"]},
+        lambda self, inputs, out: {**(found := real(self, inputs, out)), "attention_map": 1.1 * found["attention_map"]},
     )
     with pytest.raises(ModelError, match=r"The ONNX graph departs: it is \d\d\.\d dB away"):
         check_agreement(bundle, golden, spec, forms, scripted=False, rounded=False)

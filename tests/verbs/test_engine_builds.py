@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import small_bundle
 
-from pcn_deploy.engines.base import Availability, Backend, EngineArtifact, GraphSource, Session
+from pcn_deploy.engines.base import Availability, Backend, EngineArtifact, GraphSource, OpenOptions, Session
 from pcn_deploy.errors import BuildError
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.specs import BatchRange, EngineSpec
@@ -40,7 +40,7 @@ class _Fake(Backend):
             raise BuildError(self.error)
         return EngineArtifact(data=memoryview(source.read_onnx() + self.target.encode()))
 
-    def _open_impl(self, data: bytes, spec: EngineSpec) -> Session:
+    def _open_impl(self, data: bytes, spec: EngineSpec, options: OpenOptions) -> Session:
         raise NotImplementedError
 
 
