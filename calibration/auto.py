@@ -18,6 +18,7 @@ from pcn_deploy.calibration.plan.rules import PrecisionPlan
 from pcn_deploy.calibration.quantized import apply_scales, plan_scales
 from pcn_deploy.calibration.record import Calibration
 from pcn_deploy.data.images import ImageSource
+from pcn_deploy.data.processes import current
 from pcn_deploy.progress import Progress, silent
 
 IMAGES = 64
@@ -96,6 +97,7 @@ def take_best(
         if errors.sqnr_db >= default.sqnr_db + GAIN_DB and errors.clearly_less_than(default)
     }
     chosen = max(better, key=better.__getitem__, default=names[0])
+    chosen = current().gather(chosen.encode())[0].decode()  # on another host the last digits may differ
     figures = ", ".join(f"{name} {errors.sqnr_db:.1f}" for name, (errors, _) in tried.items())
     note = f"calibrator {chosen} was chosen by the SQNR of the logits, in dB: {figures}"
     note += "." if better else f"; another must gain {GAIN_DB:g} dB, clearly."

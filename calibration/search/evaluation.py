@@ -11,7 +11,8 @@ import numpy.typing as npt
 from pcn_deploy.aliases import Forward
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.data.labels import LabelCheck
-from pcn_deploy.data.passes import each_batch
+from pcn_deploy.data.passes import each_batch, of_all_batches
+from pcn_deploy.data.processes import current
 from pcn_deploy.data.sampling import spread_by_class
 from pcn_deploy.errors import DataError
 from pcn_deploy.progress import Progress, silent
@@ -41,7 +42,7 @@ class Answers:
 
     @classmethod
     def of(cls, forward: Forward, source: ImageSource, progress: Progress = silent) -> Answers:
-        """Ask the trained network.
+        """Ask the trained network; the processes of a run share the images.
 
         Args:
             forward: The trained network.
@@ -52,18 +53,20 @@ class Answers:
             DataError: If images are unusable, logits are not finite, or labels are not the classes of the network
                 (`labels.py`).
         """
-        expected, reference, labelling = [], [], LabelCheck(source)
-        for images, labels in each_batch(source, BATCH, "Answers of the network", progress):
+        seen, labelling, classes = [], LabelCheck(source), 0
+        for images, labels in each_batch(source, BATCH, "Answers of the network", progress, shared=True):
             logits = forward(images)
-            reference.append(answers(logits))
-            if (broken := np.flatnonzero(reference[-1] == NO_CLASS)).size:
+            found, classes = answers(logits), logits.shape[1]
+            if (broken := np.flatnonzero(found == NO_CLASS)).size:
                 name = source.name_of(images[broken[0]])
                 msg = f"The network returns NaN or infinite logits for {name}; nothing can be compared with it."
                 raise DataError(msg)
             labelling.update(labels, logits)
-            expected.append(reference[-1] if labels is None else labels)
-        labelling.check(logits.shape[1])
-        return cls(source.readable(), np.concatenate(expected), np.concatenate(reference), source.has_labels)
+            seen.append(np.stack([found if labels is None else labels, found]))
+        classes = int(current().max(np.array([classes], np.float64))[0])  # a process may have had no image
+        labelling.of_all_processes().check(classes)
+        expected, reference = np.concatenate(of_all_batches(seen), axis=1)
+        return cls(source.readable(), expected, reference, source.has_labels)
 
     @property
     def top1(self) -> float:
@@ -101,17 +104,26 @@ class Answers:
         """Names of the images that have no answer among `found`, `(N,)`."""
         return tuple(self.source.item_name(index) for index in np.flatnonzero(found == NO_CLASS).tolist())
 
-    def compare(self, forward: Forward, stop: Callable[[int, PairedCounts], bool]) -> PairedCounts:
-        """Count the images that a form of the network lost or gained.
+    def compare(
+        self, forward: Forward, stop: Callable[[int, PairedCounts], bool]
+    ) -> tuple[PairedCounts, npt.NDArray[np.int64]]:
+        """Count the images that a form of the network lost or gained; the processes of a run share them.
 
         Args:
             forward: The form to be judged.
             stop: Asked after every batch with the number of images seen and the counts so far, over all N images; true
                 ends the comparison.
+
+        Returns:
+            The counts, and the answers to the images seen, `(n,)`.
         """
-        found = np.zeros(0, np.int64)
-        for images, _ in self.source.batches(BATCH):
-            found = np.append(found, answers(forward(images)))
-            if stop(len(found), self.count(found)):
-                break
-        return self.count(found)
+        processes, found = current(), np.zeros(0, np.int64)
+        own = self.source.batches(BATCH, part=processes.rank, parts=processes.count)
+        while len(found) < len(self):
+            batch = next(own, None)  # the last round may have none for this process
+            mine = b"" if batch is None else answers(forward(batch[0])).tobytes()
+            for batch_answers in filter(None, processes.gather(mine)):
+                found = np.append(found, np.frombuffer(batch_answers, np.int64))
+                if stop(len(found), self.count(found)):
+                    return self.count(found), found
+        return self.count(found), found

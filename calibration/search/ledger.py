@@ -1,6 +1,6 @@
 """Measurements kept in a file as they are made, so that a run that was killed goes on where it stopped.
 
-One JSON object per line: first the identity of the run, then one measurement each. Standard library only.
+One JSON object per line: first the identity of the run, then one measurement each.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 import json
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pcn_deploy.data.processes import current
 from pcn_deploy.errors import DataError, OutputError
 
 _VERSION = 2
@@ -52,6 +54,43 @@ class Ledger:
         else:
             self._write(json.dumps(head))
         self.resumed = len(self._found)
+
+    @classmethod
+    def of_all(cls, path: Path | None, identity: dict[str, Any]) -> Ledger:
+        """The ledger that the processes of a run share: process 0 keeps the file, all know what is in it.
+
+        Every process must then write the same.
+
+        Args:
+            path: The file; None keeps the measurements in memory only.
+            identity: As above.
+
+        Raises:
+            DataError: As above, or if the processes measure on different things.
+        """
+        processes = current()
+        processes.check_equal(**identity)
+        ledger = cls(path if processes.first else None, identity)
+        ledger._found = json.loads(processes.gather(json.dumps(ledger._found).encode())[0])
+        ledger.resumed = len(ledger._found)
+        return ledger
+
+    def measure(self, names: Sequence[str], measure: Callable[[str], Any], done: Callable[[int], None]) -> None:
+        """Fill in what is missing; the processes of a run share it out.
+
+        Args:
+            names: What is wanted.
+            measure: Measures one of them; plain values.
+            done: Told how many are there.
+        """
+        processes, missing = current(), [name for name in names if name not in self]
+        for start in range(0, len(missing), processes.count):
+            done(len(names) - len(missing) + start)
+            own = missing[start : start + processes.count][processes.rank : processes.rank + 1]
+            for text in processes.gather(json.dumps({name: measure(name) for name in own}, allow_nan=False).encode()):
+                for name, value in json.loads(text).items():
+                    self[name] = value
+        done(len(names))
 
     def __contains__(self, name: str) -> bool:
         return self._prefix + name in self._found

@@ -256,12 +256,6 @@ class Search:
         """
         looks = [math.ceil(share * len(answers)) for share in LOOKS]
         taken: list[PairedCounts] = []
-        found: list[npt.NDArray[np.int64]] = []
-
-        def keep(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-            logits = forward(images)
-            found.append(logits.argmax(1))
-            return logits
 
         def stop(seen: int, counts: PairedCounts) -> bool:
             self._progress(step, seen, len(answers), "images")
@@ -272,9 +266,9 @@ class Search:
             return bool(taken) or is_hopeless(counts)
 
         self._progress(step, 0, len(answers), "images")
-        counts = answers.compare(keep, stop)
+        counts, found = answers.compare(forward, stop)
         self._progress(step, len(answers), len(answers), "images")
-        return (taken or [counts])[0], np.concatenate(found)
+        return (taken or [counts])[0], found
 
     def _within(self, counts: PairedCounts) -> bool:
         return counts.drop_bound <= self._budget
@@ -282,7 +276,7 @@ class Search:
     def _judge(self, given_up: list[str]) -> PairedCounts:
         def judge() -> PairedCounts:
             forward = self._forward(frozenset(self._units) - frozenset(given_up))
-            return self._answers.compare(forward, self._is_hopeless)
+            return self._answers.compare(forward, self._is_hopeless)[0]
 
         return self._kept("plan", given_up, judge, len(self._answers))
 

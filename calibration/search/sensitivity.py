@@ -87,36 +87,35 @@ def measure_sensitivity(
         ledger: Where measurements are kept; those it has are not repeated.
         progress: Told the number of measurements done.
     """
-    wanted = [("all_quantized", "")] + [
-        (variant, layer)
+    wanted = ["all_quantized:"] + [
+        f"{variant}:{layer}"
         for layer in simulation.layers
         for variant in VARIANTS
         if not (variant == "weight_only" and kinds[layer] == "ResidualAdd")
     ]
-    found: dict[tuple[str, str], Effect] = {}
     judge = _Judge(simulation, answers)
-    for done, (variant, layer) in enumerate(wanted):
-        progress(STEP, done, len(wanted), "measurements")
-        key = f"{variant}:{layer}"
-        if key not in ledger:
-            ledger[key] = asdict(judge.effect(*_roundings(simulation, variant, layer)))
-        found[variant, layer] = Effect(**ledger[key])
-    progress(STEP, len(wanted), len(wanted), "measurements")
+
+    def measure(name: str) -> dict[str, Any]:
+        variant, _, layer = name.partition(":")
+        return asdict(judge.effect(*_roundings(simulation, variant, layer)))
+
+    ledger.measure(wanted, measure, lambda done: progress(STEP, done, len(wanted), "measurements"))
+    found = {name: Effect(**ledger[name]) for name in wanted}
     layers = [
         LayerSensitivity(
             op=layer,
             kind=kinds[layer],
-            only_quantized=found["only_quantized", layer],
-            only_kept=found["only_kept", layer],
-            weight_only=found.get(("weight_only", layer)),
-            input_only=found["input_only", layer],
+            only_quantized=found[f"only_quantized:{layer}"],
+            only_kept=found[f"only_kept:{layer}"],
+            weight_only=found.get(f"weight_only:{layer}"),
+            input_only=found[f"input_only:{layer}"],
         )
         for layer in simulation.layers
     ]
     return Sensitivity(
         images=len(answers),
         labelled=answers.labelled,
-        all_quantized=found["all_quantized", ""],
+        all_quantized=found["all_quantized:"],
         layers=tuple(sorted(layers, key=lambda one: one.only_quantized.sqnr_db)),
     )
 
@@ -137,16 +136,14 @@ def rank(
         ledger: Where measurements are kept; those it has are not repeated.
         progress: Told the number of units done.
     """
-    sqnr: dict[str, float] = {}
-    judge = _Judge(simulation, answers)
-    for done, (unit, layers) in enumerate(units.items()):
-        progress(STEP, done, len(units), "layers")
-        key = f"only_quantized:{unit}"
-        if key not in ledger:
-            ledger[key] = asdict(judge.effect(frozenset(layers), frozenset(layers)))
-        sqnr[unit] = ledger[key]["sqnr_db"]
-    progress(STEP, len(units), len(units), "layers")
-    return sorted(sqnr, key=lambda unit: sqnr[unit])
+    judge, names = _Judge(simulation, answers), {f"only_quantized:{unit}": unit for unit in units}
+
+    def measure(name: str) -> dict[str, Any]:
+        layers = frozenset(units[names[name]])
+        return asdict(judge.effect(layers, layers))
+
+    ledger.measure(list(names), measure, lambda done: progress(STEP, done, len(names), "layers"))
+    return [names[name] for name in sorted(names, key=lambda name: float(ledger[name]["sqnr_db"]))]
 
 
 def _roundings(simulation: Simulation, variant: str, layer: str) -> tuple[frozenset[str], frozenset[str]]:

@@ -17,7 +17,6 @@ from pcn_deploy.errors import DataError, OutputError
 from pcn_deploy.show.analysis import check_picture, draw
 from pcn_deploy.verbs.analyze import SAMPLE, analyze
 from pcn_deploy.verbs.options import CompileOptions
-from pcn_deploy.verbs.steps.preparation import take_part
 from pcn_deploy.verbs.steps.sources import synthetic_source
 
 SHOWN = 15
@@ -94,10 +93,6 @@ def _analyze(given: dict[str, Any], processes: Processes) -> None:
     if calibration is None:
         message = "Give images to calibrate with: --calibration DIR or FILE.npz."
         raise DataError(message)
-    if not processes.first:
-        with display.user_code():
-            take_part(source.create(), compile_options, calibration)
-        return
     with display.user_code(), display.progress_bars(quiet=quiet) as progress:
         made = source.make()
         found = analyze(
@@ -109,6 +104,8 @@ def _analyze(given: dict[str, Any], processes: Processes) -> None:
             record=given["output"].with_name(f"{given['output'].name}.partial"),
             progress=progress,
         )
+    if not processes.first:
+        return
     for text in (*made.notes, *found.notes):
         display.note(text, quiet=quiet)
     measurements = {"model": given["model"], "calibrator": compile_options.calibrator, **found.to_json()}

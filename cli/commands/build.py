@@ -18,14 +18,13 @@ from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.data.processes import Processes, join
 from pcn_deploy.engines.registry import TARGETS
-from pcn_deploy.errors import ModelError, OptionError, ParityError
+from pcn_deploy.errors import OptionError, ParityError
 from pcn_deploy.members import BUDGET
 from pcn_deploy.specs import BatchRange
 from pcn_deploy.tasks.roles import ROLES
-from pcn_deploy.verbs.build import CompileResult, compile  # noqa: A004 - our verb
+from pcn_deploy.verbs.build import CompileResult, compile, take_part  # noqa: A004 - our verb
 from pcn_deploy.verbs.options import CompileOptions
-from pcn_deploy.verbs.steps.fastest import compile_fastest
-from pcn_deploy.verbs.steps.preparation import take_part
+from pcn_deploy.verbs.steps.fastest import IMPOSSIBLE, both_precisions, compile_fastest
 from pcn_deploy.verbs.steps.sources import synthetic_source
 
 AUTO = "auto"
@@ -126,10 +125,11 @@ def _build(given: dict[str, Any], processes: Processes) -> None:
     if calibration is None and compile_options.quantizes and given["random_weights"] and not given["recipe"]:
         display.note("the weights are random, so synthetic images calibrate them.", quiet=quiet)
         calibration = synthetic_source(compile_options)
-    impossible = (ModelError,) if given["precision"] == AUTO else ()  # process 0 then builds FP16 alone
     if not processes.first:
-        with suppress(*impossible), display.user_code():
-            take_part(source.create(), compile_options, calibration, given["data"])
+        each = both_precisions(compile_options) if given["precision"] == AUTO else (compile_options,)
+        for chosen in each:
+            with suppress(*IMPOSSIBLE if chosen is not each[-1] else ()), display.user_code():
+                take_part(source.create(), chosen, calibration, given["data"])
         return
     choice, searched = None, []
     record = given["output"].with_name(f"{given['output'].name}.search")

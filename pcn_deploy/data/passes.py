@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from itertools import chain, zip_longest
 from typing import TypeAlias
 
 import numpy as np
@@ -42,6 +44,16 @@ def each_batch(
         done = min(total, done + len(batch[0]) * (current().count if shared else 1))
         progress(step, done, total, "images")
     progress(step, total, total, "images")
+
+
+def of_all_batches(own: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.int64]]:
+    """What all processes have found for their batches of a shared pass, in the order of the batches.
+
+    Args:
+        own: What this process has found for each of its batches, `(..., n)`, all with the same leading axes.
+    """
+    every = [json.loads(text) for text in current().gather(json.dumps([each.tolist() for each in own]).encode())]
+    return [np.array(each, np.int64) for each in chain(*zip_longest(*every)) if each is not None]
 
 
 def _shared(source: ImageSource, size: int) -> Iterator[Batch]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 TIMEOUT = timedelta(days=1)
-"""Longest wait for another process; process 0 searches and builds alone while the others wait for its verdict."""
+"""Longest wait for another process; process 0 builds and proves alone while the others wait for its verdict."""
 
 T = TypeVar("T")
 
@@ -173,7 +173,7 @@ def is_first() -> bool:
 
 @contextmanager
 def join() -> Iterator[Processes]:
-    """Share the images of calibrations and verifications in the body with the other processes of this run.
+    """Share calibrations, searches, analyses and verifications in the body with the other processes of this run.
 
     All processes run the same body. Without torchrun, or another process group of several, the body runs alone. A
     default process group is made where there is none, and stays until the program ends.

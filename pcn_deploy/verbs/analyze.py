@@ -45,7 +45,8 @@ def analyze(
         calibration: Images for the ranges.
         evaluation: Images to measure on; the calibration images if None.
         images: Use at most so many of them, taken as the calibration images are.
-        record: File in which measurements are kept while it runs, so that a killed run goes on with them.
+        record: File in which measurements are kept while it runs, so that a killed run goes on with them; of several
+            processes (`processes.join`), which share the measurements, the first keeps it.
         progress: Told the number of measurements done.
 
     Returns:
@@ -70,7 +71,7 @@ def analyze(
     sample, notes = judged_by.subset(images), [*source.notes, *judged_by.notes]
     answers = _answers(simulation, sample, notes, progress, asked=evaluation is not None)
     notes += judged_by.notes  # what showed when they were judged
-    ledger = Ledger(record, run_digests(network.deployed, network.scales, [answers]))
+    ledger = Ledger.of_all(record, run_digests(network.deployed, network.scales, [answers]))
     kinds = {entry.op: entry.kind for entry in network.plan.entries}
     sensitivity = measure_sensitivity(simulation, kinds, answers, ledger, progress)
     ledger.remove()

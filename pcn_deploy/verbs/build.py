@@ -23,10 +23,7 @@ from pcn_deploy.members import BUDGET, CALIBRATION, GOLDEN, GRAPH, PLAN, SCRIPT,
 from pcn_deploy.memory import release_unused
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof.agreement import Forms, check_agreement
-from pcn_deploy.proof.budget import (
-    BudgetProof,
-    prove_budget,
-)
+from pcn_deploy.proof.budget import BudgetProof, prove_budget
 from pcn_deploy.proof.executions import prove
 from pcn_deploy.proof.reference import Network, eager_outputs, golden_set, with_simulation
 from pcn_deploy.specs import EngineSpec, OutputSpec
@@ -36,7 +33,7 @@ from pcn_deploy.verbs.options import CompileOptions
 from pcn_deploy.verbs.steps.advice import Attempt, advise, judge, remainder_in_fp32
 from pcn_deploy.verbs.steps.engine_builds import EngineBuilds, engine_builds
 from pcn_deploy.verbs.steps.judging import JudgedBy, judge_by
-from pcn_deploy.verbs.steps.opening import open_network
+from pcn_deploy.verbs.steps.opening import Opened, open_network
 from pcn_deploy.verbs.steps.preparation import prepare_opened
 from pcn_deploy.verbs.steps.prepared import Prepared
 from pcn_deploy.verbs.steps.sources import BuildImages, CalibrationImages, open_images, real_images
@@ -98,7 +95,8 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
             drop of top-1 within it with 95 % confidence, for which the plan of INT8 is searched; else none may be shown
             to drop by more than its precision allows. By default all calibration images with `options.max_drop`, else
             labelled ones that are held out of the calibration.
-        search_record: Keeps what a search measured for when it is killed; remove it when the bundle is on disk.
+        search_record: Keeps what a search measured for when it is killed; remove it when the bundle is on disk. Of
+            several processes (`processes.join`) the first keeps it.
         provenance: Where the network comes from, kept in the manifest as it is, but for `notes`, which go to the notes.
         progress: Told how far each step is.
 
@@ -115,9 +113,8 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     """
     options = options or CompileOptions()
     backends, images = _backends(options), open_images(calibration, evaluation, options)
-    opened = open_network(model, options, images.calibrating)
-    network, model = prepare_opened(opened, options, images.calibrating, progress, exporting=True), opened.model
-    network, judging = judge_by(model, network, images, options, search_record, progress)
+    opened, network, judging = _planned(model, options, images, search_record, progress)
+    model = opened.model
     forward = eager_outputs(model, attention_map=options.with_attention_map)
     golden, broken = _golden_set(forward, images.shown, network.outputs, options, progress)
     spec = _interface(network, options)
@@ -137,6 +134,29 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     if golden.simulated and not all(reports) and not advice:
         advice = remainder_in_fp32(golden, options)
     return CompileResult(bundle=bundle, plan=plan, reports=reports, search=judging.search, proofs=proofs, advice=advice)
+
+
+def take_part(
+    model: nn.Module,
+    options: CompileOptions,
+    calibration: CalibrationImages | None,
+    evaluation: CalibrationImages | None = None,
+) -> None:
+    """What a process does in a build that another one writes: its share of the images that calibrate and judge.
+
+    Raises:
+        PcnDeployError: As `compile` up to the plan, in all processes alike.
+    """
+    _planned(model, options, open_images(calibration, evaluation, options), None, silent)
+
+
+def _planned(
+    model: nn.Module, options: CompileOptions, images: BuildImages, record: Path | None, progress: Progress
+) -> tuple[Opened, Prepared, JudgedBy]:
+    """The network, prepared; with a budget of INT8, the plan that keeps it. Several processes share the images."""
+    opened = open_network(model, options, images.calibrating)
+    network = prepare_opened(opened, options, images.calibrating, progress, exporting=True)
+    return opened, *judge_by(opened.model, network, images, options, record, progress)
 
 
 def _judged(golden: GoldenSet, network: Prepared, images: BuildImages, by: JudgedBy) -> Judged:

@@ -10,14 +10,20 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from spoiled_network import spoiled_network, units
 
 import pcn_deploy
 from pcn_deploy import ImageSource, Transform
 from pcn_deploy.calibration.calibrators import CALIBRATORS
 from pcn_deploy.calibration.collect import calibrate, recalibrate
+from pcn_deploy.calibration.search.evaluation import Answers
+from pcn_deploy.calibration.search.ledger import Ledger
+from pcn_deploy.calibration.search.search import Search
+from pcn_deploy.calibration.search.sensitivity import measure_sensitivity, rank
 from pcn_deploy.data.passes import each_batch
 from pcn_deploy.data.processes import current, join
 from pcn_deploy.errors import PcnDeployError
@@ -67,6 +73,31 @@ def parity(_out: Path) -> dict[str, object]:
         part = images[:, 0, 0, 0].astype(int)
         meter.update(reference[part], engine[part], labels[part])
     return {"metrics": of_all_processes(meter).metrics()}
+
+
+def search(out: Path) -> dict[str, object]:
+    """A search that gives layers up, an analysis, and how often this process has run the network for them."""
+    simulation, kinds, images = spoiled_network()
+    real, runs = simulation.logits, [0]
+
+    def counted(*given: Any, **named: Any) -> Any:
+        runs[0] += 1
+        return real(*given, **named)
+
+    simulation.logits = counted  # type: ignore[method-assign]
+    answers = Answers.of(simulation.logits, images)
+    record = out / f"search_{current().count}" if current().first else None
+    ledger = Ledger.of_all(record, {"budget": 5.0})
+    by = Search(simulation, units(simulation), answers, 5.0, ledger)
+    found = by.run(lambda: rank(simulation, units(simulation), answers.spread(32), ledger))
+    searched = runs[0]
+    again = Ledger.of_all(record, {"budget": 5.0})
+    by = Search(simulation, units(simulation), answers, 5.0, again)
+    assert by.run(lambda: rank(simulation, units(simulation), answers.spread(32), again)) == found
+    assert runs[0] == searched, "what one process has kept, all know"
+    sensitivity = measure_sensitivity(simulation, kinds, answers.spread(32), Ledger.of_all(None, {}))
+    plan = {**found.to_json(), "expected": answers.expected.tolist(), "sensitivity": sensitivity.to_json()}
+    return {"found": plan, "runs": [searched, runs[0] - searched]}
 
 
 def bad_image(_out: Path) -> dict[str, object]:

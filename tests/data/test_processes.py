@@ -23,7 +23,7 @@ ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
     "PYTHONPATH": os.pathsep.join(sys.path),
 }
-TASKS = ("ranges", "parity", "unreadable", "bad_image", "bug", "other_images")
+TASKS = ("ranges", "parity", "search", "unreadable", "bad_image", "bug", "other_images")
 
 
 def finish(process: subprocess.Popen[str]) -> None:
@@ -46,7 +46,7 @@ def start(*words: object, **variables: str) -> subprocess.Popen[str]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What one process alone and each of four found in every task."""
     one, four = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("four")
-    finish(start(SCRIPT, one, "ranges", "parity", "unreadable"))
+    finish(start(SCRIPT, one, "ranges", "parity", "search", "unreadable"))
     run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
     finish(start(*run, SCRIPT, four, *TASKS))
     files = [*one.glob("*.json"), *four.glob("[0-3].json")]
@@ -73,6 +73,16 @@ def test_parity_of_four_processes_is_that_of_one(found: dict[str, dict[str, Any]
     expected = found["alone"]["parity"]
     assert expected["metrics"]["top1_reference"] == pytest.approx(100 * 30 / 45)
     assert all(found[rank]["parity"] == expected for rank in "0123")
+
+
+def test_four_processes_share_a_search_and_an_analysis(found: dict[str, dict[str, Any]]) -> None:
+    expected = found["alone"]["search"]
+    assert 0 < len(expected["found"]["unquantized"]) < expected["found"]["evaluations"]
+    for rank in "0123":
+        mine = found[rank]["search"]
+        assert mine["found"] == expected["found"]
+        for shared, alone in zip(mine["runs"], expected["runs"], strict=True):
+            assert shared < alone / 2, "each runs the network for its share"
 
 
 def test_an_unreadable_image_moves_no_other(found: dict[str, dict[str, Any]]) -> None:

@@ -15,6 +15,9 @@ from pcn_deploy.verbs.bench import bench
 from pcn_deploy.verbs.build import CompileResult
 from pcn_deploy.verbs.options import CompileOptions
 
+IMPOSSIBLE = (ModelError, ParityError)
+"""What a build in INT8 may end with, so that only FP16 is left."""
+
 ROUNDS = 5
 SECONDS = 0.4
 """Per engine and round; the engines take turns, so that a busy moment of the machine hits both."""
@@ -44,6 +47,11 @@ class Choice:
         return asdict(self)
 
 
+def both_precisions(options: CompileOptions) -> tuple[CompileOptions, CompileOptions]:
+    """The options of the two builds of `compile_fastest`, in their order."""
+    return replace(options, precision="int8"), replace(options, precision="fp16", recovery=())
+
+
 def compile_fastest(
     build: Callable[[CompileOptions], CompileResult], options: CompileOptions, progress: Progress = silent
 ) -> tuple[CompileResult, Choice]:
@@ -60,14 +68,14 @@ def compile_fastest(
     Raises:
         PcnDeployError: Whatever ends the build of FP16.
     """
-    int8_options, fp16_options = replace(options, precision="int8"), replace(options, precision="fp16", recovery=())
+    int8_options, fp16_options = both_precisions(options)
     refusal = ""
     int8: CompileResult | None = None
     try:
         int8 = build(int8_options)
         if not int8:
             refusal = "INT8 broke its parity budget"
-    except (ModelError, ParityError) as error:
+    except IMPOSSIBLE as error:
         refusal = str(error)
     fp16 = build(fp16_options)
     if int8 is None or refusal:

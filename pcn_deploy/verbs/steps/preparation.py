@@ -12,11 +12,11 @@ import numpy.typing as npt
 from pcn_deploy.artefact.bundle import read_calibration
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.errors import DataError, ModelError
-from pcn_deploy.progress import Progress, silent
+from pcn_deploy.progress import Progress
 from pcn_deploy.verbs.options import CompileOptions
 from pcn_deploy.verbs.steps.opening import Opened, open_network
 from pcn_deploy.verbs.steps.prepared import Prepared
-from pcn_deploy.verbs.steps.sources import NO_IMAGES, CalibrationImages, open_sources, synthetic_images, two_images
+from pcn_deploy.verbs.steps.sources import NO_IMAGES, synthetic_images, two_images
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,21 +29,6 @@ if TYPE_CHECKING:
     from pcn_deploy.graph.export import Exported
 
 REWRITING = "Rewriting and planning"
-
-
-def take_part(
-    model: nn.Module,
-    options: CompileOptions,
-    calibration: CalibrationImages | None,
-    evaluation: CalibrationImages | None = None,
-) -> None:
-    """What a process does in a build that another one writes: its share of the calibration images.
-
-    Raises:
-        PcnDeployError: As `prepare`, in all processes alike.
-    """
-    source, _ = open_sources(calibration, evaluation, options)
-    prepare(model, options, source, silent, exporting=True)
 
 
 def prepare(

@@ -41,7 +41,7 @@ def search_plan(
         DataError: If `record` belongs to another run.
         ParityError: If no layer at all can be quantised within the budget.
     """
-    ledger = Ledger(
+    ledger = Ledger.of_all(
         record,
         {**run_digests(network.deployed, network.scales, [judges.search, judges.proof]), "budget": judges.budget},
     )

@@ -10,11 +10,8 @@ import numpy as np
 import pytest
 import torch
 from small_builds import images, network
+from spoiled_network import HARMFUL, TRANSFORM, spoiled_network, units
 
-from pcn_deploy.calibration.collect import calibrate
-from pcn_deploy.calibration.plan.facts import inspect_layers
-from pcn_deploy.calibration.plan.rules import make_plan
-from pcn_deploy.calibration.quantized import apply_scales, plan_scales
 from pcn_deploy.calibration.search import search as search_module
 from pcn_deploy.calibration.search.evaluation import Answers
 from pcn_deploy.calibration.search.ledger import Ledger
@@ -27,27 +24,10 @@ from pcn_deploy.errors import DataError
 from pcn_deploy.network.deploy import to_deploy
 from pcn_deploy.tasks.bound import PairedCounts
 
-TRANSFORM = Transform(resolution=(32, 32))
-
 
 @pytest.fixture(scope="module")
 def spoiled() -> tuple[Simulation, dict[str, str], ImageSource]:
-    """A network, two of whose layers have a range so wide that they ruin the answers."""
-    deployed, _ = to_deploy(network(), torch.rand(1, 3, 32, 32))
-    source = ImageSource([images(300)], TRANSFORM)
-    plan = make_plan(inspect_layers(deployed, torch.zeros(1, 3, 32, 32)), "int8", "fp32")
-    seen = calibrate(deployed, list(plan.quantized_entries), source.subset(16), "max")
-    ranges = {path: 300 * amax if path in HARMFUL else amax for path, amax in seen.ranges.items()}
-    scales = plan_scales(deployed, plan.with_ranges(ranges))
-    kinds = {entry.op: entry.kind for entry in plan.entries}
-    return Simulation(deployed, apply_scales(deployed, scales), scales), kinds, source
-
-
-HARMFUL = {"blocks.0.attn.qkv_pos.5", "blocks.1.attn.qkv_pos.0"}
-
-
-def units(simulation: Simulation) -> dict[str, tuple[str, ...]]:
-    return {layer: (layer,) for layer in simulation.layers}
+    return spoiled_network()
 
 
 def run(spoiled: tuple[Simulation, dict[str, str], ImageSource], budget: float, record: Path | None) -> SearchResult:
