@@ -19,6 +19,7 @@ from typing import IO, Any, NoReturn
 import numpy as np
 
 from pcn_deploy.engines.base import CLOSED, Array, Session
+from pcn_deploy.engines.onnxruntime import release_graph
 from pcn_deploy.errors import PcnDeployError, StockSessionError
 from pcn_deploy.memory import temporary_path
 from pcn_deploy.specs import EngineSpec
@@ -130,8 +131,6 @@ def serve() -> None:
 
 def _default_session(graph: str) -> Any:
     import onnxruntime
-
-    from pcn_deploy.engines.onnxruntime import release_graph
 
     onnxruntime.set_default_logger_severity(3)  # errors only; changes no computation
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])

@@ -97,3 +97,57 @@ def test_no_modules_go_round_in_a_circle() -> None:
     while free := {module for module, others in left.items() if not others & set(left)}:
         left = {module: others for module, others in left.items() if module not in free}
     assert not left
+
+
+FRAMEWORKS = {
+    *("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors"),
+    *("PIL", "matplotlib", "rich", "click"),
+}
+
+
+def statements(body: list[ast.stmt]) -> set[str]:
+    """What the imports among statements name, those in `try` included, those for type checkers not."""
+    names: set[str] = set()
+    for node in body:
+        if isinstance(node, ast.ImportFrom):
+            names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Try):
+            names |= statements(node.body)
+    return {name.removeprefix("pcn_deploy.") for name in names}
+
+
+def frameworks_loaded(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """The frameworks that importing each module loads, by its own imports and those of what it imports."""
+    names = {module: statements(tree.body) for module, tree in trees.items()}
+    loaded = {module: {name.partition(".")[0] for name in own} & FRAMEWORKS for module, own in names.items()}
+    below = {module: own & set(trees) for module, own in names.items()}
+    before: dict[str, set[str]] = {}
+    while before != loaded:
+        before = loaded
+        loaded = {module: own.union(*(loaded[name] for name in below[module])) for module, own in loaded.items()}
+    return loaded
+
+
+def needless(trees: dict[str, ast.Module]) -> list[str]:
+    """Imports of our modules inside functions that keep no framework out."""
+    loaded, found = frameworks_loaded(trees), []
+    for module, tree in trees.items():
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        inside = {node for function in functions for node in ast.walk(function) if isinstance(node, ast.ImportFrom)}
+        for node in sorted(inside, key=lambda node: node.lineno):
+            names = statements([node]) & set(trees)
+            if names and not set().union(*(loaded[name] for name in names)) - loaded[module]:
+                found.append(f"{module}:{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_functions_import_our_modules_only_to_keep_frameworks_out() -> None:
+    trees = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in modules(ROOT).items()}
+    assert needless(trees) == []
+    trees["tasks.metrics"].body += ast.parse("def f():\n    from pcn_deploy.exact import ExactSum").body
+    (found,) = needless(trees)
+    assert found.startswith("tasks.metrics:")
+    trees["exact"].body += ast.parse("import torch").body
+    assert not any(each.startswith("tasks.metrics:") for each in needless(trees))

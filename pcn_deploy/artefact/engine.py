@@ -13,6 +13,7 @@ from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.manifest import Manifest
 from pcn_deploy.calibration.plan.rules import in_fp32
 from pcn_deploy.engines.base import OPEN, Array, Backend, OpenOptions, Session
+from pcn_deploy.engines.onnxruntime import open_plain, truncates_half
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DataError, ParityError, PcnDeployError
 from pcn_deploy.members import GRAPH
@@ -162,8 +163,6 @@ def _warn_of_cut_codes(manifest: Manifest) -> None:
         return
     import onnxruntime
 
-    from pcn_deploy.engines.onnxruntime import truncates_half
-
     here, built_by = onnxruntime.__version__, manifest.provenance.get("built_by", {}).get("onnxruntime")
     if built_by != here and truncates_half():
         log.warning(
@@ -215,7 +214,6 @@ def check_finite(
 def _answers_in_fp32(engine: Engine, images: npt.NDArray[np.float32]) -> bool | None:
     """Whether the graph of an engine is finite for images where nothing but its weights is rounded; None if unknown."""
     try:
-        from pcn_deploy.engines.onnxruntime import open_plain
         from pcn_deploy.engines.rounded import widen
 
         spec = engine.bundle.manifest.interface

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pcn_deploy.artefact.manifest import Manifest
 from pcn_deploy.errors import CheckpointError, DataError
 from pcn_deploy.models.registry import MadeModel, find_model, make_model
+from pcn_deploy.network.evaluation_mode import in_evaluation_mode
 
 if TYPE_CHECKING:
     from torch import nn
@@ -130,7 +131,6 @@ def make_again(manifest: Manifest, weights: Path | None = None) -> nn.Module:
         CheckpointError: If the checkpoint is not there or is another, or the network comes out with other weights.
     """
     from pcn_deploy.calibration.cache import digest_weights
-    from pcn_deploy.network.evaluation_mode import in_evaluation_mode
 
     source = ModelSource.from_manifest(manifest, weights)
     network = source.create()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pcn_deploy.errors import CheckpointError
 from pcn_deploy.models.containers import AUTO, CONTAINERS, StateDict, Taken, choose_weights
+from pcn_deploy.models.wrappers import unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -187,8 +188,6 @@ def load_strict(model: nn.Module, state: StateDict, origin: str) -> None:
     Raises:
         CheckpointError: If a key is missing, extra or misshapen; all three lists are in the message.
     """
-    from pcn_deploy.models.wrappers import unwrapped
-
     model = unwrapped(model)
     state = _with_counters(model, _named_as(model, state))
     full = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}

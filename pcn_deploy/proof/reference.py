@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -57,8 +58,6 @@ def run(network: Network, images: Images, *, double: bool = False) -> list[npt.N
     Returns:
         The outputs in their order, `(N, ...)`, float32, or float64 if `double`.
     """
-    from contextlib import nullcontext
-
     import torch
     from torch import Tensor
 

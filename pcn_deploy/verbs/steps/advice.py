@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.artefact.golden import GoldenSet
+from pcn_deploy.calibration.calibrators import calibrators_of
 from pcn_deploy.errors import DataError
 from pcn_deploy.progress import Progress
 from pcn_deploy.tasks.limits import ParityBudget
@@ -93,7 +94,6 @@ def _calibrators(
     network: Prepared, golden: GoldenSet, options: CompileOptions, out_of_time: Callable[[], bool]
 ) -> list[Attempt]:
     """The same histograms through every other calibrator."""
-    from pcn_deploy.calibration.calibrators import calibrators_of
     from pcn_deploy.calibration.collect import recalibrate
     from pcn_deploy.calibration.quantized import apply_scales
 

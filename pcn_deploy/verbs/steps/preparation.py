@@ -10,6 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.artefact.bundle import read_calibration
+from pcn_deploy.calibration.calibrators import AUTO, calibrators_of
+from pcn_deploy.calibration.plan.rules import make_plan
+from pcn_deploy.calibration.recovery import BEFORE, apply_after, apply_before
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.errors import DataError, ModelError
 from pcn_deploy.progress import Progress
@@ -197,7 +200,6 @@ def _calibrate(
 ) -> tuple[PrecisionPlan, Calibration | None]:
     """The plan with a range for every layer that needs one, and what was seen to find them, if anything."""
     from pcn_deploy.calibration.auto import choose_calibrator
-    from pcn_deploy.calibration.calibrators import AUTO, calibrators_of
     from pcn_deploy.calibration.collect import calibrate
 
     missing = plan.without_range
@@ -249,8 +251,6 @@ def _recover_before(
     network: nn.Module, plan: PrecisionPlan, options: CompileOptions, trials: Trials, progress: Progress
 ) -> tuple[nn.Module, dict[str, int]]:
     """The network with the ranges moved that gain by it, and how many layers each recovery changed."""
-    from pcn_deploy.calibration.recovery import BEFORE, apply_before
-
     if set(options.recovery) & set(BEFORE):
         trials.start(_quantized_roughly(network, plan, options, trials.choosing))
     layers, gains = list(plan.quantized_entries), partial(_gains_before, trials, plan, options)
@@ -266,7 +266,6 @@ def _recover_after(
 ) -> tuple[nn.Module, dict[str, int]]:
     """The network with the weights and biases changed that gain by it, and how many layers each recovery changed."""
     from pcn_deploy.calibration.quantized import apply_scales
-    from pcn_deploy.calibration.recovery import apply_after
 
     trials.start(apply_scales(deployed, scales))
     return apply_after(deployed, scales, trials.choosing, recovery, progress, partial(_gains_after, trials, scales))
@@ -276,7 +275,6 @@ def _quantized_roughly(
     network: nn.Module, plan: PrecisionPlan, options: CompileOptions, source: ImageSource
 ) -> nn.Module:
     """The network in INT8 with ranges from some of the images: enough to compare two forms of it."""
-    from pcn_deploy.calibration.calibrators import AUTO, calibrators_of
     from pcn_deploy.calibration.collect import calibrate
     from pcn_deploy.calibration.quantized import apply_scales, plan_scales
     from pcn_deploy.calibration.recovery.trial import JUDGES
@@ -307,7 +305,6 @@ def _plan(
     """Precision by the recipe and the rules; in an FP16 graph, what FP16 cannot hold stays FP32, by what was seen."""
     from pcn_deploy.calibration.plan.half import keep_in_range
     from pcn_deploy.calibration.plan.magnitudes import affordable_images, observe_magnitudes
-    from pcn_deploy.calibration.plan.rules import make_plan
 
     plan = make_plan(layers, options.precision, options.remainder)
     recipe = options.recipe

@@ -13,8 +13,10 @@ import numpy.typing as npt
 from pcn_deploy.aliases import Indices
 from pcn_deploy.artefact.bundle import read_calibration
 from pcn_deploy.artefact.golden import NOISE
+from pcn_deploy.calibration.record import from_json
 from pcn_deploy.data.arrays import ArraysGiven, is_stream
 from pcn_deploy.data.images import ImageSource
+from pcn_deploy.data.processes import current
 from pcn_deploy.data.transform import drawn_images
 from pcn_deploy.errors import DataError
 from pcn_deploy.proof.budget import check_count
@@ -163,9 +165,6 @@ def _split(every: ImageSource, whole: Indices) -> tuple[Indices, Indices]:
 
 def _images_kept(cache: Path) -> int | None:
     """Number of images a calibration cache was made with, unreadable ones included; None if there is none yet."""
-    from pcn_deploy.calibration.record import from_json
-    from pcn_deploy.data.processes import current
-
     text = current().gather(read_calibration(cache) if current().first else b"")[0]
     if not text:
         return None
