@@ -284,7 +284,7 @@ def test_a_runtime_that_cuts_codes_off_is_named(
 ) -> None:
     import onnxruntime
 
-    monkeypatch.setattr("pcn_deploy.engines.onnxruntime.truncates_half", lambda: True)
+    monkeypatch.setattr("pcn_deploy.artefact.engine.truncates_half", lambda: True)
     bundle = Bundle.open(path)
     bundle.manifest = replace(bundle.manifest, precision=precision, remainder=remainder)
     bundle.manifest.provenance["built_by"]["onnxruntime"] = onnxruntime.__version__ if built_by == "here" else built_by
