@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from kinds_networks import KINDS, ON_DIGITS, SIDE
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -112,6 +111,10 @@ def _train(network: nn.Module, stages: list[tuple[Arrays, int]]) -> None:
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    training = example_module(".", "training")
+    recipe = training.Recipe(
+        batch=BATCH, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, label_smoothing=0.05, max_norm=5.0
+    )
     optimiser = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     total = sum(epochs * (len(labels) // BATCH) for (_, labels), epochs in stages)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=total + 1, pct_start=0.1)
@@ -125,13 +128,7 @@ def _train(network: nn.Module, stages: list[tuple[Arrays, int]]) -> None:
                 x = pixels[chosen]
                 if torch.rand(()) < 0.5:
                     x = torch.roll(x, tuple(torch.randint(-2, 3, (2,)).tolist()), (2, 3))
-                logits = network(x)
-                loss = F.cross_entropy(logits, classes[chosen], label_smoothing=0.05)
-                optimiser.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-                optimiser.step()
-                rate.step()
+                logits, _ = training.take_step(network, x, classes[chosen], recipe, optimiser, rate)
                 right += int((logits.argmax(1) == classes[chosen]).sum())
             share, seconds = 100 * right / len(pixels), time.perf_counter() - started
             print(f"  epoch {epoch}: {share:.1f} % of the training images, {seconds:.0f} s", file=sys.stderr)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
+import sys
 from pathlib import Path
 
 import torch
@@ -18,13 +18,16 @@ from data import NUM_CLASSES, TRANSFORM, write_images
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from training import Recipe, fit
+
 import pcn_deploy
 from pcn_deploy import ImageSource
 
 WIDTH, DEPTH, PATCH = 64, 5, 4
 LAYER_SCALE = 0.1  # large for a LayerScale: the blocks must matter after a short training
-EPOCHS, BATCH, SEED = 150, 64, 0
-LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING, WARM_UP = 2e-3, 0.05, 0.1, 0.05
+EPOCHS, SEED = 150, 0
+RECIPE = Recipe(batch=64, learning_rate=2e-3, weight_decay=0.05, label_smoothing=0.1)
 MAX_DEGREES, MAX_SHIFT, MAX_ZOOM = 12.0, 0.12, 0.12  # shift as a share of half the image
 
 
@@ -47,42 +50,9 @@ def augment(images: Tensor) -> Tensor:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def make_optimiser(model: nn.Module) -> torch.optim.AdamW:
-    """AdamW; only matrices and kernels decay, not biases, norms and LayerScale."""
-    decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and name != "cls_token"]
-    others = [p for name, p in model.named_parameters() if p.ndim <= 1 or name == "cls_token"]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE)
-
-
-def schedule(progress: float) -> float:
-    """Share of the learning rate at a point of the training, 0 to 1: linear warm-up, then cosine to zero."""
-    if progress < WARM_UP:
-        return progress / WARM_UP
-    return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
-
-
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:
     """Train in place; the last epoch is the result."""
-    optimiser = make_optimiser(model)
-    steps = len(images) // BATCH
-    rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: schedule((step + 1) / (epochs * steps + 1)))
-    start = time.perf_counter()
-    model.train()
-    for epoch in range(1, epochs + 1):
-        total = 0.0
-        for chosen in torch.randperm(len(images))[: steps * BATCH].split(BATCH):
-            logits = model(augment(images[chosen]))
-            loss = F.cross_entropy(logits, labels[chosen], label_smoothing=LABEL_SMOOTHING)
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            rate.step()
-            total += loss.item()
-        if epoch % 10 == 0 or epoch == epochs:
-            print(f"epoch {epoch:3d}  loss {total / steps:.4f}  {time.perf_counter() - start:.0f} s", flush=True)
-    model.eval()
+    fit(model, RECIPE, epochs, lambda _: (lambda chosen: augment(images[chosen]), labels), report_every=10)
 
 
 @torch.inference_mode()
@@ -90,7 +60,7 @@ def count_correct(model: nn.Module, images: Tensor, labels: Tensor) -> int:
     """Number of images whose largest logit is their class."""
     return sum(
         int((model(part).argmax(1) == truth).sum())
-        for part, truth in zip(images.split(BATCH), labels.split(BATCH), strict=True)
+        for part, truth in zip(images.split(RECIPE.batch), labels.split(RECIPE.batch), strict=True)
     )
 
 

@@ -8,8 +8,8 @@ may differ by a few images.
 from __future__ import annotations
 
 import argparse
-import math
-import time
+import sys
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +20,17 @@ from networks import NETWORKS
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-PLAIN_EPOCHS, EPOCHS, BATCH, SEED = 4, 20, 64, 0
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from training import Batches, Recipe, fit
+
+PLAIN_EPOCHS, EPOCHS, SEED = 4, 20, 0
 """The first epochs see the shapes with nothing in the way; without them a PatchConvNet does not start to learn."""
-LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING, WARM_UP, MAX_NORM = 1e-3, 0.05, 0.05, 0.05, 5.0
+RECIPE = Recipe(batch=64, learning_rate=1e-3, weight_decay=0.05, label_smoothing=0.05, max_norm=5.0)
 MAX_SHIFT = 4
 """Pixels by which an image is shifted at random."""
 
 
+@lru_cache(maxsize=1)
 def load(split: str, *, plain: bool = False) -> tuple[Tensor, Tensor]:
     """A split as uint8 `(N, 3, 64, 64)`, with its classes `(N,)`."""
     pixels, labels = images(split, plain=plain)
@@ -47,54 +51,23 @@ def augment(pixels: Tensor) -> Tensor:
     return torch.stack([image[:, y : y + side, x : x + side] for image, (y, x) in zip(padded, shifts, strict=True)])
 
 
-def make_optimiser(model: nn.Module) -> torch.optim.AdamW:
-    """AdamW; only matrices and kernels decay."""
-    decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and name != "cls_token"]
-    others = [p for name, p in model.named_parameters() if p.ndim <= 1 or name == "cls_token"]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE)
-
-
-def schedule(progress: float) -> float:
-    """Share of the learning rate at a point of the training, 0 to 1: linear warm-up, then cosine to zero."""
-    if progress < WARM_UP:
-        return progress / WARM_UP
-    return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
-
-
 def train(model: nn.Module, epochs: int) -> None:
     """Train in place; the last epoch is the result."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    optimiser = make_optimiser(model)
-    pixels, labels = load("train", plain=True)
-    steps = len(pixels) // BATCH
-    rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: schedule((step + 1) / (epochs * steps + 1)))
-    start = time.perf_counter()
-    model.train()
-    for epoch in range(1, epochs + 1):
-        if epoch == PLAIN_EPOCHS + 1:
-            pixels, labels = load("train")
-        total = 0.0
-        for chosen in torch.randperm(len(pixels))[: steps * BATCH].split(BATCH):
-            loss = F.cross_entropy(
-                model(augment(normalise(pixels[chosen]))), labels[chosen], label_smoothing=LABEL_SMOOTHING
-            )
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
-            optimiser.step()
-            rate.step()
-            total += loss.item()
-        print(f"epoch {epoch:3d}  loss {total / steps:.4f}  {time.perf_counter() - start:.0f} s", flush=True)
-    model.eval()
+
+    def batches(epoch: int) -> Batches:
+        pixels, labels = load("train", plain=epoch <= PLAIN_EPOCHS)
+        return lambda chosen: augment(normalise(pixels[chosen])), labels
+
+    fit(model, RECIPE, epochs, batches)
 
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
     """Share of images whose largest logit is their class, in percent."""
-    answers = [model(normalise(part)).argmax(1) for part in pixels.split(BATCH)]
+    answers = [model(normalise(part)).argmax(1) for part in pixels.split(RECIPE.batch)]
     return 100 * float((torch.cat(answers) == labels).float().mean())
 
 
