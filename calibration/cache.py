@@ -111,8 +111,8 @@ def check_images(kept: Calibration, where: str, source: ImageSource) -> None:
     """
     images = len(source) - len(source.unreadable)
     if (kept.dataset_sha256, kept.images) != (source.digest, images):
-        found = f"images {source.digest[:12]}… ({images} readable) instead of {kept.dataset_sha256[:12]}…"
-        raise _other(where, [f"{found} ({kept.images} readable, from {kept.source})"])
+        difference = f"images {source.digest[:12]}… ({images} readable) instead of {kept.dataset_sha256[:12]}…"
+        raise _other(where, [f"{difference} ({kept.images} readable, from {kept.source})"])
 
 
 def _other(where: str, differences: list[str]) -> DataError:

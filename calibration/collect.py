@@ -82,10 +82,10 @@ def calibrate(
         observe = AmaxObserver if calibrator == "max" and not cache else HistogramObserver
         statistics, notes = _run(model, {layer: observe(layer) for layer in layers}, source, progress)
     _check_seen(statistics)
-    found = recalibrate(_of(source, weights, statistics, notes), calibrator, percentile)
+    calibration = recalibrate(_of(source, weights, statistics, notes), calibrator, percentile)
     if cache and not text and processes.first:
-        write_cache(path, found)
-    return found
+        write_cache(path, calibration)
+    return calibration
 
 
 def _of(source: ImageSource, weights: str, statistics: dict[str, Statistics], notes: tuple[str, ...]) -> Calibration:

@@ -37,8 +37,8 @@ class Errors:
         with torch.inference_mode():
             for images, _ in source.batches(BATCH):
                 pair = (first_output(network, torch.tensor(images)) for network in (reference, quantized))
-                expected, found = (values.flatten(1).double() for values in pair)
-                noise.append((found - expected).square().sum(1))
+                expected, outputs = (values.flatten(1).double() for values in pair)
+                noise.append((outputs - expected).square().sum(1))
                 signal.append(expected.square().sum(1))
         return cls(torch.cat(noise).numpy(), torch.cat(signal).numpy())
 

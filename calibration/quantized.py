@@ -68,7 +68,7 @@ def plan_scales(
         OptionError: If the weight calibrator is unknown.
     """
     check_weight_calibrator(weight_calibrator)
-    found = {}
+    scales = {}
     for path, entry in plan.quantized_entries.items():
         layer = model.get_submodule(path)
         if not isinstance(layer, QUANTIZABLE):
@@ -91,8 +91,8 @@ def plan_scales(
             else:
                 largest = np.float32(CODES[entry.precision])
                 weight = stored(np.array([float(layer.weight.abs().max()) or 1.0], np.float32) / largest)
-        found[path] = Quantization(scale, weight, entry.precision)
-    return found
+        scales[path] = Quantization(scale, weight, entry.precision)
+    return scales
 
 
 def fake_quantize(x: Tensor, scale: float, codes: str) -> Tensor:

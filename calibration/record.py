@@ -92,7 +92,7 @@ class Calibration:
 
     def summary(self) -> dict[str, Any]:
         """What the manifest holds of it: all but what goes by layer, as plain values."""
-        found = {
+        entries = {
             "calibrator": self.calibrator,
             "percentile": self.percentile,
             "images": self.images,
@@ -102,7 +102,7 @@ class Calibration:
             "dataset_sha256": self.dataset_sha256,
             "notes": list(self.notes),
         }
-        return {key: value for key, value in found.items() if value not in (None, [])}
+        return {key: value for key, value in entries.items() if value not in (None, [])}
 
     def to_json(self, scales: Mapping[str, Scales] | None = None) -> dict[str, Any]:
         """Plain values, with a SHA-256 of them all.

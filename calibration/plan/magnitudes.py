@@ -61,7 +61,7 @@ def observe_magnitudes(model: nn.Module, images: npt.NDArray[np.float32]) -> dic
     hooks = (hook for path, module in model.named_modules() for hook in observer.follow(path, module))
     with hooked(hooks), torch.no_grad(), observer:
         model(torch.tensor(images))
-    return observer.found
+    return observer.magnitudes
 
 
 class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -69,7 +69,7 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: dict[str, Magnitudes] = {}
+        self.magnitudes: dict[str, Magnitudes] = {}
         self._stack: list[str] = []
         self._known: dict[int, tuple[weakref.ref[Tensor], float]] = {}
         for weight in (*model.parameters(), *model.buffers()):
@@ -102,7 +102,7 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in made:
                 self._note(tensor, self._lookup(read[0]))
             return outputs
-        seen = self.found.setdefault(self._stack[-1], Magnitudes())
+        seen = self.magnitudes.setdefault(self._stack[-1], Magnitudes())
         amax_read = [self._lookup(tensor) for tensor in read]
         for tensor in made:
             amax = _amax(tensor)
@@ -124,13 +124,13 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, list | tuple):
-            found += _tensors(value)
-    return found
+            tensors += _tensors(value)
+    return tensors
 
 
 def _amax(tensor: Tensor) -> float:

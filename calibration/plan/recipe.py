@@ -76,10 +76,10 @@ class Recipe:
         known = {layer.path: layer for layer in facts}
         for entry in self.entries:
             self._check_name(entry, modules if entry.operations else list(known))
-        given = self.layers
-        entries = tuple(replace(given[x.op], kind=x.kind) if x.op in given else x for x in plan.entries)
+        layers = self.layers
+        entries = tuple(replace(layers[x.op], kind=x.kind) if x.op in layers else x for x in plan.entries)
         quantized = {entry.op: entry.precision for entry in entries if entry.precision in CODES}
-        for path, entry in given.items():
+        for path, entry in layers.items():
             if entry.kind not in ("", known[path].kind):
                 msg = f"{self._at(entry)} is a {entry.kind} there and a {known[path].kind} in this network."
                 raise OptionError(msg)
@@ -199,8 +199,8 @@ def parse_recipe(text: str, source: str = "the recipe") -> Recipe:
     return Recipe(precision=precision, remainder=remainder, entries=tuple(entries), source=source)
 
 
-def _entry(name: str, given: Any, precision: str, operations: bool, at: str) -> PlanEntry:
-    table = _table(given, at)
+def _entry(name: str, value: Any, precision: str, operations: bool, at: str) -> PlanEntry:
+    table = _table(value, at)
     _check_keys(table, _KEYS, at)
     allowed = tuple(each for each in ALLOWED[precision] if not (operations and each in CODES))
     kind, reason = table.get("kind", ""), table.get("reason", "as the recipe says")
@@ -251,7 +251,7 @@ def _check_keys(table: dict[str, Any], known: Sequence[str], at: str) -> None:
 def _choice(table: dict[str, Any], key: str, known: Sequence[str], at: str, default: str | None = None) -> str:
     value = table.get(key, default)
     if value not in known:
-        found = f"is {value!r}" if key in table else "is missing"
-        msg = f"{at}: {key} {found}; expected {_or(known)}."
+        problem = f"is {value!r}" if key in table else "is missing"
+        msg = f"{at}: {key} {problem}; expected {_or(known)}."
         raise OptionError(msg)
     return str(value)

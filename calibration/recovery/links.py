@@ -86,7 +86,7 @@ class _Flow:
             readers = list(self._readers(node, last=type(producer) in CHANNELS_LAST))
             if readers and None not in readers:
                 parts = _parts(str(node.target), producer, ("conv_out", "attention.attn_out"))
-                yield Link(parts, tuple(path for found in readers if found for path in found))
+                yield Link(parts, tuple(path for paths in readers if paths for path in paths))
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self._modules[str(node.target)] if node.op == "call_module" else None

@@ -171,8 +171,8 @@ def _see_error(site: _Site, layer: nn.Conv2d | nn.Linear, x: Tensor) -> None:
 def _run(layer: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight)
-    found: Tensor = layer._conv_forward(x, weight, None)
-    return found
+    output: Tensor = layer._conv_forward(x, weight, None)
+    return output
 
 
 def _apply_best(model: nn.Module, site: _Site) -> int:

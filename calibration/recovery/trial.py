@@ -70,14 +70,14 @@ class Trials:
         choosing: The images that recoveries are made from.
         judging: Other images, which judge them, from all over the source and of each class in proportion; None where
             they would be too few.
-        found: What was tried.
+        outcomes: What was tried.
     """
 
     def __init__(self, reference: nn.Module, source: ImageSource, progress: Progress = silent) -> None:
         judging = source.spread(len(source) // EVERY)
         choosing = np.setdiff1d(np.arange(len(source)), judging)
         self.choosing = source.select(choosing).subset(len(choosing))
-        self.found: list[Trial] = []
+        self.outcomes: list[Trial] = []
         self.judging = source.select(judging).subset(JUDGES) if len(judging) > 1 else None
         self._reference, self._progress = reference, progress
         self._before: Errors | None = None
@@ -96,15 +96,15 @@ class Trials:
         """
         if not layers:
             return False
-        self._progress(STEP, len(self.found), len(self.found) + 1)
+        self._progress(STEP, len(self.outcomes), len(self.outcomes) + 1)
         before, after = self._before, self._errors(quantized())
         kept = before is not None and after is not None and after.clearly_less_than(before)
         images = len(before) if before else 0
         before_db, after_db = (each.sqnr_db if each else 0.0 for each in (before, after))
-        self.found.append(
+        self.outcomes.append(
             Trial(name=name, layers=layers, kept=kept, images=images, before_db=before_db, after_db=after_db)
         )
-        self._progress(STEP, len(self.found), len(self.found))
+        self._progress(STEP, len(self.outcomes), len(self.outcomes))
         if kept:
             self._before = after
         return kept

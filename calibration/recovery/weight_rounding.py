@@ -132,8 +132,8 @@ def _rows(layer: QuantConv2d | QuantLinear, x: Tensor) -> Tensor:
 
 def _round(weight: Tensor, nearest: Tensor, scale: Tensor, moment: Tensor) -> Tensor:
     """Round `(C_out, K)`; each row as GPTQ does or to nearest, whichever has the smaller output error."""
-    found = _gptq(weight.double(), scale.double(), moment)
-    on_grid = quantize_weight(found.to(weight.dtype), scale)  # the very floats that the graphs will hold
+    rounded = _gptq(weight.double(), scale.double(), moment)
+    on_grid = quantize_weight(rounded.to(weight.dtype), scale)  # the very floats that the graphs will hold
     better = _output_error(on_grid, weight, moment) < _output_error(nearest, weight, moment)
     return torch.where(better[:, None], on_grid, nearest)
 

@@ -56,13 +56,13 @@ class Answers:
         seen, labelling, classes = [], LabelCheck(source), 0
         for images, labels in each_batch(source, BATCH, "Answers of the network", progress, shared=True):
             logits = forward(images)
-            found, classes = answers(logits), logits.shape[1]
-            if (broken := np.flatnonzero(found == NO_CLASS)).size:
+            predictions, classes = answers(logits), logits.shape[1]
+            if (broken := np.flatnonzero(predictions == NO_CLASS)).size:
                 name = source.name_of(images[broken[0]])
                 msg = f"The network returns NaN or infinite logits for {name}; nothing can be compared with it."
                 raise DataError(msg)
             labelling.update(labels, logits)
-            seen.append(np.stack([found if labels is None else labels, found]))
+            seen.append(np.stack([predictions if labels is None else labels, predictions]))
         classes = int(current().max(np.array([classes], np.float64))[0])  # a process may have had no image
         labelling.of_all_processes().check(classes)
         expected, reference = np.concatenate(of_all_batches(seen), axis=1)
@@ -90,19 +90,19 @@ class Answers:
         batches = each_batch(self.source, BATCH, step, progress)
         return np.concatenate([answers(forward(images)) for images, _ in batches])
 
-    def count(self, found: npt.NDArray[np.int64]) -> PairedCounts:
+    def count(self, predictions: npt.NDArray[np.int64]) -> PairedCounts:
         """Images lost and gained by answers to the first of the images, `(n,)` with n at most N.
 
         An image without an answer is lost, also where the trained network was wrong.
         """
-        seen = slice(len(found))
-        right = found == self.expected[seen]
-        could_lose = (self.reference[seen] == self.expected[seen]) | (found == NO_CLASS)
+        seen = slice(len(predictions))
+        right = predictions == self.expected[seen]
+        could_lose = (self.reference[seen] == self.expected[seen]) | (predictions == NO_CLASS)
         return PairedCounts(len(self), int((could_lose & ~right).sum()), int((~could_lose & right).sum()))
 
-    def unanswered(self, found: npt.NDArray[np.int64]) -> tuple[str, ...]:
-        """Names of the images that have no answer among `found`, `(N,)`."""
-        return tuple(self.source.item_name(index) for index in np.flatnonzero(found == NO_CLASS).tolist())
+    def unanswered(self, predictions: npt.NDArray[np.int64]) -> tuple[str, ...]:
+        """Names of the images that have no answer among `predictions`, `(N,)`."""
+        return tuple(self.source.item_name(index) for index in np.flatnonzero(predictions == NO_CLASS).tolist())
 
     def compare(
         self, forward: Forward, stop: Callable[[int, PairedCounts], bool]
@@ -117,13 +117,13 @@ class Answers:
         Returns:
             The counts, and the answers to the images seen, `(n,)`.
         """
-        processes, found = current(), np.zeros(0, np.int64)
+        processes, predictions = current(), np.zeros(0, np.int64)
         own = self.source.batches(BATCH, part=processes.rank, parts=processes.count)
-        while len(found) < len(self):
+        while len(predictions) < len(self):
             batch = next(own, None)  # the last round may have none for this process
             mine = b"" if batch is None else answers(forward(batch[0])).tobytes()
             for batch_answers in filter(None, processes.gather(mine)):
-                found = np.append(found, np.frombuffer(batch_answers, np.int64))
-                if stop(len(found), self.count(found)):
-                    return self.count(found), found
-        return self.count(found), found
+                predictions = np.append(predictions, np.frombuffer(batch_answers, np.int64))
+                if stop(len(predictions), self.count(predictions)):
+                    return self.count(predictions), predictions
+        return self.count(predictions), predictions

@@ -47,13 +47,13 @@ class Ledger:
     def __init__(self, path: Path | None, identity: dict[str, Any]) -> None:
         self._path = path
         self._prefix = ""
-        self._found: dict[str, Any] = {}
+        self._measurements: dict[str, Any] = {}
         head = json.loads(json.dumps({"version": _VERSION, **identity}, allow_nan=False))
         if path is not None and path.exists():
             self._read(path, head)
         else:
             self._write(json.dumps(head))
-        self.resumed = len(self._found)
+        self.resumed = len(self._measurements)
 
     @classmethod
     def of_all(cls, path: Path | None, identity: dict[str, Any]) -> Ledger:
@@ -71,8 +71,8 @@ class Ledger:
         processes = current()
         processes.check_equal(**identity)
         ledger = cls(path if processes.first else None, identity)
-        ledger._found = json.loads(processes.gather(json.dumps(ledger._found).encode())[0])
-        ledger.resumed = len(ledger._found)
+        ledger._measurements = json.loads(processes.gather(json.dumps(ledger._measurements).encode())[0])
+        ledger.resumed = len(ledger._measurements)
         return ledger
 
     def measure(self, names: Sequence[str], measure: Callable[[str], Any], done: Callable[[int], None]) -> None:
@@ -93,14 +93,14 @@ class Ledger:
         done(len(names))
 
     def __contains__(self, name: str) -> bool:
-        return self._prefix + name in self._found
+        return self._prefix + name in self._measurements
 
     def __getitem__(self, name: str) -> Any:
-        return self._found[self._prefix + name]
+        return self._measurements[self._prefix + name]
 
     def __setitem__(self, name: str, value: Any) -> None:
         name = self._prefix + name
-        self._found[name] = value
+        self._measurements[name] = value
         self._write(json.dumps([name, value, _checksum(name, value)], allow_nan=False))
 
     def part(self, name: str) -> Ledger:
@@ -124,7 +124,7 @@ class Ledger:
             written = dict(json.loads(lines[0]))
             # a line that was being written when the run was killed has no end
             entries = [json.loads(line) for line in lines[1:] if line.endswith("\n")]
-            self._found = {_checked(*entry): entry[1] for entry in entries}
+            self._measurements = {_checked(*entry): entry[1] for entry in entries}
         except (OSError, ValueError, TypeError, RecursionError) as error:
             msg = f"{path} does not hold the measurements of an earlier run ({error}). Remove it, or name another file."
             raise DataError(msg) from error

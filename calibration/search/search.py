@@ -126,44 +126,44 @@ class Search:
         Args:
             rank: Asked for the units, most harmful first, only if they cannot all be INT8.
         """
-        given_up: list[str] = []
+        unquantized: list[str] = []
         counts = self._all or self._judge_all()
         ranking = [] if self._within(counts) else rank()
-        while not self._within(counts) and len(given_up) < len(ranking):
-            self._progress(STEP, len(given_up), len(ranking), "layers")
-            given_up.append(ranking[len(given_up)])
-            counts = self._judge(given_up)
+        while not self._within(counts) and len(unquantized) < len(ranking):
+            self._progress(STEP, len(unquantized), len(ranking), "layers")
+            unquantized.append(ranking[len(unquantized)])
+            counts = self._judge(unquantized)
         reached = self._within(counts)
-        for unit in reversed(given_up[:-1] if reached else []):
-            fewer = [one for one in given_up if one != unit]
+        for unit in reversed(unquantized[:-1] if reached else []):
+            fewer = [one for one in unquantized if one != unit]
             without = self._judge(fewer)
             if self._within(without):
-                given_up, counts = fewer, without
+                unquantized, counts = fewer, without
         if ranking:
             self._progress(STEP, len(ranking), len(ranking), "layers")
         return SearchResult(
             budget=self._budget,
-            unquantized=tuple(given_up),
+            unquantized=tuple(unquantized),
             counts=counts,
             reached=reached,
             evaluations=self.evaluations,
         )
 
-    def confirm(self, found: SearchResult, others: Answers, rank: Callable[[], list[str]]) -> SearchResult:
+    def confirm(self, result: SearchResult, others: Answers, rank: Callable[[], list[str]]) -> SearchResult:
         """Take the plan found if it holds on other images, else the last that does of a sequence from a safe one on.
 
         Args:
-            found: What `run` found.
+            result: What `run` found.
             others: Images that took no part in it.
             rank: Asked for the units, most harmful first.
 
         Returns:
             The plan that holds; if none does, the safest, with `reached` false.
         """
-        own = list(found.unquantized)
+        own = list(result.unquantized)
         counts = self._judge_on(others, own)
         if self._holds(counts, len(others)):
-            return replace(found, confirmed=counts, evaluations=self.evaluations)
+            return replace(result, confirmed=counts, evaluations=self.evaluations)
         ranking = rank()
         most = len(ranking) - 1  # one layer stays
         sizes = [min(most, 1 + max((ranking.index(unit) for unit in own), default=-1))]
@@ -174,18 +174,18 @@ class Search:
             sizes.append(min(most, safe + further))
             further *= 2
         taken: tuple[list[str], PairedCounts] | None = None
-        for given_up in (ranking[:size] for size in reversed(sizes)):
-            counts = self._judge_on(others, given_up)
+        for unquantized in (ranking[:size] for size in reversed(sizes)):
+            counts = self._judge_on(others, unquantized)
             holds = self._holds(counts, len(others))
             if holds or taken is None:
-                taken = given_up, counts
+                taken = unquantized, counts
             if not holds:
                 break
-        given_up, counts = taken or (own, counts)
+        unquantized, counts = taken or (own, counts)
         return replace(
-            found,
-            unquantized=tuple(given_up),
-            counts=self._judge(given_up),
+            result,
+            unquantized=tuple(unquantized),
+            counts=self._judge(unquantized),
             confirmed=counts,
             reached=self._holds(counts, len(others)),
             evaluations=self.evaluations,
@@ -211,15 +211,15 @@ class Search:
         deviation = 100 * math.sqrt(counts.lost + counts.gained + 1) / counts.images
         return counts.drop_bound + SAFE * deviation <= self._budget
 
-    def _judge_on(self, others: Answers, given_up: list[str]) -> PairedCounts:
+    def _judge_on(self, others: Answers, unquantized: list[str]) -> PairedCounts:
         def judge() -> PairedCounts:
             def is_hopeless(counts: PairedCounts) -> bool:
                 return not self._within(_with_slack(replace(counts, gained=counts.gained + _CHANCE_GAIN)))
 
-            forward = self._forward(frozenset(self._units) - frozenset(given_up))
+            forward = self._forward(frozenset(self._units) - frozenset(unquantized))
             return self._look(_mixed(others), forward, "Confirming", is_hopeless)[0]
 
-        return self._kept("confirm", given_up, judge, len(others))
+        return self._kept("confirm", unquantized, judge, len(others))
 
     def _judge_all(self) -> PairedCounts:
         """Judge the plan with every unit in INT8; unless that ended early, put the images that it moves first."""
@@ -227,9 +227,9 @@ class Search:
 
         def judge() -> PairedCounts:
             forward = self._forward(frozenset(self._units))
-            counts, found = self._look(self._answers, forward, "Judging INT8", lambda _: False)
-            if len(found) == len(self._answers):
-                self._ledger["moved"] = np.flatnonzero(found != self._answers.reference).tolist()
+            counts, predictions = self._look(self._answers, forward, "Judging INT8", lambda _: False)
+            if len(predictions) == len(self._answers):
+                self._ledger["moved"] = np.flatnonzero(predictions != self._answers.reference).tolist()
             return counts
 
         counts = self._kept("plan", [], judge, len(self._answers))
@@ -266,23 +266,23 @@ class Search:
             return bool(taken) or is_hopeless(counts)
 
         self._progress(step, 0, len(answers), "images")
-        counts, found = answers.compare(forward, stop)
+        counts, predictions = answers.compare(forward, stop)
         self._progress(step, len(answers), len(answers), "images")
-        return (taken or [counts])[0], found
+        return (taken or [counts])[0], predictions
 
     def _within(self, counts: PairedCounts) -> bool:
         return counts.drop_bound <= self._budget
 
-    def _judge(self, given_up: list[str]) -> PairedCounts:
+    def _judge(self, unquantized: list[str]) -> PairedCounts:
         def judge() -> PairedCounts:
-            forward = self._forward(frozenset(self._units) - frozenset(given_up))
+            forward = self._forward(frozenset(self._units) - frozenset(unquantized))
             return self._answers.compare(forward, self._is_hopeless)[0]
 
-        return self._kept("plan", given_up, judge, len(self._answers))
+        return self._kept("plan", unquantized, judge, len(self._answers))
 
-    def _kept(self, kind: str, given_up: list[str], judge: Callable[[], PairedCounts], images: int) -> PairedCounts:
+    def _kept(self, kind: str, unquantized: list[str], judge: Callable[[], PairedCounts], images: int) -> PairedCounts:
         """A judgement of a plan: that of the ledger, else a new one, which is kept there."""
-        key = f"{kind}:{','.join(sorted(given_up))}"
+        key = f"{kind}:{','.join(sorted(unquantized))}"
         if key not in self._ledger:
             counts = judge()
             self._ledger[key] = [counts.lost, counts.gained, *([] if counts.images == images else [counts.images])]

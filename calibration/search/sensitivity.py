@@ -100,22 +100,22 @@ def measure_sensitivity(
         return asdict(judge.effect(*_roundings(simulation, variant, layer)))
 
     ledger.measure(wanted, measure, lambda done: progress(STEP, done, len(wanted), "measurements"))
-    found = {name: Effect(**ledger[name]) for name in wanted}
+    effects = {name: Effect(**ledger[name]) for name in wanted}
     layers = [
         LayerSensitivity(
             op=layer,
             kind=kinds[layer],
-            only_quantized=found[f"only_quantized:{layer}"],
-            only_kept=found[f"only_kept:{layer}"],
-            weight_only=found.get(f"weight_only:{layer}"),
-            input_only=found[f"input_only:{layer}"],
+            only_quantized=effects[f"only_quantized:{layer}"],
+            only_kept=effects[f"only_kept:{layer}"],
+            weight_only=effects.get(f"weight_only:{layer}"),
+            input_only=effects[f"input_only:{layer}"],
         )
         for layer in simulation.layers
     ]
     return Sensitivity(
         images=len(answers),
         labelled=answers.labelled,
-        all_quantized=found["all_quantized:"],
+        all_quantized=effects["all_quantized:"],
         layers=tuple(sorted(layers, key=lambda one: one.only_quantized.sqnr_db)),
     )
 

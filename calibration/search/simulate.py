@@ -46,8 +46,8 @@ class Simulation:
         for path, switch in self._switches.items():
             switch.rounds_input, switch.rounds_weight = path in inputs, path in weights
         with torch.inference_mode():
-            found: Logits = first_output(self._network, torch.tensor(images)).numpy()
-        return found
+            logits: Logits = first_output(self._network, torch.tensor(images)).numpy()
+        return logits
 
 
 class _Switch(nn.Module):

@@ -88,7 +88,7 @@ def prepare_opened(
     if trials is not None:
         rounded, after = _recover_after(deployed, scales, options.recovery, trials, progress)
         recovered |= after
-        notes += tuple(trial.note for trial in trials.found if not trial.kept)
+        notes += tuple(trial.note for trial in trials.outcomes if not trial.kept)
     return Prepared(
         name=type(opened.model).__name__,
         outputs=opened.outputs,
@@ -100,7 +100,7 @@ def prepare_opened(
         scales=scales,
         calibration=seen,
         recovered=recovered,
-        trials=tuple(trials.found) if trials else (),
+        trials=tuple(trials.outcomes) if trials else (),
         rewrites=made.rewrites,
         magnitudes=magnitudes,
         notes=notes,

@@ -98,7 +98,7 @@ def test_one_that_gains_is_kept(name: str) -> None:
     trials.start(worse)
     assert trials.gains(name, 1, lambda: net)
     assert not trials.gains(name, 1, lambda: worse), "the next must be better than what was kept"
-    assert [one.kept for one in trials.found] == [True, False]
+    assert [one.kept for one in trials.outcomes] == [True, False]
 
 
 def test_a_gain_by_chance_is_none() -> None:
