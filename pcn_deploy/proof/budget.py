@@ -67,7 +67,7 @@ class BudgetProof:
         """What speaks against a pass, in words."""
         if self.unanswered:
             return [f"NaN or infinite logits for {listed(self.unanswered)}"]
-        return drop_failures(self.counts, self.budget, to_prove=self.asked, given=self.given)
+        return drop_failures(self.counts, self.budget, to_prove=self.asked, total_images=self.given)
 
     @property
     def images_needed(self) -> int | None:
@@ -120,7 +120,7 @@ class Judges:
     asked: bool = True
 
     @property
-    def given(self) -> int:
+    def total_images(self) -> int:
         """Images in all."""
         return len(self.proof) if self.search is self.proof else len(self.search) + len(self.proof)
 
@@ -216,5 +216,5 @@ def prove_budget(engine: Engine, judges: Judges, progress: Progress) -> BudgetPr
         asked=judges.asked,
         top1=judges.proof.top1,
         budget=judges.budget,
-        given=judges.given,
+        given=judges.total_images,
     )

@@ -76,14 +76,14 @@ def judge_drop(counts: PairedCounts, budget: float) -> str:
     return "broken" if counts.drop_shown > budget else "open"
 
 
-def drop_failures(counts: PairedCounts, budget: float, *, to_prove: bool, given: int = 0) -> list[str]:
+def drop_failures(counts: PairedCounts, budget: float, *, to_prove: bool, total_images: int = 0) -> list[str]:
     """What speaks against a pass, in words.
 
     Args:
         counts: Images lost and gained.
         budget: Largest drop, in percentage points.
         to_prove: Whether the drop must be proven within the budget; else it must not be shown to break it.
-        given: Images given in all, where some of them did not judge.
+        total_images: Images given in all, where some of them did not judge.
     """
     task = judge_drop(counts, budget)
     if task == "broken":
@@ -91,7 +91,7 @@ def drop_failures(counts: PairedCounts, budget: float, *, to_prove: bool, given:
         return [f"top-1 drops by {counts.drop:.2f} points on {counts.images} images, {shown}: above {budget:.2f}"]
     if task == "open" and to_prove:
         needed = images_needed(counts, budget)
-        needed = needed and math.ceil(needed * (given or counts.images) / counts.images)
+        needed = needed and math.ceil(needed * (total_images or counts.images) / counts.images)
         remedy = f"{needed} images would prove it at this rate" if needed else "more images will not help at this rate"
         return [
             f"top-1 drops by {counts.drop:.2f} points on {counts.images} images, with {CONFIDENCE:.0%} confidence by "

@@ -39,8 +39,8 @@ def live_classes(logits: Logits) -> npt.NDArray[np.bool_]:
         return np.ones(rows.shape[1], np.bool_)
     below = rows.max(1).min() - rows.max(0)
     scale = max(moves, float(np.abs(rows[:, below <= _FAR * moves]).max(initial=0.0)))
-    found: npt.NDArray[np.bool_] = below <= _FAR * scale
-    return found
+    live: npt.NDArray[np.bool_] = below <= _FAR * scale
+    return live
 
 
 def answers(logits: Logits) -> npt.NDArray[np.int64]:
@@ -58,15 +58,15 @@ def cosine(reference: Doubles, engine: Doubles) -> Doubles:
     out = np.where(finite[:, None], engine, 0.0)
     norms = np.linalg.norm(reference, axis=1) * np.linalg.norm(out, axis=1)
     both_zero = (np.abs(reference).max(1, initial=0) == 0) & (np.abs(out).max(1, initial=0) == 0)
-    found = np.where(both_zero, 1.0, (reference * out).sum(1) / np.where(norms > 0, norms, 1.0))
-    worst: Doubles = np.where(finite, found, -1.0)
+    cosines = np.where(both_zero, 1.0, (reference * out).sum(1) / np.where(norms > 0, norms, 1.0))
+    worst: Doubles = np.where(finite, cosines, -1.0)
     return worst
 
 
 def centred(rows: Doubles) -> Doubles:
     """Rows less their means; a single logit has no others to differ from, and stays."""
-    found: Doubles = rows - rows.mean(1, keepdims=True) if rows.shape[1] > 1 else rows
-    return found
+    centred_rows: Doubles = rows - rows.mean(1, keepdims=True) if rows.shape[1] > 1 else rows
+    return centred_rows
 
 
 def sqnr_db(signal: float, noise: float) -> float:

@@ -282,20 +282,20 @@ class ParityMeter:
         """One sentence per limit that the numbers break, of the changes `least`; if they are no numbers, only that."""
         if self._broken:
             return [f"NaN or infinite {self.output} for {listed(self._broken)}"]
-        found = []
+        failures = []
         judged = metrics.get("cosine_judged", metrics["cosine_min"])
         if judged < budget.cosine_min:
             which = f"the worst image, {self._worst[1]}," if judged == self._worst[0] else "an image too many"
-            found.append(f"cosine {judged:.5f} of {which} is below {budget.cosine_min}")
+            failures.append(f"cosine {judged:.5f} of {which} is below {budget.cosine_min}")
         sqnr, differences = metrics["sqnr_db"], metrics.get("sqnr_differences_db", math.inf)
         changes, least = metrics.get("sqnr_changes_db", math.inf), changes_limit(budget) if least is None else least
         if sqnr < budget.sqnr_db:
-            return [*found, f"SQNR {sqnr:.1f} dB is below {budget.sqnr_db:.1f} dB"]
+            return [*failures, f"SQNR {sqnr:.1f} dB is below {budget.sqnr_db:.1f} dB"]
         if differences < budget.sqnr_db:
             common, what, got, limit = "all logits of an image", "their differences", differences, budget.sqnr_db
         elif changes < least:
             common, what, got, limit = "all images", "what the image changes", changes, least
         else:
-            return found
+            return failures
         shared = f"SQNR {sqnr:.1f} dB is that of what {common} have in common"
-        return [*found, f"{shared}; that of {what}, {got:.1f} dB, is below {limit:.1f} dB"]
+        return [*failures, f"{shared}; that of {what}, {got:.1f} dB, is below {limit:.1f} dB"]

@@ -79,15 +79,15 @@ class Role(ABC):
         return {"role": self.name, "shape": list(values.shape), **summary}
 
 
-def power_of_noise(reference: Outputs, found: Outputs, role: Role, live: npt.NDArray[np.bool_] | None) -> float:
+def power_of_noise(reference: Outputs, outputs: Outputs, role: Role, live: npt.NDArray[np.bool_] | None) -> float:
     """Mean power of the errors in the rows of an output, less what changes no answer.
 
     Args:
         reference: The output, `(N, ...)`.
-        found: The same with errors.
+        outputs: The same with errors.
         role: What it means.
         live: Which entries of a row are compared, `(K,)`; None for all.
     """
-    rows = (values.reshape(len(values), -1).astype(np.float64) for values in (reference, found))
+    rows = (values.reshape(len(values), -1).astype(np.float64) for values in (reference, outputs))
     first, second = (role.differences(each if live is None else each[:, live]) for each in rows)
     return float(np.square(first - second).sum(1).mean())
