@@ -26,7 +26,7 @@ class DataSet(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-ArraysGiven: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]] | DataSet
+ArraysLike: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]] | DataSet
 """Arrays, tensors or pictures, single or in batches, alone or with labels; a function that returns or yields them; a
 data set with a length."""
 
@@ -59,25 +59,25 @@ class ArrayImage:
         return np.ascontiguousarray(self.pixels, dtype=np.float32)
 
 
-def is_stream(given: Any) -> bool:
+def is_stream(source: Any) -> bool:
     """Whether images come one after the other and need not all be in memory, as of a loader, a function, a data set."""
-    return not isinstance(given, str | Path | list | tuple | np.ndarray) and not hasattr(given, "shape")
+    return not isinstance(source, str | Path | list | tuple | np.ndarray) and not hasattr(source, "shape")
 
 
-def open_arrays(given: ArraysGiven, transform: Transform, limit: int | None) -> list[ArrayImage]:
+def open_arrays(source: ArraysLike, transform: Transform, limit: int | None) -> list[ArrayImage]:
     """Take images out of whatever holds or yields them.
 
     Args:
-        given: Where they come from; a generator is used up.
+        source: Where they come from; a generator is used up.
         transform: Tells the number of channels, by which the axes of pixels are recognised.
         limit: Of a stream, keep no more than twice as many, whichever they are; more of them need not fit into memory.
 
     Raises:
         DataError: If something in it is no image.
     """
-    size = 2 * limit if limit is not None and is_stream(given) else None
+    size = 2 * limit if limit is not None and is_stream(source) else None
     kept: Reservoir[ArrayImage] = Reservoir(size)
-    for element in _elements(given, limit):
+    for element in _elements(source, limit):
         for image in _images(element, transform, "array"):
             place = kept.place()
             if place is None:
@@ -136,42 +136,42 @@ def open_npz(path: Path, transform: Transform) -> list[ArrayImage]:
     return [replace(item, name=f"{path}[{index}]") for index, item in enumerate(items)]
 
 
-def _elements(given: Any, limit: int | None) -> Iterator[Any]:
+def _elements(source: Any, limit: int | None) -> Iterator[Any]:
     """What a source holds or yields, one after the other."""
-    if isinstance(given, Mapping) or _is_labelled_batch(given):
-        yield given
-    elif hasattr(given, "__iter__"):
-        yield from given
-    elif hasattr(given, "__getitem__") and hasattr(given, "__len__"):  # a data set of torch: it may have no end
-        count = len(given)
-        yield from (given[int(index)] for index in spread(count, limit or count))
-    elif callable(given):
-        made = given()
+    if isinstance(source, Mapping) or _is_labelled_batch(source):
+        yield source
+    elif hasattr(source, "__iter__"):
+        yield from source
+    elif hasattr(source, "__getitem__") and hasattr(source, "__len__"):  # a data set of torch: it may have no end
+        count = len(source)
+        yield from (source[int(index)] for index in spread(count, limit or count))
+    elif callable(source):
+        made = source()
         yield from made if hasattr(made, "__iter__") and not hasattr(made, "shape") else [made]
     else:
         msg = (
-            f"Images were given as {type(given).__name__}. Expected a folder, an .npz file, arrays or tensors, "
+            f"Images were given as {type(source).__name__}. Expected a folder, an .npz file, arrays or tensors, "
             "something that yields them (a DataLoader, a generator, a function), or a data set with a length."
         )
         raise DataError(msg)
 
 
-def _is_labelled_batch(given: Any) -> bool:
+def _is_labelled_batch(pair: Any) -> bool:
     """Whether a pair is one batch with its labels, and not two batches."""
-    return isinstance(given, tuple) and len(given) == 2 and _axes(given[0]) >= 3 and _axes(given[1]) <= 1
+    return isinstance(pair, tuple) and len(pair) == 2 and _axes(pair[0]) >= 3 and _axes(pair[1]) <= 1
 
 
 def _images(element: Any, transform: Transform, origin: str) -> Iterator[ArrayImage]:
     """The images of one element of a source, with their labels."""
-    given, labels = _split(element)
-    if isinstance(given, list | tuple):
-        for one in given:
+    images, labels = _split(element)
+    if isinstance(images, list | tuple):
+        for one in images:
             yield from _images(one, transform, origin)
         return
-    if hasattr(given, "getexif"):  # a picture of Pillow
-        yield ArrayImage(given, origin, _label(labels, 0, 1))
+    if hasattr(images, "getexif"):  # a picture of Pillow
+        yield ArrayImage(images, origin, _label(labels, 0, 1))
         return
-    array = _plain(given)
+    array = _plain(images)
     pixels = array.dtype == np.uint8
     if not pixels and not np.issubdtype(array.dtype, np.floating):
         msg = (
@@ -181,7 +181,7 @@ def _images(element: Any, transform: Transform, origin: str) -> Iterator[ArrayIm
         raise DataError(msg)
     batch = array if array.ndim == 4 else array[None]
     if pixels and batch.ndim == 4:
-        batch = _channels_last(batch, len(transform.mean), first=hasattr(given, "detach"))
+        batch = _channels_last(batch, len(transform.mean), first=hasattr(images, "detach"))
     if batch.ndim != 4 or (pixels and batch.shape[-1] not in (1, 3, len(transform.mean))):
         msg = (
             f"{origin} has shape {array.shape}; expected (N, H, W, C) of uint8, or (N, C, H, W) of float32, for a "

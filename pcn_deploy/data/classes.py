@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from pcn_deploy.errors import DataError
 
-ClassesGiven: TypeAlias = str | Path | Sequence[str] | Mapping[str, int]
+ClassesLike: TypeAlias = str | Path | Sequence[str] | Mapping[str, int]
 """A file of `read_classes`, the names of all classes in the order of the outputs, or the output of each name."""
 
 _SYNSET = re.compile(r"(n\d{8})[\s,:]+(\S.*)")
@@ -51,19 +51,19 @@ class Classes:
     count: int | None
 
     @classmethod
-    def of(cls, given: ClassesGiven | Classes) -> Classes:
+    def of(cls, classes: ClassesLike | Classes) -> Classes:
         """Classes from what a user gives.
 
         Raises:
             DataError: If a file cannot be read, or names or numbers are impossible.
         """
-        if isinstance(given, Classes):
-            return given
-        if isinstance(given, str | Path):
-            return read_classes(Path(given))
-        if isinstance(given, Mapping):
-            return _numbered(given.items(), "the list of classes")
-        return _in_order([(str(name),) for name in given], "the list of classes")
+        if isinstance(classes, Classes):
+            return classes
+        if isinstance(classes, str | Path):
+            return read_classes(Path(classes))
+        if isinstance(classes, Mapping):
+            return _numbered(classes.items(), "the list of classes")
+        return _in_order([(str(name),) for name in classes], "the list of classes")
 
     def fault(self, outputs: int) -> str:
         """Why these cannot be the classes of a network with so many outputs; empty if they can."""
@@ -143,19 +143,19 @@ def read_names(path: Path, outputs: int) -> list[str]:
         DataError: As `read_classes`, or if the file names other outputs than those.
     """
     listed = _read(path)
-    found: dict[int, list[str]] = {}
+    names: dict[int, list[str]] = {}
     for aliases, number in listed.names:
         _check_number(aliases[0], number, str(path))
-        found.setdefault(number, []).extend(aliases)
+        names.setdefault(number, []).extend(aliases)
     every = Classes(
-        index={str(number): number for number in found},
+        index={str(number): number for number in names},
         origin=str(path),
-        count=max(found, default=0) + 1 if listed.complete else None,
+        count=max(names, default=0) + 1 if listed.complete else None,
     )
-    if fault := every.fault(outputs) if found else f"{path}: no class is named.":
+    if fault := every.fault(outputs) if names else f"{path}: no class is named.":
         msg = f"{fault} Expected a name for each output."
         raise DataError(msg)
-    return [_best(found.get(number, [str(number)])) for number in range(outputs)]
+    return [_best(names.get(number, [str(number)])) for number in range(outputs)]
 
 
 def _best(names: list[str]) -> str:
@@ -188,15 +188,15 @@ def _pairs(lines: list[str]) -> _Listed | None:
     """Lines of an output and a name, in either order; None if they are something else."""
     first = [_NUMBER_FIRST.fullmatch(line) for line in lines]
     if all(first):
-        found = [(match[2], int(match[1])) for match in first if match]
-        if _distinct(found):
-            complete = {number for _, number in found} == set(range(len(found)))
-            return _Listed([(_aliases(name), number) for name, number in found], ordered=False, complete=complete)
+        pairs = [(match[2], int(match[1])) for match in first if match]
+        if _distinct(pairs):
+            complete = {number for _, number in pairs} == set(range(len(pairs)))
+            return _Listed([(_aliases(name), number) for name, number in pairs], ordered=False, complete=complete)
     last = [_NUMBER_LAST.fullmatch(line) for line in lines]
     if all(last):
-        found = [(match[1], int(match[2])) for match in last if match]
-        if _distinct(found) and {number for _, number in found} == set(range(len(found))):
-            return _Listed([((name,), number) for name, number in found], ordered=False, complete=True)
+        pairs = [(match[1], int(match[2])) for match in last if match]
+        if _distinct(pairs) and {number for _, number in pairs} == set(range(len(pairs))):
+            return _Listed([((name,), number) for name, number in pairs], ordered=False, complete=True)
     return None
 
 
@@ -206,8 +206,8 @@ def _distinct(pairs: list[tuple[str, int]]) -> bool:
 
 def _aliases(name: str) -> tuple[str, ...]:
     """The names by which a line is known: itself, and for ImageNet its synset, its words and the first of those."""
-    found = _SYNSET.fullmatch(name)
-    return (name,) if found is None else (name, found[1], found[2], found[2].partition(",")[0].strip())
+    match = _SYNSET.fullmatch(name)
+    return (name,) if match is None else (name, match[1], match[2], match[2].partition(",")[0].strip())
 
 
 def _in_order(names: Sequence[tuple[str, ...]], origin: str) -> Classes:

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.aliases import Images
-from pcn_deploy.data.arrays import ArrayImage, ArraysGiven, open_arrays, open_npz, survey_arrays
-from pcn_deploy.data.classes import REMEDY, Classes, ClassesGiven, first_of
+from pcn_deploy.data.arrays import ArrayImage, ArraysLike, open_arrays, open_npz, survey_arrays
+from pcn_deploy.data.classes import REMEDY, Classes, ClassesLike, first_of
 from pcn_deploy.data.image_files import Folder, ImageFile, open_folder, survey
 from pcn_deploy.data.sampling import spread_by_class
 from pcn_deploy.data.transform import Transform
@@ -66,13 +66,13 @@ class ImageSource:
 
     def __init__(
         self,
-        source: str | Path | ArraysGiven,
+        source: str | Path | ArraysLike,
         transform: Transform,
         *,
         limit: int | None = None,
         max_unreadable: float = MAX_UNREADABLE_SHARE,
         name: str = "",
-        classes: ClassesGiven | Classes | None = None,
+        classes: ClassesLike | Classes | None = None,
     ) -> None:
         self.transform = transform
         self.max_unreadable = max_unreadable
@@ -86,9 +86,9 @@ class ImageSource:
             msg = f"{limit} images were asked for; at least 1 is needed."
             raise DataError(msg)
         self._classes = None if classes is None else Classes.of(classes)
-        found, self._items, folder = _open(source, transform, self._classes, limit)
+        origin, self._items, folder = _open(source, transform, self._classes, limit)
         self.folders, self._class_notes, self._class_fault = folder.folders, folder.notes, folder.fault
-        self.name = name or found
+        self.name = name or origin
         self.has_labels = bool(self._items) and all(item.label is not None for item in self._items)
         if not self._items:
             msg = f"No images in {self.name}. Expected files such as .png or .jpg, or an .npz with 'images'."
@@ -252,8 +252,8 @@ class ImageSource:
     def name_of(self, image: Images) -> str:
         """Name of an image that this process read in the current pass."""
         digest = np.frombuffer(hashlib.sha256(np.ascontiguousarray(image).data).digest(), np.uint8)
-        (found,) = np.nonzero((self.fingerprints == digest).all(1))
-        return self._items[found[0]].name if len(found) else self.name
+        (indices,) = np.nonzero((self.fingerprints == digest).all(1))
+        return self._items[indices[0]].name if len(indices) else self.name
 
     def _begin(self) -> None:
         self.unreadable = []
@@ -315,7 +315,7 @@ def _bounds(count: int, size: int) -> list[tuple[int, int]]:
 
 
 def _open(
-    source: str | Path | ArraysGiven, transform: Transform, classes: Classes | None, limit: int | None
+    source: str | Path | ArraysLike, transform: Transform, classes: Classes | None, limit: int | None
 ) -> tuple[str, Sequence[ImageFile | ArrayImage], Folder]:
     if not isinstance(source, str | Path):
         return "the given arrays", open_arrays(source, transform, limit), Folder(files=[])

@@ -90,13 +90,13 @@ class LabelCheck:
         right = answers == labels
         if right.all():
             return
-        found = (
+        accuracy = (
             f"The trained network is right on {100 * right.mean():.1f} % of the {len(labels)} labelled images of "
             f"{self.source.name}"
         )
         order = _best_order(labels, answers, self.source.folders)
         if order:
-            better = f"{found}, but on {100 * order.right.mean():.1f} % {order.words}"
+            better = f"{accuracy}, but on {100 * order.right.mean():.1f} % {order.words}"
             if order.certain or not _knows_half(labels, answers):
                 msg = f"{better}: these labels are in another order than its outputs. {REMEDY}"
                 raise DataError(msg)
@@ -105,15 +105,15 @@ class LabelCheck:
             return
         if len(labels) < _LEAST_IMAGES:
             self.source.remark(
-                f"{found}, no more than by chance; so few cannot tell whether the labels are its classes. {REMEDY}"
+                f"{accuracy}, no more than by chance; so few cannot tell whether the labels are its classes. {REMEDY}"
             )
         elif _above(int(right.sum()), len(labels), 0.5, _SIGMAS):  # in any other order it would be right less often
             self.source.remark(
-                f"{found}, as would be one that knows how frequent the classes are and nothing else; such images "
+                f"{accuracy}, as would be one that knows how frequent the classes are and nothing else; such images "
                 f"cannot tell whether the labels are its classes. {REMEDY}"
             )
         else:
-            msg = f"{found}, no more than by chance: its outputs are probably in another order. {REMEDY}"
+            msg = f"{accuracy}, no more than by chance: its outputs are probably in another order. {REMEDY}"
             raise DataError(msg)
 
 

@@ -137,7 +137,9 @@ def _to_8_bits(image: Image.Image, white: float | None) -> Image.Image:
         raise DataError(msg)
     white = white or _SIXTEEN_BITS
     if not (low >= 0 and high <= white):  # NaN too
-        found = f"holds {kind} from {low:g} to {high:g}"
-        msg = f"{found}; expected 0 to --white {white:g}. Build with the value that is white."
+        msg = (
+            f"holds {kind} from {low:g} to {high:g}; expected 0 to --white {white:g}. "
+            "Build with the value that is white."
+        )
         raise DataError(msg)
     return Image.fromarray((values * (255 / white)).round().astype(np.uint8))

@@ -154,8 +154,8 @@ class _Group(Processes):
 
 
 def _error_class(name: str) -> type[PcnDeployError]:
-    found = getattr(errors, name, ProcessError)
-    return found if isinstance(found, type) and issubclass(found, PcnDeployError) else ProcessError
+    error_class = getattr(errors, name, ProcessError)
+    return error_class if isinstance(error_class, type) and issubclass(error_class, PcnDeployError) else ProcessError
 
 
 _current = Processes()

@@ -85,9 +85,9 @@ class Transform:
             (self.exif not in EXIFS, f"exif {self.exif!r} is unknown"),
             (self.white is not None and not 0 < self.white < math.inf, f"white {self.white} is not above 0"),
         ]
-        found = "; ".join(text for wrong, text in problems if wrong)
-        if found:
-            msg = f"The image transform is not possible: {found}."
+        faults = "; ".join(text for wrong, text in problems if wrong)
+        if faults:
+            msg = f"The image transform is not possible: {faults}."
             raise OptionError(msg)
 
     @classmethod

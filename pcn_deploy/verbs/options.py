@@ -15,7 +15,7 @@ from pcn_deploy.calibration.calibrators import (
 from pcn_deploy.calibration.plan.recipe import Recipe
 from pcn_deploy.calibration.plan.rules import CODES, PRECISIONS, REMAINDERS
 from pcn_deploy.calibration.recovery import check_recovery
-from pcn_deploy.data.classes import Classes, ClassesGiven
+from pcn_deploy.data.classes import Classes, ClassesLike
 from pcn_deploy.data.images import MAX_UNREADABLE_SHARE
 from pcn_deploy.data.transform import Transform
 from pcn_deploy.engines.base import BackendOptions
@@ -82,7 +82,7 @@ class CompileOptions:
     seed: int = 0
     backend: BackendOptions = field(default_factory=BackendOptions)
     recipe: Recipe | None = None
-    classes: ClassesGiven | Classes | None = None
+    classes: ClassesLike | Classes | None = None
 
     def __post_init__(self) -> None:
         if self.classes is not None:

@@ -15,7 +15,7 @@ import numpy as np
 from pcn_deploy.aliases import Forward, Images, Outputs
 from pcn_deploy.artefact.engine import Engine
 from pcn_deploy.artefact.golden import GoldenSet
-from pcn_deploy.data.arrays import ArraysGiven
+from pcn_deploy.data.arrays import ArraysLike
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.data.labels import LabelCheck
 from pcn_deploy.data.passes import each_batch
@@ -40,7 +40,7 @@ SAMPLE = 8
 
 def verify(
     engine: Engine,
-    data: str | Path | ArraysGiven | ImageSource | None = None,
+    data: str | Path | ArraysLike | ImageSource | None = None,
     *,
     reference: nn.Module | Forward | None = None,
     budget: ParityBudget | None = None,

@@ -14,7 +14,7 @@ from pcn_deploy.aliases import Indices
 from pcn_deploy.artefact.bundle import read_calibration
 from pcn_deploy.artefact.golden import NOISE
 from pcn_deploy.calibration.record import from_json
-from pcn_deploy.data.arrays import ArraysGiven, is_stream
+from pcn_deploy.data.arrays import ArraysLike, is_stream
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.data.processes import current
 from pcn_deploy.data.transform import drawn_images
@@ -22,7 +22,7 @@ from pcn_deploy.errors import DataError
 from pcn_deploy.proof.budget import check_count
 from pcn_deploy.verbs.options import CompileOptions
 
-CalibrationImages = str | Path | ArraysGiven | ImageSource
+CalibrationImages = str | Path | ArraysLike | ImageSource
 
 HELD_OUT = 270
 """Most calibration images that are held out: the fewest that prove a drop within 1.0 points if none of them is lost."""
