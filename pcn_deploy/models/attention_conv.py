@@ -149,11 +149,11 @@ def note_stretched(model: nn.Module, shape: tuple[int, int, int]) -> tuple[str, 
     if not stretched:
         return ()
     first = stretched[0]
-    made, found = ("x".join(map(str, size)) for size in (built[first], attended[first]))
+    built_size, map_size = ("x".join(map(str, size)) for size in (built[first], attended[first]))
     return (
         f"{len(stretched)} of {len(layers)} tables of relative positions are stretched, such as that of {first}: made "
-        f"for a map of {made}, used on {found}. No rule for it is published, and parity does not judge it: check the "
-        "accuracy, or train at this resolution.",
+        f"for a map of {built_size}, used on {map_size}. No rule for it is published, and parity does not judge it: "
+        "check the accuracy, or train at this resolution.",
     )
 
 

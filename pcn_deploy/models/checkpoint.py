@@ -112,8 +112,8 @@ def _read_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        named = f" (it refers to {found.group(1)})" if found else ""
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        named = f" (it refers to {match.group(1)})" if match else ""
         msg = (
             f"{path} is corrupt, or holds objects other than tensors{named}. Loading it could run foreign code, "
             "so it is refused. Save the plain state dict instead: torch.save(model.state_dict(), path), "
@@ -191,13 +191,13 @@ def load_strict(model: nn.Module, state: StateDict, origin: str) -> None:
     model = unwrapped(model)
     state = _with_counters(model, _named_as(model, state))
     full = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    found = differences(model, state)
-    if found and not any("misshapen" in line for line in found):
+    mismatches = differences(model, state)
+    if mismatches and not any("misshapen" in line for line in mismatches):
         with suppress(RuntimeError):  # the network may have hooks that take other names
             _load(model, full)
             return
-    if found:
-        lines = [f"{origin} does not fit this network:", *(f"  {line}" for line in found)]
+    if mismatches:
+        lines = [f"{origin} does not fit this network:", *(f"  {line}" for line in mismatches)]
         lines.append("Check the model name, --num-classes and that the file belongs to this architecture.")
         raise CheckpointError("\n".join(lines))
     _load(model, full)
@@ -241,14 +241,14 @@ def differences(model: nn.Module, state: StateDict) -> list[str]:
     extra = sorted(state.keys() - expected.keys())
     both = [(name, state[name], tensor) for name, tensor in expected.items() if name in state]
     misshapen = [
-        f"{name} {tuple(found.shape)} instead of {tuple(tensor.shape)}"
-        for name, found, tensor in both
-        if found.shape != tensor.shape
+        f"{name} {tuple(value.shape)} instead of {tuple(tensor.shape)}"
+        for name, value, tensor in both
+        if value.shape != tensor.shape
     ]
     misshapen += [
-        f"{name} is {found.dtype} instead of {tensor.dtype}"
-        for name, found, tensor in both
-        if found.is_floating_point() != tensor.is_floating_point()
+        f"{name} is {value.dtype} instead of {tensor.dtype}"
+        for name, value, tensor in both
+        if value.is_floating_point() != tensor.is_floating_point()
     ]
     kinds = (("missing", missing), ("extra", extra), ("misshapen", misshapen))
     return [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds if names]

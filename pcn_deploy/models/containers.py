@@ -102,31 +102,31 @@ def choose_weights(content: Mapping[Any, Any], origin: str, which: str = AUTO) -
     if which not in (*CHOICES, RAW_FIRST):
         msg = f"Weights {which!r} of a checkpoint: known are {', '.join(CHOICES)}."
         raise OptionError(msg)
-    found = _find(content)
-    if not found:
+    by_kind = _find(content)
+    if not by_kind:
         return None
-    if EMA not in found and (place := _nameless(content)):
-        found.setdefault(_UNLIKE, Weights({}, place))
-    unlike = found.pop(_UNLIKE, None)
-    evaluated = (RAW, EMA) if EMA in found and found[EMA].where == _FAIRSEQ else (EMA, RAW)
+    if EMA not in by_kind and (place := _nameless(content)):
+        by_kind.setdefault(_UNLIKE, Weights({}, place))
+    unlike = by_kind.pop(_UNLIKE, None)
+    evaluated = (RAW, EMA) if EMA in by_kind and by_kind[EMA].where == _FAIRSEQ else (EMA, RAW)
     wanted = {AUTO: evaluated, RAW_FIRST: (RAW, EMA)}.get(which, (which,))
-    kind = next((kind for kind in wanted if kind in found), None)
+    kind = next((kind for kind in wanted if kind in by_kind), None)
     if kind is None:
-        there, weights = next(iter(found.items()))
+        there, weights = next(iter(by_kind.items()))
         place = f"under {weights.where!r}" if weights.where else "without a container"
         msg = f"{origin} holds no {_WORDS[which]} weights, only {_WORDS[there]} ones {place}. Leave the choice out."
         raise CheckpointError(msg)
-    taken = found[kind]
-    if len(found) == 1:
+    taken = by_kind[kind]
+    if len(by_kind) == 1:
         note = ""
         if unlike:
             what = "of other tensors" if unlike.state else "without the names of its tensors"
             note = f"{origin} holds an average too ({_place(unlike)}), {what}: it was left."
         return Taken(state=taken.state, kind=kind, where=taken.where, note=note)
     note = (
-        f"{origin} holds averaged weights ({_place(found[EMA])}) and raw ones ({_place(found[RAW])}): the "
-        f"{_WORDS[kind]} ones were taken{_why(found, which)}; --checkpoint-weights {RAW if kind == EMA else EMA} takes "
-        "the others."
+        f"{origin} holds averaged weights ({_place(by_kind[EMA])}) and raw ones ({_place(by_kind[RAW])}): the "
+        f"{_WORDS[kind]} ones were taken{_why(by_kind, which)}; --checkpoint-weights {RAW if kind == EMA else EMA} "
+        "takes the others."
     )
     return Taken(state=taken.state, kind=kind, where=taken.where, note=note)
 
@@ -139,10 +139,10 @@ def _place(weights: Weights) -> str:
     return repr(weights.where) if weights.where else "the names without that"
 
 
-def _why(found: dict[str, Weights], which: str) -> str:
+def _why(by_kind: dict[str, Weights], which: str) -> str:
     if which != AUTO:
         return ""
-    where = found[EMA].where
+    where = by_kind[EMA].where
     if where.rpartition(".")[2] in CONTAINERS and not _AVERAGED.search(where):
         return ", which the tool that wrote the file puts there for evaluation"
     if where == _FAIRSEQ:
@@ -168,18 +168,18 @@ def _find(content: Mapping[Any, Any]) -> dict[str, Weights]:
     plain = [key for key in weights if not _AVERAGED.search(key)]
     known = [key for key in CONTAINERS if key in held]
     raw = max(known, key=lambda key: len(held[key].state)) if known else plain[0] if len(plain) == 1 else ""
-    found = _apart(held[raw]) if raw else {}
+    by_kind = _apart(held[raw]) if raw else {}
     if not averages:
-        return found
+        return by_kind
     if not raw:
         return {EMA: Weights(_members(averages[0].state), averages[0].where)}
     for average in averages:
         members = _members(average.state)
         if _is_exchanged(inner, average.where.removeprefix(prefix)):
-            return {EMA: found[RAW], RAW: Weights(members, average.where)}
+            return {EMA: by_kind[RAW], RAW: Weights(members, average.where)}
         if whole := _mirrored(members, _members(held[raw].state)):
-            return {EMA: Weights(whole, average.where), RAW: found[RAW]}
-    return {**found, _UNLIKE: averages[0]}
+            return {EMA: Weights(whole, average.where), RAW: by_kind[RAW]}
+    return {**by_kind, _UNLIKE: averages[0]}
 
 
 def _opened(content: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], str]:
@@ -223,7 +223,7 @@ def _deep(content: Mapping[Any, Any]) -> list[Weights]:
     places = [(key, where, value) for key, where, value in _places(content) if "." in where]
     named = [each for each in places if _AVERAGED.search(each[0])]
     named += [each for each in places if each[1].startswith("callbacks.") and _CALLBACK.search(each[0])]
-    return [found for _, where, value in named if (found := _weights(value, where))]
+    return [weights for _, where, value in named if (weights := _weights(value, where))]
 
 
 def _nameless(content: Mapping[Any, Any]) -> str:
@@ -254,14 +254,14 @@ def _tensors(value: Any, depth: int = 2) -> tuple[StateDict, str]:
     """Tensors by name in a container, or in one inside it, and where inside; nothing if it holds other things."""
     if not isinstance(value, Mapping):
         return {}, ""
-    found = {str(name): tensor for name, tensor in value.items() if isinstance(tensor, Tensor)}
-    if len(found) > 1 or not depth:
-        return found, ""
+    tensors = {str(name): tensor for name, tensor in value.items() if isinstance(tensor, Tensor)}
+    if len(tensors) > 1 or not depth:
+        return tensors, ""
     for key in _INNER:
         inner, where = _tensors(value.get(key), depth - 1)
         if inner:
             return inner, f".{key}{where}"
-    return found, ""
+    return tensors, ""
 
 
 def _members(state: StateDict) -> StateDict:

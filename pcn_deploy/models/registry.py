@@ -191,13 +191,13 @@ def _default_dtype_kept() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _shaped_by(info: ModelInfo, state: StateDict, given: dict[str, Any]) -> tuple[nn.Module, StateDict]:
+def _shaped_by(info: ModelInfo, state: StateDict, architecture: dict[str, Any]) -> tuple[nn.Module, StateDict]:
     """A registered network without values, of the shape that a checkpoint tells, and the checkpoint in our layout."""
     import torch
 
     state, read = _load(info.reader)(state)
     with torch.device("meta"):
-        return _make(info, _arguments(info, read, given)), state
+        return _make(info, _arguments(info, read, architecture)), state
 
 
 def _load_into_user_network(model: nn.Module, state: StateDict, origin: str) -> None:
@@ -265,11 +265,11 @@ def check_weights_choice(info: ModelInfo | None, weights: object, *, random_weig
         raise OptionError(msg)
 
 
-def _arguments(info: ModelInfo, read: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _arguments(info: ModelInfo, read: dict[str, Any], architecture: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a registered network: what the user says, then its name, then the checkpoint."""
     if info.arguments:
         read = {key: value for key, value in read.items() if key in _DECIDED_BY_FILE}
-    return {**read, **info.arguments, **given}
+    return {**read, **info.arguments, **architecture}
 
 
 def _make(info: ModelInfo, arguments: dict[str, Any]) -> nn.Module:
@@ -337,10 +337,11 @@ def _check_signature(spec: str, factory: Any, arguments: dict[str, Any]) -> None
     try:
         signature.bind(**arguments)
     except TypeError as error:
-        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items()) or "no arguments"
+        keywords = ", ".join(f"{name}={value!r}" for name, value in arguments.items()) or "no arguments"
         msg = (
-            f"{spec!r} takes {signature}, but is called with {given}: {error}.\nWay round: write a function that takes "
-            f"just that and calls it, and name the function instead: def net(): return {spec.rpartition(':')[2]}(...)"
+            f"{spec!r} takes {signature}, but is called with {keywords}: {error}.\nWay round: write a function that "
+            "takes just that and calls it, and name the function instead: "
+            f"def net(): return {spec.rpartition(':')[2]}(...)"
         )
         raise ModelError(msg) from error
 
