@@ -119,11 +119,11 @@ class Engine:
         size, count = self.spec.batch.max, len(images)
         if count <= size:
             return self.run_batch(images)
-        found = {tensor.name: np.empty(tensor.with_batch(count), tensor.dtype) for tensor in self.spec.outputs}
+        outputs = {tensor.name: np.empty(tensor.with_batch(count), tensor.dtype) for tensor in self.spec.outputs}
         for start in range(0, count, size):
             batch = slice(start, start + size)
-            self.run_batch(images[batch], {name: values[batch] for name, values in found.items()})
-        return found
+            self.run_batch(images[batch], {name: values[batch] for name, values in outputs.items()})
+        return outputs
 
     def run_batch(self, images: npt.NDArray[np.float32], out: dict[str, Array] | None = None) -> dict[str, Array]:
         """Run at most `spec.batch.max` images; a batch below the engine's minimum is filled up with copies.
@@ -139,10 +139,10 @@ class Engine:
         if missing <= 0:
             return self._session.run({name: images}, out)
         filled = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
-        found = {key: values[: len(images)] for key, values in self._session.run({name: filled}).items()}
+        outputs = {key: values[: len(images)] for key, values in self._session.run({name: filled}).items()}
         for key, values in (out or {}).items():
-            values[:] = found[key]
-        return out or found
+            values[:] = outputs[key]
+        return out or outputs
 
     def close(self) -> None:
         """Release the engine."""
@@ -219,10 +219,10 @@ def _answers_in_fp32(engine: Engine, images: npt.NDArray[np.float32]) -> bool | 
         spec = engine.bundle.manifest.interface
         graph = widen(engine.bundle.read(GRAPH))
         with Engine(engine.bundle, engine.target, "cpu", open_plain(graph, spec)) as plain:
-            found = plain.outputs(images)
+            outputs = plain.outputs(images)
     except (ImportError, PcnDeployError):  # without the libraries of a build
         return None
-    return all(bool(np.isfinite(values).all()) for values in found.values())
+    return all(bool(np.isfinite(values).all()) for values in outputs.values())
 
 
 def executor(backend: Backend) -> str:

@@ -131,7 +131,7 @@ class GoldenSet:
             raise BundleError(msg)
         count = len(arrays["images"])
         names = arrays.get("names", np.array([f"golden image {index}" for index in range(count)]))
-        found = cls(
+        golden = cls(
             images=arrays["images"],
             names=tuple(str(name) for name in names),
             edge=arrays.get("edge", np.zeros(count, np.bool_)),
@@ -144,14 +144,14 @@ class GoldenSet:
             roles=roles,
             further_noise={name: float(arrays[f"{_NOISE}_{name}"]) for name in outputs if f"{_NOISE}_{name}" in arrays},
         )
-        lengths = {len(found.names), len(found.edge), len(found.rounding), *map(len, found.outputs.values())}
-        lengths |= set(map(len, found.simulated.values()))
-        widened = {*map(len, found.widened.values()), *([len(found.widened_db)] if found.widened else ())}
-        fits = lengths == {count} and widened <= {int((~found.edge).sum())}
-        if not fits or {found.edge.dtype, found.rounding.dtype} != {np.dtype(np.bool_)}:
+        lengths = {len(golden.names), len(golden.edge), len(golden.rounding), *map(len, golden.outputs.values())}
+        lengths |= set(map(len, golden.simulated.values()))
+        widened = {*map(len, golden.widened.values()), *([len(golden.widened_db)] if golden.widened else ())}
+        fits = lengths == {count} and widened <= {int((~golden.edge).sum())}
+        if not fits or {golden.edge.dtype, golden.rounding.dtype} != {np.dtype(np.bool_)}:
             msg = f"The arrays of the golden set do not fit its {count} images. Build the bundle again."
             raise BundleError(msg)
-        return found
+        return golden
 
 
 def _rows(values: Array) -> Array:
@@ -168,11 +168,11 @@ def edge_images(transform: Transform) -> dict[str, Array]:
     channels, height, width = transform.shape
     row, column = np.indices((height, width))
     white = np.full((height, width, channels), 255, np.uint8)
-    found: dict[str, npt.NDArray[Any]] = {"black": 0 * white, "white": white, "grey": white // 2}
+    images: dict[str, npt.NDArray[Any]] = {"black": 0 * white, "white": white, "grey": white // 2}
     if channels > 1:
         first = white * (np.arange(channels) == 0)
         names = ("red", "cyan") if channels == 3 else ("first channel", "other channels")
-        found |= dict(zip(names, (first, white - first), strict=True))
-    found["checkerboard"] = white * ((row + column) % 2)[..., None]
-    found["random pixels"] = white * np.random.default_rng(0).integers(0, 2, white.shape)
-    return {name: transform.normalise(pixels.astype(np.uint8)) for name, pixels in found.items()}
+        images |= dict(zip(names, (first, white - first), strict=True))
+    images["checkerboard"] = white * ((row + column) % 2)[..., None]
+    images["random pixels"] = white * np.random.default_rng(0).integers(0, 2, white.shape)
+    return {name: transform.normalise(pixels.astype(np.uint8)) for name, pixels in images.items()}

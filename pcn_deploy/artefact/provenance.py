@@ -104,9 +104,9 @@ class ModelSource:
         if expected is not None and (path is None or not path.is_file()):
             msg = f"The weights the bundle was built from are not at {path}. Say where they are: --weights FILE"
             raise CheckpointError(msg)
-        found = file_sha256(path) if path else None
-        if found != expected:
-            msg = f"{path} has SHA-256 {found}; the bundle was built from {expected}. Give the same checkpoint."
+        sha256 = file_sha256(path) if path else None
+        if sha256 != expected:
+            msg = f"{path} has SHA-256 {sha256}; the bundle was built from {expected}. Give the same checkpoint."
             raise CheckpointError(msg)
         return cls(
             model=kept["model"],
@@ -135,9 +135,9 @@ def make_again(manifest: Manifest, weights: Path | None = None) -> nn.Module:
     source = ModelSource.from_manifest(manifest, weights)
     network = source.create()
     expected = manifest.provenance.get("network_sha256")
-    if expected is not None and (found := digest_weights(in_evaluation_mode(network))) != expected:
+    if expected is not None and (sha256 := digest_weights(in_evaluation_mode(network))) != expected:
         msg = (
-            f"{source.model} is made with other weights now (SHA-256 {found[:16]}…) than at the build "
+            f"{source.model} is made with other weights now (SHA-256 {sha256[:16]}…) than at the build "
             f"({expected[:16]}…), so there is nothing to compare the engine with. Did its code, or what it loads, "
             "change, or does it draw weights at random? Use pcn_deploy.verify(reference=...), or build again."
         )

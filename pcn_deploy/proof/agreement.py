@@ -174,8 +174,8 @@ def _check_widened(
     lives, images = _lives(golden), golden.images[~golden.edge]
     expected = _rows(forms.stored, images, spec)
     with executing("cpu"), open_plain(widen(bundle.read(GRAPH)), spec) as session:
-        found = _outputs(session, [np.repeat(image[None], spec.batch.min, axis=0) for image in images])
-    apart = np.min([sqnr_of_images(*one) for one in zip(expected, found, lives, strict=True)], axis=0)
+        outputs = _outputs(session, [np.repeat(image[None], spec.batch.min, axis=0) for image in images])
+    apart = np.min([sqnr_of_images(*one) for one in zip(expected, outputs, lives, strict=True)], axis=0)
     if not apart.min() >= ROUNDED_DB:  # NaN is not
         stored, floating = (partial(_rows, form, images, spec) for form in (forms.stored, forms.floating))
         roundings = partial(stored, double=True), floating
@@ -183,7 +183,7 @@ def _check_widened(
     names = [tensor.name for tensor in spec.outputs]
     limits = np.minimum(SHARPEST_DB, apart - CHAOS_DB)
     wanted = dict(zip(names, expected, strict=True))
-    return replace(golden, widened=wanted, widened_db=limits), dict(zip(names, found, strict=True))
+    return replace(golden, widened=wanted, widened_db=limits), dict(zip(names, outputs, strict=True))
 
 
 def _rows(network: Network, images: Images, spec: EngineSpec, *, double: bool = False) -> list[Array]:
@@ -196,7 +196,7 @@ def _rows(network: Network, images: Images, spec: EngineSpec, *, double: bool = 
 def _compare(
     form: str,
     expected: list[Array],
-    found: list[Array],
+    outputs: list[Array],
     of_what: str,
     lives: Lives,
     *roundings: Callable[[], list[Array]],
@@ -206,7 +206,7 @@ def _compare(
     Args:
         form: Its name.
         expected: Outputs of what it was made from.
-        found: Its own.
+        outputs: Its own.
         of_what: What it was made from.
         lives: Which entries of each output are compared, as `GoldenSet.live` has it.
         roundings: Further executions of what it was made from, which differ from `expected` by rounding alone.
@@ -214,7 +214,7 @@ def _compare(
     Raises:
         ModelError: If rounding does not explain how far they are apart.
     """
-    apart = _apart(expected, found, lives)
+    apart = _apart(expected, outputs, lives)
     if apart < EQUAL_DB:
         _explain(form, apart, of_what, expected, lives, *roundings)
 
@@ -240,9 +240,9 @@ def _explained(expected: list[Array], lives: Lives, execute: Callable[[], list[A
         return math.inf
 
 
-def _apart(expected: list[Array], found: list[Array], lives: Lives) -> float:
+def _apart(expected: list[Array], outputs: list[Array], lives: Lives) -> float:
     """The least SQNR, in dB, of any output: of all images together, and of what they change in each of them."""
-    compared = list(zip(expected, found, lives, strict=True))
+    compared = list(zip(expected, outputs, lives, strict=True))
     changes = [float(sqnr_of_images(*one).min()) for one in compared]
     return min(*(sqnr_of_output(*one) for one in compared), *changes)
 

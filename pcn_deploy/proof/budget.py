@@ -204,15 +204,15 @@ def prove_budget(engine: Engine, judges: Judges, progress: Progress) -> BudgetPr
         judges: The images.
         progress: Told the number of images done.
     """
-    found = judges.proof.predict(engine.predict, progress, f"Judging {engine.target}")
+    predictions = judges.proof.predict(engine.predict, progress, f"Judging {engine.target}")
     return BudgetProof(
         target=engine.target,
         executed_by=engine.executed_by,
         data=judges.proof.source.name,
         held_out=judges.held_out,
         labelled=judges.proof.labelled,
-        counts=judges.proof.count(found),
-        unanswered=judges.proof.unanswered(found),
+        counts=judges.proof.count(predictions),
+        unanswered=judges.proof.unanswered(predictions),
         asked=judges.asked,
         top1=judges.proof.top1,
         budget=judges.budget,

@@ -44,8 +44,8 @@ def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = sil
     """
     golden = GoldenSet.read(engine.bundle)
     names = list(golden.outputs)
-    found = engine_outputs(engine, golden.images, progress)
-    first, *others = (_compared(golden, ~golden.edge, golden.outputs[name], found[name], name) for name in names)
+    outputs = engine_outputs(engine, golden.images, progress)
+    first, *others = (_compared(golden, ~golden.edge, golden.outputs[name], outputs[name], name) for name in names)
     real, manifest, by = golden.images[~golden.edge], engine.bundle.manifest, engine.executed_by
     floor, *floors = (noise_floor(golden, real, manifest, by, name) for name in names)
     report = first.report(
@@ -70,13 +70,13 @@ def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = sil
     for name in names:
         expected = golden.simulated.get(name, golden.outputs[name])
         if golden.simulated:
-            seen = _compared(golden, ~golden.edge, expected, found[name], name)
+            seen = _compared(golden, ~golden.edge, expected, outputs[name], name)
             report = seen.added_to(report, "simulated", limit, first=name == golden.first)
         if golden.judged_edge.any():
-            seen = _compared(golden, golden.judged_edge, expected, found[name], name)
+            seen = _compared(golden, golden.judged_edge, expected, outputs[name], name)
             report = seen.added_to(report, "edge", edge_limit, first=name == golden.first)
     asked = [(index, golden.names[index]) for index in np.flatnonzero(golden.rounding)]
-    broken = [name for index, name in asked if not all(np.isfinite(values[index]).all() for values in found.values())]
+    broken = [name for index, name in asked if not all(np.isfinite(values[index]).all() for values in outputs.values())]
     if broken:
         report = report.with_part("edge", {}, [f"NaN or infinite outputs for {', '.join(broken)}"], "edge images")
     return replace(report, outputs=golden.roles)
@@ -132,10 +132,10 @@ def engine_outputs(engine: Engine, images: Images, progress: Progress, size: int
 
 
 def _compared(
-    golden: GoldenSet, chosen: npt.NDArray[np.bool_], expected: Images, found: Images, output: str
+    golden: GoldenSet, chosen: npt.NDArray[np.bool_], expected: Images, outputs: Images, output: str
 ) -> ParityMeter:
     """Some of the golden images, compared."""
     meter = golden.meter(output)
     names = [name for name, one in zip(golden.names, chosen, strict=True) if one]
-    meter.update(expected[chosen], found[chosen], name=names.__getitem__)
+    meter.update(expected[chosen], outputs[chosen], name=names.__getitem__)
     return meter

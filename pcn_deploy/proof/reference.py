@@ -64,8 +64,8 @@ def run(network: Network, images: Images, *, double: bool = False) -> list[npt.N
     from pcn_deploy.network.double import InDouble
 
     with torch.no_grad(), InDouble() if double else nullcontext():
-        found = network(torch.from_numpy(images.copy()))
-    outputs = (found,) if isinstance(found, Tensor) else found
+        output = network(torch.from_numpy(images.copy()))
+    outputs = (output,) if isinstance(output, Tensor) else output
     return [tensor.to(torch.float64 if double else torch.float32).numpy() for tensor in outputs]
 
 
@@ -257,13 +257,13 @@ def _rows_in_double(forward: Network, images: Images, batch: BatchRange) -> Iter
             yield tuple(values[[index]] for values in outputs)
 
 
-def _reproduced(found: Row, exact: Row, roles: Sequence[Role]) -> bool:
-    return all(np.isfinite(row).all() for row in exact) and _least_db(found, exact, roles) >= REPRODUCED_DB
+def _reproduced(answers: Row, exact: Row, roles: Sequence[Role]) -> bool:
+    return all(np.isfinite(row).all() for row in exact) and _least_db(answers, exact, roles) >= REPRODUCED_DB
 
 
-def _least_db(found: Row, exact: Row, roles: Sequence[Role]) -> float:
+def _least_db(answers: Row, exact: Row, roles: Sequence[Role]) -> float:
     """The least SQNR of any output for one image; of logits that of the differences counts too."""
-    outputs = zip(exact, found, roles, strict=True)
+    outputs = zip(exact, answers, roles, strict=True)
     return min(sqnr_of_output(wanted, seen, role.live(_flat(wanted))) for wanted, seen, role in outputs)
 
 

@@ -53,18 +53,18 @@ def verify_widened(engine: Engine, budget: ParityBudget, progress: Progress = si
         BundleError: If the golden set was altered.
     """
     golden = GoldenSet.read(engine.bundle)
-    found = engine_outputs(engine, golden.images[~golden.edge], progress, size=1)  # more take more memory
-    return judge_widened(engine.bundle, engine.target, budget, found)
+    outputs = engine_outputs(engine, golden.images[~golden.edge], progress, size=1)  # more take more memory
+    return judge_widened(engine.bundle, engine.target, budget, outputs)
 
 
-def judge_widened(bundle: Bundle, target: str, budget: ParityBudget, found: dict[str, Array]) -> ParityReport:
+def judge_widened(bundle: Bundle, target: str, budget: ParityBudget, outputs: dict[str, Array]) -> ParityReport:
     """Judge what a widened graph has answered to the real images of the golden set; as `verify_widened`.
 
     Args:
         bundle: Holds the graph, its plan and the golden set.
         target: The engine that was made from the graph.
         budget: Of the bundle.
-        found: The outputs by name, `(M, ...)`.
+        outputs: The outputs by name, `(M, ...)`.
 
     Raises:
         BundleError: If the golden set was altered.
@@ -72,8 +72,8 @@ def judge_widened(bundle: Bundle, target: str, budget: ParityBudget, found: dict
     golden = GoldenSet.read(bundle)
     expected, first = golden.widened, golden.first
     meter = golden.meter(first)
-    meter.update(expected[first], found[first])
-    apart = [sqnr_of_images(expected[name], values, golden.live(name)) for name, values in found.items()]
+    meter.update(expected[first], outputs[first])
+    apart = [sqnr_of_images(expected[name], values, golden.live(name)) for name, values in outputs.items()]
     apart = np.min(apart, axis=0)
     worst = int((apart - golden.widened_db).argmin())
     limit, failures = float(golden.widened_db[worst]), []
@@ -105,13 +105,13 @@ def unlike_plan(graph: bytes, plan: PrecisionPlan) -> list[str]:
     quantizing = [node for node in model.node if node.op_type == "QuantizeLinear"]
     codes = {node.output[0] for node in quantizing}
     dequantizing = [node for node in model.node if node.op_type == "DequantizeLinear" and node.input[0] in codes]
-    sentences, found = [], set()
+    sentences, scales = [], set()
     for node in (*quantizing, *dequantizing):
         wanted = planned.get(node.name.rpartition(".")[0], math.nan)
         scale, zero = (values.get(name, np.array(math.nan)).astype(np.float64) for name in node.input[1:3])
         if not np.isclose(scale, wanted, rtol=1e-6, atol=0).all() or (zero != 0).any():
             seen = f"{scale.flat[0]:.6g} and zero point {zero.flat[0]:.6g}"
             sentences.append(f"{node.name} has scale {seen}, planned are {wanted:.6g} and 0")
-        found.add(wanted)
-    missing = [path for path, scale in planned.items() if scale not in found]
+        scales.add(wanted)
+    missing = [path for path, scale in planned.items() if scale not in scales]
     return sentences + [f"nothing has the planned scale of {path}" for path in missing]
