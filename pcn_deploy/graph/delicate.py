@@ -64,7 +64,7 @@ def find_delicate(graph: ir.Graph) -> dict[ir.Node, str]:
     search.statistics()
     search.constants()
     search.close()
-    return {node: search.found[node] for node in search.nodes if node in search.found}
+    return {node: search.fp32_nodes[node] for node in search.nodes if node in search.fp32_nodes}
 
 
 def follow(node: ir.Node, *, large: bool = False) -> list[ir.Node]:
@@ -72,7 +72,7 @@ def follow(node: ir.Node, *, large: bool = False) -> list[ir.Node]:
 
     A sum with a computed tensor is followed only if the value is large: what FP16 loses of a term is lost in the sum.
     """
-    found: dict[ir.Node, None] = {}
+    readers: dict[ir.Node, None] = {}
     waiting = [node]
     while waiting:
         value_maker = waiting.pop()
@@ -81,13 +81,13 @@ def follow(node: ir.Node, *, large: bool = False) -> list[ir.Node]:
                 reader = use.node
                 constant = any(_array(other) is not None for other in reader.inputs if other is not value)
                 term = not large and reader.op_type in {"Add", "Sub"} and not constant
-                if term or reader in found or reader.op_type in {"Shape", "Size", "QuantizeLinear"}:
+                if term or reader in readers or reader.op_type in {"Shape", "Size", "QuantizeLinear"}:
                     continue
-                found[reader] = None
+                readers[reader] = None
                 passing = reader.op_type in MOVES | _PASSING or (large and reader.op_type in {"Add", "Sub", "Where"})
                 if passing or (reader.op_type in _BINARY and constant):
                     waiting.append(reader)
-    return list(found)
+    return list(readers)
 
 
 @dataclass
@@ -97,13 +97,13 @@ class _Search:
     Attributes:
         nodes: All nodes, in order.
         lost: Why FP16 cannot hold a constant that a node reads, by the index of the input; empty if it can.
-        found: Those that must stay FP32, with the reason.
+        fp32_nodes: Those that must stay FP32, with the reason.
         feeding: Nodes whose result decides a root, a logarithm or a division.
     """
 
     nodes: list[ir.Node]
     lost: Callable[[ir.Node, int], str]
-    found: dict[ir.Node, str] = field(default_factory=dict)
+    fp32_nodes: dict[ir.Node, str] = field(default_factory=dict)
     feeding: set[ir.Node] = field(default_factory=set)
 
     def statistics(self) -> None:
@@ -115,7 +115,7 @@ class _Search:
             needed = sensitive(node)
             if needed is None:
                 continue
-            chain = _Chain(self.found, self.lost)
+            chain = _Chain(self.fp32_nodes, self.lost)
             if chain.holds(needed):
                 for member in (*chain.members, node):
                     self._keep(member, STATISTICS)
@@ -147,23 +147,25 @@ class _Search:
 
     def close(self) -> None:
         """Take in what only the nodes found read: the mean that is squared, and the difference from it."""
-        waiting = list(self.found)
+        waiting = list(self.fp32_nodes)
         while waiting:
             node = waiting.pop()
-            if self.found[node] != STATISTICS:
+            if self.fp32_nodes[node] != STATISTICS:
                 continue
             for value in node.inputs:
                 below = value.producer() if value is not None and value.dtype == ir.DataType.FLOAT else None
-                if below is None or below in self.found or below.op_type not in _CLOSING:
+                if below is None or below in self.fp32_nodes or below.op_type not in _CLOSING:
                     continue
                 uses = [use.node for output in below.outputs for use in output.uses()]
-                if all(reader in self.found for reader in uses) and not any(x.is_graph_output() for x in below.outputs):
+                if all(reader in self.fp32_nodes for reader in uses) and not any(
+                    x.is_graph_output() for x in below.outputs
+                ):
                     self._keep(below, STATISTICS)
                     waiting.append(below)
 
     def _keep(self, node: ir.Node, reason: str) -> None:
         if any(value.dtype == ir.DataType.FLOAT for value in (*node.inputs, *node.outputs) if value is not None):
-            self.found.setdefault(node, reason)
+            self.fp32_nodes.setdefault(node, reason)
 
 
 @dataclass
@@ -171,13 +173,13 @@ class _Chain:
     """What lies between a root, a logarithm or a division and the squares below it.
 
     Attributes:
-        found: Nodes that stay FP32 already.
+        fp32_nodes: Nodes that stay FP32 already.
         lost: Why FP16 cannot hold a constant that a node reads.
         members: Nodes from a square, an exponential or a lost constant on.
         seen: All nodes looked at, and whether they are members.
     """
 
-    found: Mapping[ir.Node, str]
+    fp32_nodes: Mapping[ir.Node, str]
     lost: Callable[[ir.Node, int], str]
     members: dict[ir.Node, None] = field(default_factory=dict)
     seen: dict[ir.Node, bool] = field(default_factory=dict)
@@ -198,7 +200,7 @@ class _Chain:
         if _expands(node):
             return True
         if sensitive(node) is not None:  # it ends a chain of its own
-            return node in self.found
+            return node in self.fp32_nodes
         computed = [value for value in node.inputs if value is not None and _array(value) is None]
         if below and node.op_type == "Add" and len(computed) > 1:  # a residual sum
             return False

@@ -32,15 +32,15 @@ def keep_nodes(
     Returns:
         The plan with an entry for each module some of whose own nodes were moved, with reasons and figures.
     """
-    found = find_delicate(model.graph)
+    fp32_nodes = find_delicate(model.graph)
     if images is not None:
-        found = beyond_range(model, observe_graph(model, images)) | found
+        fp32_nodes = beyond_range(model, observe_graph(model, images)) | fp32_nodes
     decided = {entry.op for entry in plan.entries if entry.operations}
     decided |= {path for path, precision in plan.types().items() if precision == "fp32"}
     moved: dict[str, dict[str, str]] = {}
     for node, (path, name) in node_places(model.graph.all_nodes()).items():
-        if node in found and path not in decided and not takes_its_type(node):
-            moved.setdefault(path, {})[name] = found[node]
+        if node in fp32_nodes and path not in decided and not takes_its_type(node):
+            moved.setdefault(path, {})[name] = fp32_nodes[node]
     entries = [
         PlanEntry(
             op=path,

@@ -47,11 +47,11 @@ def observe_graph(model: ir.Model, images: npt.NDArray[np.float32]) -> dict[ir.V
         for value in node.outputs
         if value.dtype == ir.DataType.FLOAT and isinstance(value.type, ir.TensorType)
     ]
-    found = _observe(model, images, watched, plainly=True)
-    infinite = [value for value in watched if not np.isfinite(found[value])]
+    magnitudes = _observe(model, images, watched, plainly=True)
+    infinite = [value for value in watched if not np.isfinite(magnitudes[value])]
     if infinite:
-        found |= _observe(model, images, infinite, plainly=False)
-    return found
+        magnitudes |= _observe(model, images, infinite, plainly=False)
+    return magnitudes
 
 
 def _observe(
@@ -157,7 +157,7 @@ def beyond_range(model: ir.Model, seen: dict[ir.Value, float]) -> dict[ir.Node, 
         The nodes that read or make too large a magnitude, and those whose result is subnormal with whatever needs it;
         with the reason and the figure.
     """
-    found: dict[ir.Node, str] = {}
+    fp32_nodes: dict[ir.Node, str] = {}
     seen = dict(seen)
     for node in model.graph:
         read = max((seen.get(value, 0.0) for value in node.inputs if value is not None), default=0.0)
@@ -168,11 +168,13 @@ def beyond_range(model: ir.Model, seen: dict[ir.Value, float]) -> dict[ir.Node, 
         made = max((seen.get(value, 0.0) for value in node.outputs), default=0.0)
         largest = max(read, made)
         if largest > LARGEST / MARGIN:
-            found[node] = f"reaches {largest:.3g}, above {LARGEST / MARGIN:.0f} = FP16's largest / {MARGIN:.0f}"
+            fp32_nodes[node] = f"reaches {largest:.3g}, above {LARGEST / MARGIN:.0f} = FP16's largest / {MARGIN:.0f}"
         elif node.op_type in _NORMALISING and read**2 > LARGEST / MARGIN:
-            found[node] = f"squares {read:.3g} inside, above {LARGEST / MARGIN:.0f} = FP16's largest / {MARGIN:.0f}"
+            fp32_nodes[node] = (
+                f"squares {read:.3g} inside, above {LARGEST / MARGIN:.0f} = FP16's largest / {MARGIN:.0f}"
+            )
         elif 0 < made < SMALLEST_STEP / 2 / WORST_ERROR and node.op_type not in MOVES:
             reason = f"reaches only {made:.2g}, subnormal in FP16"
             for each in (node, *follow(node)):
-                found.setdefault(each, reason)
-    return found
+                fp32_nodes.setdefault(each, reason)
+    return fp32_nodes

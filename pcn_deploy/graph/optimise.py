@@ -118,5 +118,5 @@ def _is_scalar(value: ir.Value, wanted: int) -> bool:
     tensor = None if value.is_graph_input() else ir.convenience.get_const_tensor(value)
     if tensor is None or tensor.shape.rank():
         return False
-    found = tensor.numpy()
-    return bool(found == wanted and not np.signbit(found))
+    number = tensor.numpy()
+    return bool(number == wanted and not np.signbit(number))

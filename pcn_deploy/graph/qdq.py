@@ -49,31 +49,31 @@ def insert_qdq(graph: ir.Graph, quantized: dict[str, Quantization]) -> None:
 def _weight_of(graph: ir.Graph, path: str) -> tuple[ir.Value, ir.Node]:
     """The weight of a layer and its node that reads it; of the names of a shared weight only one is left."""
     weight = graph.initializers.get(f"{path}.weight")
-    found = [(weight, use.node) for use in weight.uses()] if weight is not None else []
-    if len(found) != 1:
-        found = [
+    uses = [(weight, use.node) for use in weight.uses()] if weight is not None else []
+    if len(uses) != 1:
+        uses = [
             (value, node)
             for node in graph
             if f"'{path}'" in node.metadata_props.get(SCOPES, "")
             for value in node.inputs
             if value is not None and value.is_initializer() and value.shape is not None and len(value.shape) > 1
         ]
-    if len(found) != 1 or found[0][0].const_value is None:
+    if len(uses) != 1 or uses[0][0].const_value is None:
         msg = (
             f"The exported graph does not use {path}.weight exactly once, so {path} cannot be quantised.\n"
             "Way round: call the layer and use its weight nowhere else, or leave it unquantised in a --recipe."
         )
         raise ModelError(msg)
-    return found[0]
+    return uses[0]
 
 
 def _addition(graph: ir.Graph, path: str) -> ir.Node:
     """The node of a residual addition; it has no weight to be found by."""
-    found = [node for node in graph if node.op_type == "Add" and f"'{path}'" in node.metadata_props.get(SCOPES, "")]
-    if len(found) != 1:
-        msg = f"The exported graph holds {len(found)} additions of {path} instead of one; it cannot be quantised."
+    additions = [node for node in graph if node.op_type == "Add" and f"'{path}'" in node.metadata_props.get(SCOPES, "")]
+    if len(additions) != 1:
+        msg = f"The exported graph holds {len(additions)} additions of {path} instead of one; it cannot be quantised."
         raise ModelError(msg)
-    return found[0]
+    return additions[0]
 
 
 def _quantize_shared(

@@ -147,11 +147,11 @@ def _ask_nothing_else(model: nn.Module, example: Tensor, runs: list[Run]) -> boo
         with torch.no_grad():
             with hooked(handles):
                 expected = model(image.clone())
-            found = keep_first(model, runs)(image.clone())
+            outputs = keep_first(model, runs)(image.clone())
     except Exception as error:  # the network's own code, which may ask its blocks for anything
         log.debug("The network cannot do without some of its blocks: %r", error)
         return False
-    pairs = zip(_tensors(expected), _tensors(found), strict=True)
+    pairs = zip(_tensors(expected), _tensors(outputs), strict=True)
     return all(torch.equal(first.nan_to_num(), second.nan_to_num()) for first, second in pairs)
 
 

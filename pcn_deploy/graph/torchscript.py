@@ -80,17 +80,17 @@ def _check_equal(model: nn.Module, scripted: torch.jit.ScriptModule, trials: lis
     Raises:
         ModelError: If they differ.
     """
-    found = min(_sqnr_db(model, scripted, images) for images in trials)
-    if found < EQUAL_DB:
-        raise difference_error(found)
+    sqnr_db = min(_sqnr_db(model, scripted, images) for images in trials)
+    if sqnr_db < EQUAL_DB:
+        raise difference_error(sqnr_db)
 
 
 def _sqnr_db(model: nn.Module, scripted: torch.jit.ScriptModule, images: Tensor) -> float:
     outputs: list[list[npt.NDArray[np.float32]]] = []
     with torch.no_grad(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined] # slower, for one run
         for form in (model, scripted):
-            found = form(images.clone())  # it may write into what it is given
-            outputs.append([tensor.numpy() for tensor in ((found,) if isinstance(found, Tensor) else found)])
+            output = form(images.clone())  # it may write into what it is given
+            outputs.append([tensor.numpy() for tensor in ((output,) if isinstance(output, Tensor) else output)])
     return least_sqnr_db(*outputs)
 
 
