@@ -237,11 +237,11 @@ def _new_bundle(
     return bundle
 
 
-def _origin(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+def _origin(model: nn.Module, provenance: dict[str, Any]) -> dict[str, Any]:
     """Where the network comes from, and the digest of its weights as they are."""
     from pcn_deploy.calibration.cache import digest_weights
 
-    return {"weights_from": "memory", **given, "network_sha256": digest_weights(model)}
+    return {"weights_from": "memory", **provenance, "network_sha256": digest_weights(model)}
 
 
 def _recovery(network: Prepared) -> dict[str, Any]:
@@ -361,23 +361,23 @@ def _prove(
             with Engine.open(bundle, backend.target, executed_by=executed_by) as engine:
                 proofs[executed_by] = prove_budget(engine, judging.judges, progress)
     builds.add_all()
-    found = tuple(replace(reports[executed_by], target=target) for target, executed_by in by.items())
-    for report in found:
+    parity_reports = tuple(replace(reports[executed_by], target=target) for target, executed_by in by.items())
+    for report in parity_reports:
         bundle.add_json(parity_member(report.target), report.to_json())
         bundle.manifest.notes += [note for note in report.notes if note not in bundle.manifest.notes]
     shared = tuple(replace(proofs[executed_by], target=target) for target, executed_by in by.items() if proofs)
     if shared:
         search = judging.search.to_json() if judging.search else None
         bundle.add_json(BUDGET, {"search": search, "proofs": [proof.to_json() for proof in shared]})
-    return found, shared
+    return parity_reports, shared
 
 
 def _versions() -> dict[str, str]:
     """Versions of the packages that decide the outcome."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in ("pcn-deploy", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -55,6 +55,6 @@ def describe(path: str | Path) -> dict[str, Any]:
     }
 
 
-def plan_of(found: dict[str, Any]) -> PrecisionPlan:
+def plan_of(description: dict[str, Any]) -> PrecisionPlan:
     """The plan inside what `describe` returned."""
-    return PrecisionPlan.from_json({**found, "entries": found["layers"]})
+    return PrecisionPlan.from_json({**description, "entries": description["layers"]})

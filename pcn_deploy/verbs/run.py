@@ -93,15 +93,15 @@ def classify(
         except (DataError, ParityError) as error:
             results.append(Prediction(image=str(path), error=error))
             continue
-        found = Prediction(image=str(path), outputs=_others(spec, outputs))
+        prediction = Prediction(image=str(path), outputs=_others(spec, outputs))
         if logits is not None:
-            found = _most_likely(found, outputs[logits.name][0].astype(np.float64), top, class_names)
+            prediction = _most_likely(prediction, outputs[logits.name][0].astype(np.float64), top, class_names)
         if heatmaps is not None and maps is not None:
-            first = found.classes[0] if found.classes else 0
+            first = prediction.classes[0] if prediction.classes else 0
             drawn, attention = choose_map(outputs[maps.name][0], first, heatmap_class)
             save(overlay(image, drawn, engine.transform), heatmaps[index])
-            found = replace(found, heatmap=str(heatmaps[index]), attention=attention)
-        results.append(found)
+            prediction = replace(prediction, heatmap=str(heatmaps[index]), attention=attention)
+        results.append(prediction)
     return results
 
 
@@ -112,7 +112,7 @@ def _others(spec: EngineSpec, outputs: dict[str, npt.NDArray[np.float32]]) -> di
 
 
 def _most_likely(
-    found: Prediction, logits: npt.NDArray[np.float64], top: int, class_names: Sequence[str] | None
+    prediction: Prediction, logits: npt.NDArray[np.float64], top: int, class_names: Sequence[str] | None
 ) -> Prediction:
     """The prediction with the classes of the largest of the logits `(K,)`.
 
@@ -125,7 +125,7 @@ def _most_likely(
     weights = np.exp(logits - logits.max())
     best = np.argsort(-logits, kind="stable")[:top]
     return replace(
-        found,
+        prediction,
         classes=tuple(int(index) for index in best),
         names=tuple(str(index) if class_names is None else class_names[index] for index in best),
         probabilities=tuple(float(value) for value in (weights / weights.sum())[best]),

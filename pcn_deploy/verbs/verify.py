@@ -139,12 +139,12 @@ def _named(returned: Any, spec: EngineSpec) -> dict[str, Outputs]:
         DataError: If the first output is not among it, or is no array that it could be.
     """
     first = spec.outputs[0]
-    found = {first.name: returned}
+    outputs = {first.name: returned}
     if not isinstance(returned, np.ndarray) and not hasattr(returned, "detach") and "torch" in sys.modules:
         from pcn_deploy.network.outputs import named_tensors
 
-        found = {name: tensor for name, (_, tensor) in named_tensors(returned).items()}
-    arrays = {tensor.name: _array(found[tensor.name]) for tensor in spec.outputs if tensor.name in found}
+        outputs = {name: tensor for name, (_, tensor) in named_tensors(returned).items()}
+    arrays = {tensor.name: _array(outputs[tensor.name]) for tensor in spec.outputs if tensor.name in outputs}
     array = arrays.get(first.name)
     if not isinstance(array, np.ndarray) or not get_role(first.role).meter(first.name).fits(array.shape):
         what = f"shape {array.shape}" if isinstance(array, np.ndarray) else f"a {type(returned).__name__}"
@@ -220,8 +220,8 @@ def eager(model: Any) -> Forward:
     def forward(images: Images) -> Outputs:
         from pcn_deploy.network.outputs import as_tuple
 
-        found: Outputs = _array(as_tuple(run(images))[0])
-        return found
+        output: Outputs = _array(as_tuple(run(images))[0])
+        return output
 
     return forward
 

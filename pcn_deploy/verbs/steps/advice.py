@@ -47,10 +47,10 @@ class Attempt:
         return f"{self.words}: {self.sqnr_db:.1f} dB, {'within' if self.passed else 'not within'} the budget"
 
 
-def judge(words: str, golden: GoldenSet, found: Array, budget: ParityBudget) -> Attempt:
+def judge(words: str, golden: GoldenSet, outputs: Array, budget: ParityBudget) -> Attempt:
     """What the real images of a golden set say of the first output, `(N, ...)`, for all of its images."""
     meter = golden.meter(golden.first)
-    meter.update(golden.outputs[golden.first][~golden.edge], found[~golden.edge])
+    meter.update(golden.outputs[golden.first][~golden.edge], outputs[~golden.edge])
     floor = NoiseFloor(natural_db=natural_db(golden.images[~golden.edge], "int8"))
     report = meter.report(target="", executed_by="", data="", budget=budget, floor=floor)
     return Attempt(words=words, sqnr_db=report.metrics["sqnr_db"], passed=bool(report))
@@ -105,8 +105,8 @@ def _calibrators(
             other = network.with_calibration(recalibrate(seen, name, options.percentile))
         except DataError:  # of `max` only magnitudes are kept
             continue
-        found = _logits(apply_scales(other.deployed, other.scales), golden.images)
-        tried.append(judge(f"--calibrator {name}", golden, found, options.budget))
+        logits = _logits(apply_scales(other.deployed, other.scales), golden.images)
+        tried.append(judge(f"--calibrator {name}", golden, logits, options.budget))
     return tried
 
 
@@ -129,9 +129,9 @@ def _layers(
     count = 1
     while count <= max(1, len(ranking) // 2) and not (tried and tried[-1].passed) and not out_of_time():
         kept = every - {layer for unit in ranking[:count] for layer in units[unit]}
-        found = simulation.logits(golden.images, inputs=kept, weights=kept)
+        logits = simulation.logits(golden.images, inputs=kept, weights=kept)
         lines = ", ".join(f'[layers."{unit}"] precision = "{options.graph_type}"' for unit in ranking[:count])
-        tried.append(judge(f"--recipe FILE.toml with {lines}", golden, found, options.budget))
+        tried.append(judge(f"--recipe FILE.toml with {lines}", golden, logits, options.budget))
         count *= 2
     return tried[-1:]
 

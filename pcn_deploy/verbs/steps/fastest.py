@@ -106,7 +106,7 @@ def _compare(results: dict[str, CompileResult], options: CompileOptions, progres
     finally:
         for engine in engines.values():
             engine.close()
-    return decide({precision: median(found) for precision, found in times.items()}, target)
+    return decide({precision: median(latencies) for precision, latencies in times.items()}, target)
 
 
 def _timed_target(targets: tuple[str, ...]) -> str:

@@ -57,8 +57,8 @@ def judge_by(
             return network, JudgedBy(judges=judges)
         from pcn_deploy.verbs.steps.search_plan import search_plan
 
-        network, found = search_plan(network, judges, record, progress)
-        return network, JudgedBy(judges=judges, search=found)
+        network, search = search_plan(network, judges, record, progress)
+        return network, JudgedBy(judges=judges, search=search)
     if images.held_out is None:
         return network, JudgedBy()
     held_out, why_not = judge_held_out(eager(model), images.held_out, drop, progress)

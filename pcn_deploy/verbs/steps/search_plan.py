@@ -56,11 +56,11 @@ def search_plan(
     def ranked() -> list[str]:
         return rank(simulation, units, chosen, ledger, progress)
 
-    found = search.run(ranked)
-    if judges.held_out and len(found.unquantized) < len(units):
-        found = search.confirm(found, judges.proof, ranked)
+    result = search.run(ranked)
+    if judges.held_out and len(result.unquantized) < len(units):
+        result = search.confirm(result, judges.proof, ranked)
     codes = network.plan.precision.upper()
-    if len(found.unquantized) == len(units):
+    if len(result.unquantized) == len(units):
         last, counts = search.judge_last(ranked)
         msg = (
             f"No {codes} layer is left within the budget of {judges.budget} points of top-1. The best found is {last} "
@@ -69,9 +69,9 @@ def search_plan(
             f"{network.plan.remainder}, give more images with --data, or allow a larger drop."
         )
         raise ParityError(msg)
-    left = frozenset(layer for unit in found.unquantized for layer in units[unit])
+    left = frozenset(layer for unit in result.unquantized for layer in units[unit])
     reason = f"{codes} here would break the budget of {judges.budget} points of top-1"
-    return network.leave_out(left, reason), found
+    return network.leave_out(left, reason), result
 
 
 def _search(network: Prepared, judges: Judges, ledger: Ledger, progress: Progress) -> tuple[Simulation, Search]:
@@ -84,7 +84,7 @@ def _with_better_ranges(network: Prepared, source: ImageSource, progress: Progre
     seen = network.calibration
     if seen is None or not all(each.counts.size for each in seen.statistics.values()):
         return network
-    found = take_best(
+    calibration = take_best(
         network.unrounded,
         lambda candidate: apply_scales(network.deployed, network.with_calibration(candidate).scales),
         seen,
@@ -93,4 +93,4 @@ def _with_better_ranges(network: Prepared, source: ImageSource, progress: Progre
         names=calibrators_of(network.plan.precision),
         progress=progress,
     )
-    return network if found.ranges == seen.ranges else network.with_calibration(found)
+    return network if calibration.ranges == seen.ranges else network.with_calibration(calibration)
