@@ -142,9 +142,9 @@ def backend_options(command: Command) -> Command:
     return _with(command, (compute_capability_option, tf32_option))
 
 
-def backend_of(given: dict[str, Any]) -> BackendOptions:
+def backend_of(parameters: dict[str, Any]) -> BackendOptions:
     """Take the `backend_options` out of the arguments of a command."""
-    return BackendOptions(compute_capabilities=given.pop("compute_capabilities"), tf32=given.pop("tf32"))
+    return BackendOptions(compute_capabilities=parameters.pop("compute_capabilities"), tf32=parameters.pop("tf32"))
 
 
 _TRANSFORM = (
@@ -314,73 +314,75 @@ def calibration_options(command: Command) -> Command:
     return _with(command, decorators)
 
 
-def calibration_of(given: dict[str, Any]) -> dict[str, Any]:
+def calibration_of(parameters: dict[str, Any]) -> dict[str, Any]:
     """What `calibration_options` say, as `CompileOptions` takes it.
 
     Raises:
         OptionError: If there is a percentile for another calibrator.
     """
-    percentile = given["percentile"]
-    if percentile is not None and given["calibrator"] != "percentile":
+    percentile = parameters["percentile"]
+    if percentile is not None and parameters["calibrator"] != "percentile":
         msg = "--percentile goes with --calibrator percentile."
         raise OptionError(msg)
     return {
-        "calibrator": given["calibrator"] or "",
+        "calibrator": parameters["calibrator"] or "",
         "percentile": PERCENTILE if percentile is None else percentile,
-        "weight_calibrator": given["weight_calibrator"],
-        "calibration_cache": given["calibration_cache"],
-        "recovery": RECOVERIES if ALL_RECOVERIES in given["recover"] else given["recover"],
-        "calibration_images": given["images"],
-        "max_unreadable": given["max_unreadable"],
+        "weight_calibrator": parameters["weight_calibrator"],
+        "calibration_cache": parameters["calibration_cache"],
+        "recovery": RECOVERIES if ALL_RECOVERIES in parameters["recover"] else parameters["recover"],
+        "calibration_images": parameters["images"],
+        "max_unreadable": parameters["max_unreadable"],
     }
 
 
-def transform_of(given: dict[str, Any]) -> Transform:
+def transform_of(parameters: dict[str, Any]) -> Transform:
     """The transform that `transform_options` describe; the resolution is that of the model if none is given.
 
     Raises:
         OptionError: If values are impossible, or mean and std are not one for each channel.
     """
-    info = find_model(given["model"])
+    info = find_model(parameters["model"])
     return Transform(
-        resolution=given["resolution"] or (info.resolution if info else (224, 224)),
-        crop_pct=given["crop_pct"],
-        crop_mode=given["crop_mode"],
-        mean=_per_channel(given["mean"], IMAGENET_MEAN, 0.0, given["channels"], "--mean"),
-        std=_per_channel(given["std"], IMAGENET_STD, 1.0, given["channels"], "--std"),
-        interpolation=given["interpolation"],
-        channel_order=given["channel_order"],
-        alpha=given["alpha"],
-        exif=given["exif"],
-        white=given["white"],
+        resolution=parameters["resolution"] or (info.resolution if info else (224, 224)),
+        crop_pct=parameters["crop_pct"],
+        crop_mode=parameters["crop_mode"],
+        mean=_per_channel(parameters["mean"], IMAGENET_MEAN, 0.0, parameters["channels"], "--mean"),
+        std=_per_channel(parameters["std"], IMAGENET_STD, 1.0, parameters["channels"], "--std"),
+        interpolation=parameters["interpolation"],
+        channel_order=parameters["channel_order"],
+        alpha=parameters["alpha"],
+        exif=parameters["exif"],
+        white=parameters["white"],
     )
 
 
 def _per_channel(
-    given: tuple[float, ...] | None, imagenet: tuple[float, ...], neutral: float, channels: int | None, option: str
+    values: tuple[float, ...] | None, imagenet: tuple[float, ...], neutral: float, channels: int | None, option: str
 ) -> tuple[float, ...]:
     """One value for each channel, from as many or, where their number is given, from one or none."""
     if channels is None:
-        return given or imagenet
-    values = given or (imagenet if channels == len(imagenet) else (neutral,))
+        return values or imagenet
+    values = values or (imagenet if channels == len(imagenet) else (neutral,))
     if len(values) not in (1, channels):
         msg = f"{option} has {len(values)} values; --channels is {channels}. Give one for each, or one for all."
         raise OptionError(msg)
     return values if len(values) == channels else values * channels
 
 
-def source_of(given: dict[str, Any]) -> ModelSource:
+def source_of(parameters: dict[str, Any]) -> ModelSource:
     """The network that `network_options` and the argument MODEL describe.
 
     Raises:
         OptionError: If weights are missing, or there are weights and --random-weights.
     """
-    check_weights_choice(find_model(given["model"]), given["weights"], random_weights=given["random_weights"])
+    check_weights_choice(
+        find_model(parameters["model"]), parameters["weights"], random_weights=parameters["random_weights"]
+    )
     return ModelSource(
-        model=given["model"],
-        weights=given["weights"],
-        num_classes=given["num_classes"],
-        seed=given["seed"],
-        random_weights=given["random_weights"],
-        checkpoint_weights=given["checkpoint_weights"],
+        model=parameters["model"],
+        weights=parameters["weights"],
+        num_classes=parameters["num_classes"],
+        seed=parameters["seed"],
+        random_weights=parameters["random_weights"],
+        checkpoint_weights=parameters["checkpoint_weights"],
     )

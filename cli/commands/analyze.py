@@ -50,7 +50,7 @@ SHOWN = 15
 @options.overwrite_option
 @options.json_option
 @options.verbosity_options
-def command(**given: Any) -> None:
+def command(**parameters: Any) -> None:
     """Measure what each layer of MODEL costs when it becomes INT8.
 
     Each layer is quantised alone; kept out of INT8 alone; quantised in its weights alone and in its input alone. The
@@ -64,30 +64,30 @@ def command(**given: Any) -> None:
           -o s60.json --picture s60.png
     """  # noqa: D301 - click reads the backspace character
     with join() as processes:
-        _analyze(given, processes)
+        _analyze(parameters, processes)
 
 
-def _analyze(given: dict[str, Any], processes: Processes) -> None:
-    quiet = given["quiet"] or given["as_json"] or not processes.first
-    set_verbosity(given["verbose"], given["quiet"])
-    for path in (given["output"], given["picture"]) if processes.first else ():
+def _analyze(parameters: dict[str, Any], processes: Processes) -> None:
+    quiet = parameters["quiet"] or parameters["as_json"] or not processes.first
+    set_verbosity(parameters["verbose"], parameters["quiet"])
+    for path in (parameters["output"], parameters["picture"]) if processes.first else ():
         if path is not None:
-            check_output(path, overwrite=given["overwrite"])
-    if given["picture"] is not None:
-        check_picture(given["picture"])
-        if given["picture"] == given["output"]:
-            message = f"--picture and -o name the same file, {given['output']}. Name two."
+            check_output(path, overwrite=parameters["overwrite"])
+    if parameters["picture"] is not None:
+        check_picture(parameters["picture"])
+        if parameters["picture"] == parameters["output"]:
+            message = f"--picture and -o name the same file, {parameters['output']}. Name two."
             raise OutputError(message)
-    source = options.source_of(given)
+    source = options.source_of(parameters)
     compile_options = CompileOptions(
         precision="int8",
-        **options.calibration_of(given),
-        transform=options.transform_of(given),
-        seed=given["seed"],
-        classes=given["classes"],
+        **options.calibration_of(parameters),
+        transform=options.transform_of(parameters),
+        seed=parameters["seed"],
+        classes=parameters["classes"],
     )
-    calibration = given["calibration"]
-    if calibration is None and given["random_weights"]:
+    calibration = parameters["calibration"]
+    if calibration is None and parameters["random_weights"]:
         display.note("the weights are random, so synthetic images calibrate them.", quiet=quiet)
         calibration = synthetic_source(compile_options)
     if calibration is None:
@@ -95,32 +95,32 @@ def _analyze(given: dict[str, Any], processes: Processes) -> None:
         raise DataError(message)
     with display.user_code(), display.progress_bars(quiet=quiet) as progress:
         made = source.make()
-        found = analyze(
+        analysis = analyze(
             made.network,
             compile_options,
             calibration,
-            evaluation=given["data"],
-            images=given["sample"],
-            record=given["output"].with_name(f"{given['output'].name}.partial"),
+            evaluation=parameters["data"],
+            images=parameters["sample"],
+            record=parameters["output"].with_name(f"{parameters['output'].name}.partial"),
             progress=progress,
         )
     if not processes.first:
         return
-    for text in (*made.notes, *found.notes):
+    for text in (*made.notes, *analysis.notes):
         display.note(text, quiet=quiet)
-    measurements = {"model": given["model"], "calibrator": compile_options.calibrator, **found.to_json()}
-    given["output"].write_text(json.dumps(measurements, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    if given["picture"] is not None:
-        images = display.counted(found.sensitivity.images, "image")
-        draw(found, given["picture"], f"{given['model']}: cost of INT8 per layer, {images}")
-    if given["as_json"]:
+    measurements = {"model": parameters["model"], "calibrator": compile_options.calibrator, **analysis.to_json()}
+    parameters["output"].write_text(json.dumps(measurements, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if parameters["picture"] is not None:
+        images = display.counted(analysis.sensitivity.images, "image")
+        draw(analysis, parameters["picture"], f"{parameters['model']}: cost of INT8 per layer, {images}")
+    if parameters["as_json"]:
         display.print_json(measurements)
     else:
-        _print(found, given["output"])
+        _print(analysis, parameters["output"])
 
 
-def _print(found: Analysis, output: Path) -> None:
-    sensitivity = found.sensitivity
+def _print(analysis: Analysis, output: Path) -> None:
+    sensitivity = analysis.sensitivity
     every = sensitivity.all_quantized
     columns = ["layer", "kind", "alone, dB", "weights, dB", "input, dB", "all but it, dB", "same top-1 %"]
     rows = [
@@ -140,8 +140,8 @@ def _print(found: Analysis, output: Path) -> None:
     drop = "" if every.top1_drop is None else f", top-1 drops by {every.top1_drop:.2f} points"
     click.echo(
         f"All in INT8: {every.sqnr_db:.1f} dB, same answer on {every.top1_agreement:.2f} %{drop} "
-        f"({display.counted(sensitivity.images, 'image')} of {found.data})."
+        f"({display.counted(sensitivity.images, 'image')} of {analysis.data})."
     )
-    if found.resumed:
-        click.echo(f"{found.resumed} measurements were taken over from the run before.")
+    if analysis.resumed:
+        click.echo(f"{analysis.resumed} measurements were taken over from the run before.")
     click.echo(f"Wrote {output}.")

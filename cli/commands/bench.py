@@ -33,7 +33,7 @@ def command(
     set_verbosity(verbose, quiet)
     bundle = Bundle.open(file)
     targets = [target] if target else [entry.target for entry in bundle.engines]
-    found: dict[str, Latency] = {}
+    latencies: dict[str, Latency] = {}
     skipped: dict[str, str] = {}
     failed: dict[str, ParityError] = {}
     with display.progress_bars(quiet=quiet or as_json) as progress:
@@ -46,23 +46,23 @@ def command(
             try:
                 with Engine.open(bundle, name) as engine:
                     size = batch or engine.spec.batch.opt
-                    found[name] = bench(engine, batch=size, seconds=seconds, progress=progress)
+                    latencies[name] = bench(engine, batch=size, seconds=seconds, progress=progress)
             except ParityError as error:
                 failed[name] = error
-    if not found and not failed:
+    if not latencies and not failed:
         details = "; ".join(f"{name}: {detail}" for name, detail in skipped.items())
         message = f"None of the engines in {file} can run here: {details}"
         raise DependencyError(message)
     if as_json:
         skipped |= {name: str(error) for name, error in failed.items()}
-        display.print_json({**{name: latency.to_json() for name, latency in found.items()}, "skipped": skipped})
+        display.print_json({**{name: latency.to_json() for name, latency in latencies.items()}, "skipped": skipped})
     else:
-        _show(found, skipped)
+        _show(latencies, skipped)
     if failed:
         raise ParityError("\n".join(map(str, failed.values())))
 
 
-def _show(found: dict[str, Latency], skipped: dict[str, str]) -> None:
+def _show(latencies: dict[str, Latency], skipped: dict[str, str]) -> None:
     rows = [
         [
             name,
@@ -73,7 +73,7 @@ def _show(found: dict[str, Latency], skipped: dict[str, str]) -> None:
             f"{x.p99:.2f}",
             f"{x.throughput_ips:.1f}",
         ]
-        for name, x in found.items()
+        for name, x in latencies.items()
     ]
     if rows:
         display.print_table("Latency", ["target", "batch", "runs", "p50 ms", "p90 ms", "p99 ms", "images/s"], rows)

@@ -100,7 +100,7 @@ if TYPE_CHECKING:
 @click.option("--explain", is_flag=True, help="Print the precision of every layer, and why.")
 @options.json_option
 @options.verbosity_options
-def command(**given: Any) -> None:
+def command(**parameters: Any) -> None:
     """Compile MODEL into a bundle of engines with a parity report for each.
 
     MODEL is a name from `pcn-compile models`, package.module:factory, or file.py:factory.
@@ -111,28 +111,28 @@ def command(**given: Any) -> None:
           --calibration imagenet/val --target cpu --target tensorrt-rtx -o s60.pcn
     """  # noqa: D301 - click reads the backspace character
     with join() as processes:
-        _build(given, processes)
+        _build(parameters, processes)
 
 
-def _build(given: dict[str, Any], processes: Processes) -> None:
-    quiet = given["quiet"] or given["as_json"] or not processes.first
-    set_verbosity(given["verbose"], given["quiet"])
+def _build(parameters: dict[str, Any], processes: Processes) -> None:
+    quiet = parameters["quiet"] or parameters["as_json"] or not processes.first
+    set_verbosity(parameters["verbose"], parameters["quiet"])
     if processes.first:
-        check_output(given["output"], overwrite=given["overwrite"])
-    source = options.source_of(given)
-    compile_options = _options(_with_recipe(given))
-    calibration = given["calibration"]
-    if calibration is None and compile_options.quantizes and given["random_weights"] and not given["recipe"]:
+        check_output(parameters["output"], overwrite=parameters["overwrite"])
+    source = options.source_of(parameters)
+    compile_options = _options(_with_recipe(parameters))
+    calibration = parameters["calibration"]
+    if calibration is None and compile_options.quantizes and parameters["random_weights"] and not parameters["recipe"]:
         display.note("the weights are random, so synthetic images calibrate them.", quiet=quiet)
         calibration = synthetic_source(compile_options)
     if not processes.first:
-        each = both_precisions(compile_options) if given["precision"] == AUTO else (compile_options,)
+        each = both_precisions(compile_options) if parameters["precision"] == AUTO else (compile_options,)
         for chosen in each:
             with suppress(*IMPOSSIBLE if chosen is not each[-1] else ()), display.user_code():
-                take_part(source.create(), chosen, calibration, given["data"])
+                take_part(source.create(), chosen, calibration, parameters["data"])
         return
     choice, searched = None, []
-    record = given["output"].with_name(f"{given['output'].name}.search")
+    record = parameters["output"].with_name(f"{parameters['output'].name}.search")
     with display.user_code(), display.progress_bars(quiet=quiet) as progress:
 
         def build(chosen: CompileOptions) -> CompileResult:
@@ -141,7 +141,7 @@ def _build(given: dict[str, Any], processes: Processes) -> None:
                 _create(source, origin, progress),  # without a name here: it is freed before the engines are built
                 chosen,
                 calibration=calibration,
-                evaluation=given["data"],
+                evaluation=parameters["data"],
                 search_record=record,
                 provenance=origin,
                 progress=progress,
@@ -149,22 +149,22 @@ def _build(given: dict[str, Any], processes: Processes) -> None:
             searched.append(built.search is not None)
             return built
 
-        if given["precision"] == AUTO:
+        if parameters["precision"] == AUTO:
             result, choice = compile_fastest(build, compile_options, progress)
         else:
             result = build(compile_options)
     for text in result.notes:
         display.note(text, quiet=quiet)
     if result:
-        result.bundle.save(given["output"], overwrite=given["overwrite"])
+        result.bundle.save(parameters["output"], overwrite=parameters["overwrite"])
     if any(searched):  # the record is that of this build, and the build is over
         record.unlink(missing_ok=True)
-    if choice and not given["as_json"]:
+    if choice and not parameters["as_json"]:
         click.echo(f"Kept {choice.precision}: {choice.reason}.")
-    _report(result, given["output"], explain=given["explain"], as_json=given["as_json"])
+    _report(result, parameters["output"], explain=parameters["explain"], as_json=parameters["as_json"])
     if not result:
         reasons = display.failures((*result.reports, *result.proofs))
-        message = f"Parity failed, so {given['output']} was not written: {reasons}."
+        message = f"Parity failed, so {parameters['output']} was not written: {reasons}."
         if result.advice:
             message += f" Tried on the golden images: {'; '.join(map(str, result.advice))}."
         raise ParityError(message)
@@ -179,37 +179,38 @@ def _create(source: ModelSource, origin: dict[str, Any], progress: Progress) -> 
     return made.network
 
 
-def _with_recipe(given: dict[str, Any]) -> dict[str, Any]:
+def _with_recipe(parameters: dict[str, Any]) -> dict[str, Any]:
     """Read the recipe; it decides precision and remainder where they were not given."""
-    if given["recipe"] is None:
-        return given
-    recipe = read_recipe(given["recipe"])
+    if parameters["recipe"] is None:
+        return parameters
+    recipe = read_recipe(parameters["recipe"])
     context = click.get_current_context()
     decided = {"precision": recipe.precision}
     if recipe.precision in CODES:
         decided["remainder"] = recipe.remainder
     left = {key for key in decided if context.get_parameter_source(key) is ParameterSource.DEFAULT}
-    if given["precision"] == AUTO:
+    if parameters["precision"] == AUTO:
         msg = "A recipe has one precision: leave --precision auto out."
         raise OptionError(msg)
-    return {**given, **{key: decided[key] for key in left}, "recipe": recipe}
+    return {**parameters, **{key: decided[key] for key in left}, "recipe": recipe}
 
 
-def _options(given: dict[str, Any]) -> CompileOptions:
+def _options(parameters: dict[str, Any]) -> CompileOptions:
+    batch = parameters["batch"]
     return CompileOptions(
-        precision="int8" if given["precision"] == AUTO else given["precision"],
-        remainder=given["remainder"],
-        targets=given["targets"],
-        **options.calibration_of(given),
-        transform=options.transform_of(given),
-        batch=given["batch"] if isinstance(given["batch"], BatchRange) else BatchRange.parse(given["batch"]),
-        max_drop=given["max_drop"],
-        output_names=given["output_names"],
-        with_attention_map=given["with_attention_map"],
-        seed=given["seed"],
-        backend=options.backend_of(given),
-        recipe=given["recipe"],
-        classes=given["classes"],
+        precision="int8" if parameters["precision"] == AUTO else parameters["precision"],
+        remainder=parameters["remainder"],
+        targets=parameters["targets"],
+        **options.calibration_of(parameters),
+        transform=options.transform_of(parameters),
+        batch=batch if isinstance(batch, BatchRange) else BatchRange.parse(batch),
+        max_drop=parameters["max_drop"],
+        output_names=parameters["output_names"],
+        with_attention_map=parameters["with_attention_map"],
+        seed=parameters["seed"],
+        backend=options.backend_of(parameters),
+        recipe=parameters["recipe"],
+        classes=parameters["classes"],
     )
 
 

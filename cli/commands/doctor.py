@@ -15,19 +15,19 @@ from pcn_deploy.verbs.doctor import PACKAGES, diagnose
 @json_option
 def command(as_json: bool) -> None:
     """Show what this machine can build and run, and the command that would mend the rest."""
-    found = diagnose()
+    diagnosis = diagnose()
     if as_json:
-        display.print_json({**asdict(found), "can_compile": found.can_compile})
+        display.print_json({**asdict(diagnosis), "can_compile": diagnosis.can_compile})
         return
-    click.echo(found.system)
-    packages = [[name, version or "missing", PACKAGES[name]] for name, version in found.packages.items()]
+    click.echo(diagnosis.system)
+    packages = [[name, version or "missing", PACKAGES[name]] for name, version in diagnosis.packages.items()]
     display.print_table("Packages", ["package", "version", "needed for"], packages)
     targets = [
         [name, _yes(state.can_build), _yes(state.can_run), state.detail, state.remedy]
-        for name, state in found.targets.items()
+        for name, state in diagnosis.targets.items()
     ]
     display.print_table("Targets", ["target", "builds", "runs", "found", "to mend it"], targets)
-    if not found.can_compile:
+    if not diagnosis.can_compile:
         click.echo("To build bundles from checkpoints: pip install 'pcn-deploy[compile]'")
 
 

@@ -36,13 +36,13 @@ def command(
     as_json: bool,
     verbose: int,
     quiet: bool,
-    **given: Any,
+    **parameters: Any,
 ) -> None:
     """Build an engine for this device from the graph in FILE.pcn, prove it, and add it. Needs no torch."""
     set_verbosity(verbose, quiet)
     with display.progress_bars(quiet=quiet or as_json) as progress:
         report = add_engine(
-            file, target, output=output, overwrite=overwrite, options=options.backend_of(given), progress=progress
+            file, target, output=output, overwrite=overwrite, options=options.backend_of(parameters), progress=progress
         )
     if as_json:
         display.print_json(report.to_json())

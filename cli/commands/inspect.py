@@ -33,63 +33,66 @@ def command(file: Path, explain: bool, recipe: bool, as_json: bool) -> None:
     if recipe and as_json:
         msg = "--recipe prints TOML and --json prints JSON: take one of them."
         raise click.UsageError(msg)
-    found = describe(file)
+    description = describe(file)
     if recipe:
-        click.echo(write_recipe(plan_of(found)), nl=False)
+        click.echo(write_recipe(plan_of(description)), nl=False)
         return
     if as_json:
-        display.print_json(found)
+        display.print_json(description)
         return
-    display.print_table(str(file), ["what", "value"], _overview(found))
+    display.print_table(str(file), ["what", "value"], _overview(description))
     if explain:
-        rows = [[layer["op"], layer["kind"], layer["precision"], layer["reason"]] for layer in found["layers"]]
+        rows = [[layer["op"], layer["kind"], layer["precision"], layer["reason"]] for layer in description["layers"]]
         display.print_table("Precision per layer", ["layer", "kind", "precision", "reason"], rows)
     else:
-        counts = Counter((x["precision"], x["kind"], x["reason"]) for x in found["layers"])
+        counts = Counter((x["precision"], x["kind"], x["reason"]) for x in description["layers"])
         rows = [[str(n), kind, precision, reason] for (precision, kind, reason), n in counts.most_common()]
         display.print_table("Precision", ["layers", "kind", "precision", "reason"], rows)
     engines = [
         [entry["target"], display.size(entry["bytes"]), entry["sha256"][:16], _pairs(entry["built_with"])]
-        for entry in found["engines"]
+        for entry in description["engines"]
     ]
     display.print_table("Engines", ["target", "size", "sha256", "built with"], engines)
-    display.print_parity("Parity with the eager network", [report_from_json(one) for one in found["parity"].values()])
-    if found["budget"]:
-        rows = [display.proof_row(proof_from_json(proof)) for proof in found["budget"]["proofs"]]
+    display.print_parity(
+        "Parity with the eager network", [report_from_json(one) for one in description["parity"].values()]
+    )
+    if description["budget"]:
+        rows = [display.proof_row(proof_from_json(proof)) for proof in description["budget"]["proofs"]]
         display.print_table("Drop of top-1, in percentage points", display.PROOF_COLUMNS, rows)
-    for note in found["notes"]:
+    for note in description["notes"]:
         click.echo(f"Note: {note}")
 
 
-def _overview(found: dict[str, Any]) -> list[list[str]]:
-    batch, calibration = found["batch"], found["calibration"]
+def _overview(description: dict[str, Any]) -> list[list[str]]:
+    batch, calibration = description["batch"], description["calibration"]
     rows = [
-        ["model", found["model"]],
+        ["model", description["model"]],
         [
             "precision",
-            found["precision"] + (f", rest {found['remainder']}" if found["precision"] in CODES else ""),
+            description["precision"]
+            + (f", rest {description['remainder']}" if description["precision"] in CODES else ""),
         ],
-        *[["input", _tensor(tensor)] for tensor in found["inputs"]],
-        *[["output", _tensor(tensor)] for tensor in found["outputs"]],
+        *[["input", _tensor(tensor)] for tensor in description["inputs"]],
+        *[["output", _tensor(tensor)] for tensor in description["outputs"]],
         ["batch", f"{batch['min']}:{batch['opt']}:{batch['max']}"],
-        ["transform", _pairs(found["transform"])],
+        ["transform", _pairs(description["transform"])],
         ["calibration", _pairs(calibration) if calibration else "none"],
-        ["golden set", _golden(found)],
-        ["rewrites", _pairs({name: places for name, places in found["rewrites"].items() if places}) or "none"],
+        ["golden set", _golden(description)],
+        ["rewrites", _pairs({name: places for name, places in description["rewrites"].items() if places}) or "none"],
     ]
-    if found["choice"]:
-        rows.append(["chosen by", found["choice"]["reason"]])
-    found["provenance"].update(weights_from=_WEIGHTS.get(found["provenance"].get("weights_from", "")))
+    if description["choice"]:
+        rows.append(["chosen by", description["choice"]["reason"]])
+    description["provenance"].update(weights_from=_WEIGHTS.get(description["provenance"].get("weights_from", "")))
     provenance = {
-        key: value for key, value in found["provenance"].items() if key != "model" and value not in (None, {})
+        key: value for key, value in description["provenance"].items() if key != "model" and value not in (None, {})
     }
     return rows + [[key, _pairs(value) if isinstance(value, dict) else str(value)] for key, value in provenance.items()]
 
 
-def _golden(found: dict[str, Any]) -> str:
-    judged = found["judged"] or {}
+def _golden(description: dict[str, Any]) -> str:
+    judged = description["judged"] or {}
     images = f"{judged['golden_images']} images and {judged['edge_images']} edge images, " if judged else ""
-    return f"{images}from {found['golden']}"
+    return f"{images}from {description['golden']}"
 
 
 def _tensor(tensor: dict[str, Any]) -> str:
