@@ -38,7 +38,7 @@ class _TensorRT(Backend):
         """What this machine can do with this flavour. Never raises, never starts a GPU context."""
         flavour = self.flavour
         try:
-            found = f"{flavour.title} {library.version(library.load(flavour))}"
+            release = f"{flavour.title} {library.version(library.load(flavour))}"
         except DependencyError as error:
             return Availability(can_build=False, can_run=False, detail=str(error), remedy=flavour.remedy)
         devices = cuda.devices()
@@ -49,11 +49,11 @@ class _TensorRT(Backend):
             except PcnDeployError as error:
                 problem = str(error)
         if not problem:
-            return Availability(can_build=True, can_run=True, detail=f"{found}, {', '.join(map(str, devices.found))}")
+            return Availability(can_build=True, can_run=True, detail=f"{release}, {', '.join(map(str, devices.gpus))}")
         if flavour.ahead_of_time:
-            detail = f"{found} builds here, but cannot run an engine: {problem}"
+            detail = f"{release} builds here, but cannot run an engine: {problem}"
             return Availability(can_build=True, can_run=False, detail=detail)
-        detail = f"{found} builds and runs engines only where there is a GPU: {problem}"
+        detail = f"{release} builds and runs engines only where there is a GPU: {problem}"
         remedy = f"On the device: pcn-compile engine FILE.pcn --target {self.target}"
         return Availability(can_build=False, can_run=False, detail=detail, remedy=remedy)
 

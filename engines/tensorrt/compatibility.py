@@ -41,13 +41,13 @@ def plainly(message: str, library: str, device: Device) -> str:
     Returns:
         Plain words, or the message itself where its form is not known.
     """
-    if found := _COMPUTE.search(message):
-        there, here = found["there"], found["here"]
+    if match := _COMPUTE.search(message):
+        there, here = match["there"], match["here"]
         return f"the engine was built for compute capability {there}; this device ({device}) has {here}"
-    if found := _TAG.search(message):
+    if match := _TAG.search(message):
         return (
-            f"the engine was built with another version of TensorRT (its format is number {found['there']}); "
-            f"here is {library} (format number {found['here']})"
+            f"the engine was built with another version of TensorRT (its format is number {match['there']}); "
+            f"here is {library} (format number {match['here']})"
         )
     return message
 

@@ -37,12 +37,12 @@ class Devices:
     """What the driver says, without any CUDA context having been created.
 
     Attributes:
-        found: The GPUs, in the order CUDA numbers them.
+        gpus: The GPUs, in the order CUDA numbers them.
         driver: Highest CUDA version of the driver, such as 13000 for 13.0; 0 without a driver.
         problem: Why there is no GPU to use, or an empty string.
     """
 
-    found: tuple[Device, ...] = ()
+    gpus: tuple[Device, ...] = ()
     driver: int = 0
     problem: str = ""
 
@@ -59,9 +59,9 @@ def devices() -> Devices:
     version, count = ctypes.c_int(), ctypes.c_int()
     driver.cuDriverGetVersion(ctypes.byref(version))
     driver.cuDeviceGetCount(ctypes.byref(count))
-    found = tuple(_describe(driver, index) for index in range(count.value))
-    problem = "" if found else "the NVIDIA driver finds no GPU"
-    return Devices(found=found, driver=version.value, problem=problem)
+    gpus = tuple(_describe(driver, index) for index in range(count.value))
+    problem = "" if gpus else "the NVIDIA driver finds no GPU"
+    return Devices(gpus=gpus, driver=version.value, problem=problem)
 
 
 def current() -> Device:
@@ -73,7 +73,7 @@ def current() -> Device:
     state = devices()
     if state.problem:
         raise DependencyError(state.problem)
-    return state.found[Cuda.load(state.driver).device()]
+    return state.gpus[Cuda.load(state.driver).device()]
 
 
 def _describe(driver: ctypes.CDLL, index: int) -> Device:

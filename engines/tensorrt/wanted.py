@@ -53,7 +53,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 
 def _parts(data: memoryview, number: int) -> Iterator[memoryview]:
-    return (value for found, value in _fields(data) if found == number and isinstance(value, memoryview))
+    return (value for field, value in _fields(data) if field == number and isinstance(value, memoryview))
 
 
 def wanted_by(onnx: bytes) -> tuple[Counter[str], set[str]]:
@@ -78,7 +78,7 @@ def wanted_by(onnx: bytes) -> tuple[Counter[str], set[str]]:
             if number == _NODE:
                 operators.update(bytes(text).decode() for text in _parts(value, _OP_TYPE))
             elif number == _INITIALIZER:
-                types.update(_TYPES[kind] for found, kind in _fields(value) if found == _DATA_TYPE and kind in _TYPES)
+                types.update(_TYPES[kind] for field, kind in _fields(value) if field == _DATA_TYPE and kind in _TYPES)
     return operators, types
 
 

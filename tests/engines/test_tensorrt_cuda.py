@@ -66,7 +66,7 @@ def fake_runtime(version: int = 12060, device: int = 1) -> Any:
 def test_gpus_are_named_with_their_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: FakeDriver())
     found = devices()
-    assert [str(device) for device in found.found] == ["GPU 0 (SM86)", "GPU 1 (SM87)"]
+    assert [str(device) for device in found.gpus] == ["GPU 0 (SM86)", "GPU 1 (SM87)"]
     assert (version_text(found.driver), found.problem) == ("12.6", "")
 
 

@@ -329,7 +329,7 @@ def test_a_machine_with_a_gpu_builds_and_runs(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(library, "load", lambda _flavour: trt)
     cudart = FakeCudart()
     gpus = (Device("GPU 0", "SM86"), Device("GPU 1", "SM87"))
-    monkeypatch.setattr(cuda, "devices", lambda: cuda.Devices(found=gpus, driver=12060))
+    monkeypatch.setattr(cuda, "devices", lambda: cuda.Devices(gpus=gpus, driver=12060))
     monkeypatch.setattr(Cuda, "load", classmethod(lambda cls, _driver: cls(cudart)))
     backend = get_backend("tensorrt")
     state = backend.availability()
