@@ -257,6 +257,9 @@ class Backend(ABC):
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     """Kinds of device that its engines run on, the best first: of `cpu` and `cuda`."""
 
+    exact: ClassVar[bool] = False
+    """Whether it computes a graph of FP32 in FP32, as a CPU does, so that its answers differ by the order of sums."""
+
     built_aside: ClassVar[bool] = False
     """Whether a build keeps to one core and measures nothing, so that it can go on beside other work."""
 

@@ -43,6 +43,7 @@ class OnnxRuntimeBackend(Backend):
     extra = "runtime"
     member = GRAPH
     rank = 2
+    exact = True
 
     def availability(self) -> Availability:
         """ONNX Runtime builds and runs wherever it is installed."""

@@ -24,6 +24,9 @@ from pcn_deploy.errors import PcnDeployError, StockSessionError
 from pcn_deploy.memory import temporary_path
 from pcn_deploy.specs import EngineSpec
 
+STOCK = "stock"
+"""What reports call this execution; like `cpu`, it computes FP32 in FP32."""
+
 LIMIT = 600
 """Seconds after which an answer is no longer waited for."""
 

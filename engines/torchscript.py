@@ -31,6 +31,7 @@ class TorchScriptBackend(Backend):
     extra = "compile"
     member = graph = SCRIPT
     rank = 3
+    exact = True
     devices = ("cuda", "cpu")
 
     def availability(self) -> Availability:

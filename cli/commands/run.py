@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -86,21 +87,21 @@ def _show(predictions: list[Prediction], names: list[str] | None, used: str) -> 
     if rows:
         display.print_table(f"Most likely classes, by {used}", ["image", "rank", "class", "probability %"], rows)
     others = [
-        [prediction.image, name, answer["role"], _shape(answer["shape"]), *(f"{answer[key]:.4g}" for key in _FIGURES)]
+        [prediction.image, name, answer["role"], _words({key: answer[key] for key in answer if key != "role"})]
         for prediction in predictions
         for name, answer in prediction.outputs.items()
     ]
     if others:
-        display.print_table(f"Outputs, by {used}", ["image", "output", "role", "shape", *_FIGURES], others)
+        display.print_table(f"Outputs, by {used}", ["image", "output", "role", "answer"], others)
     for prediction in predictions:
         _tell_picture(prediction, names)
 
 
-_FIGURES = ("smallest", "largest", "mean")
-
-
-def _shape(dims: list[int]) -> str:
-    return "x".join(map(str, dims))
+def _words(answer: dict[str, Any]) -> str:
+    """What a role tells of an output, as text: a list of numbers is a shape."""
+    shapes = {key: "x".join(map(str, value)) for key, value in answer.items() if isinstance(value, list)}
+    numbers = {key: f"{value:.4g}" for key, value in answer.items() if isinstance(value, float)}
+    return ", ".join(f"{key} {text}" for key, text in {**answer, **shapes, **numbers}.items())
 
 
 def _tell_picture(prediction: Prediction, names: list[str] | None) -> None:

@@ -15,7 +15,7 @@ from pcn_deploy.artefact.manifest import Manifest
 from pcn_deploy.engines.base import Array, OpenOptions, Session
 from pcn_deploy.engines.onnxruntime import open_plain
 from pcn_deploy.engines.registry import get_backend
-from pcn_deploy.engines.stock import open_stock
+from pcn_deploy.engines.stock import STOCK, open_stock
 from pcn_deploy.errors import StockSessionError
 from pcn_deploy.members import GRAPH, SCRIPT
 from pcn_deploy.memory import return_freed
@@ -69,7 +69,7 @@ EXECUTIONS: tuple[Execution, ...] = (
     Execution(name=WIDENED, applies=has_widened, open=_open_widened, judge=verify_widened),
     Execution(name="rounded", applies=lambda manifest: manifest.remainder != "fp32", open=_open_rounded),
     # ONNX Runtime has no BF16 on the CPU
-    Execution(name="stock", applies=lambda manifest: manifest.remainder != "bf16", open=_open_stock),
+    Execution(name=STOCK, applies=lambda manifest: manifest.remainder != "bf16", open=_open_stock),
 )
 """In every build, beside the engine of each target that is made from the graph."""
 

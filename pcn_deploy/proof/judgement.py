@@ -11,9 +11,11 @@ from pcn_deploy.aliases import Images
 from pcn_deploy.artefact.engine import Engine
 from pcn_deploy.artefact.golden import NOISE, GoldenSet
 from pcn_deploy.artefact.manifest import Manifest
+from pcn_deploy.engines.registry import TARGETS, get_backend
+from pcn_deploy.engines.stock import STOCK
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.tasks.limits import BUDGETS, GUARD_DB, ParityBudget
-from pcn_deploy.tasks.noise_floor import ON_CPU, NoiseFloor, natural_db
+from pcn_deploy.tasks.noise_floor import NoiseFloor, natural_db
 from pcn_deploy.tasks.parity import ParityMeter
 from pcn_deploy.tasks.report import ParityReport
 from pcn_deploy.tasks.role import power_of_noise
@@ -57,7 +59,7 @@ def verify_golden(engine: Engine, budget: ParityBudget, progress: Progress = sil
         changes=floor.judges_noise() or engine.bundle.manifest.golden != NOISE,
         floor=floor,
     )
-    guard = GUARD_DB.get(engine.bundle.manifest.precision, 0.0) if engine.executed_by in ON_CPU else 0.0
+    guard = GUARD_DB.get(engine.bundle.manifest.precision, 0.0) if _is_exact(engine.executed_by) else 0.0
     if budget.sqnr_db <= report.metrics["sqnr_db"] < budget.sqnr_db + guard:
         failure = (
             f"SQNR {report.metrics['sqnr_db']:.1f} dB is below {budget.sqnr_db + guard:.1f} dB, the least on a CPU"
@@ -110,13 +112,18 @@ def noise_floor(golden: GoldenSet, images: Images, manifest: Manifest, by: str, 
         output: Name of the output.
     """
     precision, power = manifest.precision, golden.noise(output)
-    exact = precision == "fp32" and by in ON_CPU
+    exact = precision == "fp32" and _is_exact(by)
     if not exact:
         power *= _COARSER[manifest.remainder]
     if golden.simulated:
         trained, simulated = (values[output][~golden.edge] for values in (golden.outputs, golden.simulated))
         power += _TWICE * power_of_noise(trained, simulated, golden.role(output), golden.live(output))
     return NoiseFloor(natural_db=natural_db(images, precision), power=power, exact=exact)
+
+
+def _is_exact(by: str) -> bool:
+    """Whether what executes a graph computes FP32 in FP32: a backend, or an execution that runs where `cpu` does."""
+    return get_backend(by).exact if by in TARGETS else by == STOCK
 
 
 def engine_outputs(engine: Engine, images: Images, progress: Progress, size: int | None = None) -> dict[str, Images]:

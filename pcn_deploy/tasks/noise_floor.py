@@ -17,9 +17,6 @@ import numpy.typing as npt
 from pcn_deploy.tasks.limits import ParityBudget, changes_limit
 from pcn_deploy.tasks.metrics import alike, sqnr_db
 
-ON_CPU = ("cpu", "stock", "torchscript")
-"""What executes a graph of FP32 in FP32."""
-
 _NATURAL_DB = {"fp32": 80.0, "fp16": 60.0, "bf16": 42.0, "int8": 60.0, "fp8": 60.0}
 """SQNR that rounding leaves of the logits, less some for deep networks: right engines have 110 dB in FP32, 65 to 74 in
 FP16 and 18 dB less in BF16. What images change less than that, a precision cannot tell; 8-bit engines as FP16."""

@@ -73,7 +73,7 @@ class Role(ABC):
         return []
 
     def answer(self, values: Outputs) -> dict[str, Any]:
-        """What `run --json` tells of the output for one image, `(...)`: plain values."""
+        """What `run` tells of the output for one image, `(...)`: the role, and any plain values beside it."""
         wide = values.astype(np.float64)
         summary = {"smallest": float(wide.min()), "largest": float(wide.max()), "mean": float(wide.mean())}
         return {"role": self.name, "shape": list(values.shape), **summary}

@@ -20,7 +20,9 @@ from pcn_deploy.data.images import ImageSource
 from pcn_deploy.data.labels import LabelCheck
 from pcn_deploy.data.passes import each_batch
 from pcn_deploy.data.processes import current
+from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DataError
+from pcn_deploy.members import GRAPH
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof.executions import with_executions
 from pcn_deploy.proof.judgement import noise_floor, verify_golden
@@ -76,9 +78,8 @@ def verify(
     budget = budget or engine.bundle.manifest.parity_budget
     if data is None:
         report = verify_golden(engine, budget, progress)
-        return (
-            with_executions(report, engine, budget, progress, only=WIDENED) if engine.executed_by == "cpu" else report
-        )
+        runs_graph = get_backend(engine.executed_by).member == GRAPH
+        return with_executions(report, engine, budget, progress, only=WIDENED) if runs_graph else report
     source = data if isinstance(data, ImageSource) else ImageSource(data, engine.transform, limit=limit)
     return _verify_images(engine, source, reference, budget, progress, to_prove=to_prove)
 

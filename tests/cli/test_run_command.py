@@ -273,3 +273,11 @@ def test_the_time_of_no_answer_is_not_told(path: Path, monkeypatch: pytest.Monke
     assert "cpu" not in found
     assert "latency_ms" in found["torchscript"]
     assert "NaN or infinite logits for random images" in result.stderr
+
+
+def test_a_role_may_tell_anything() -> None:
+    from pcn_deploy.cli.commands.run import _words
+
+    assert _words({"shape": [4, 8, 8], "age": 31.41592, "unit": "years", "count": 3}) == (
+        "shape 4x8x8, age 31.42, unit years, count 3"
+    )
