@@ -157,13 +157,13 @@ class Session(ABC):
             self._check(tensor, inputs[tensor.name])
         wanted = dict(out or {})
         self._check_out(wanted, len(inputs[self.spec.inputs[0].name]))
-        given = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         try:
-            results = self._run_impl(given, wanted)
+            results = self._run_impl(arrays, wanted)
         except PcnDeployError:
             raise
         except Exception as error:  # the libraries' exceptions share no base
-            shapes = {name: array.shape for name, array in given.items()}
+            shapes = {name: array.shape for name, array in arrays.items()}
             msg = f"The engine fails on inputs of shape {shapes}: {error}. Build it again, or report it with the graph."
             raise ExecutionError(msg) from error
         return {tensor.name: _delivered(tensor, results, wanted.get(tensor.name)) for tensor in self.spec.outputs}

@@ -63,10 +63,10 @@ def _is_of_convolution(model: nn.Module, flow: DataFlow, value: Value) -> bool:
 
 
 def _separate(sides: dict[str, list[int]], separation: Separation, trace: CallTrace, path: str) -> None:
-    found = [node for node in trace.graph.nodes if _is_addition(node, separation.is_activation)]
-    if len(found) != len(sides[path]):
+    nodes = [node for node in trace.graph.nodes if _is_addition(node, separation.is_activation)]
+    if len(nodes) != len(sides[path]):
         return  # the trace does something else than the run
-    for node, side in zip(found, sides[path], strict=True):
+    for node, side in zip(nodes, sides[path], strict=True):
         if side < 0:
             continue
         operands = (node.args[0], node.args[1]) if len(node.args) == 2 else (node.args[0], node.kwargs["other"])

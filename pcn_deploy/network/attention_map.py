@@ -28,21 +28,21 @@ def find_token_block(model: nn.Module) -> str:
     Raises:
         ModelError: If there is none, or more than one.
     """
-    found = [str(path) for path, module in model.named_modules() if isinstance(module, TokenBlock)]
-    if not found:
+    paths = [str(path) for path, module in model.named_modules() if isinstance(module, TokenBlock)]
+    if not paths:
         msg = (
             "The network holds no attention-based aggregation, so there is no attention map. Leave "
             "--with-attention-map out, or replace its average pooling by "
             "pcn_deploy.models.aggregation.AttentionPool2d and train it."
         )
         raise ModelError(msg)
-    if len(found) > 1:
+    if len(paths) > 1:
         msg = (
-            f"The network holds {len(found)} attention-based aggregations ({', '.join(found)}); an attention map "
+            f"The network holds {len(paths)} attention-based aggregations ({', '.join(paths)}); an attention map "
             "needs exactly one. Leave --with-attention-map out."
         )
         raise ModelError(msg)
-    return found[0]
+    return paths[0]
 
 
 def output_attention_map(model: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
@@ -99,7 +99,7 @@ def _check_same(model: nn.Module, mapped: nn.Module, shape: tuple[int, int, int]
             )
             raise ModelError(msg)
         pairs = zip(wanted_outputs, mapped(images), strict=True)
-        same = all(torch.allclose(found, wanted, rtol=_TOLERANCE, atol=_TOLERANCE) for wanted, found in pairs)
+        same = all(torch.allclose(traced, wanted, rtol=_TOLERANCE, atol=_TOLERANCE) for wanted, traced in pairs)
     if not same:
         msg = (
             f"{headline}: its symbolic trace gives other numbers than the network itself. The modules around "

@@ -80,14 +80,14 @@ class Calls:
             ValueError: If its calls differ in more than their tensors.
         """
         module, calls = self._model.get_submodule(path), self._given[path]
-        given = [every[0] for every in calls]
-        names = list(given[0])
-        settings = {name: given[0][name] for name in names if _is_setting(given[0][name])}
+        first_calls = [every[0] for every in calls]
+        names = list(first_calls[0])
+        settings = {name: first_calls[0][name] for name in names if _is_setting(first_calls[0][name])}
         for call in (call for every in calls for call in every):
             if list(call) != names or any(call[name] != value for name, value in settings.items()):
                 msg = f"{path} is called in different ways"
                 raise ValueError(msg)
-        inputs = {name: [call[name] for call in given] for name in names if name not in settings}
+        inputs = {name: [call[name] for call in first_calls] for name in names if name not in settings}
         root = _call_of(module, names, settings)
         with answers_known(), attributes_kept(root):
             tracer = ShapedTracer(self.mode, inputs, is_leaf)
@@ -107,9 +107,9 @@ def _is_setting(value: Any) -> bool:
 def _call_of(module: nn.Module, names: list[str], settings: dict[str, Any]) -> nn.Module:
     """A module that takes the tensors of a call by their names and adds the settings."""
     tensors = ", ".join(name for name in names if name not in settings)
-    given = ", ".join(f"{name}={name}" if name not in settings else f"{name}=settings[{name!r}]" for name in names)
+    arguments = ", ".join(f"{name}={name}" if name not in settings else f"{name}=settings[{name!r}]" for name in names)
     scope: dict[str, Any] = {"settings": settings}
-    exec(f"def forward(self, {tensors}):\n    return self.{ROOT}({given})", scope)
+    exec(f"def forward(self, {tensors}):\n    return self.{ROOT}({arguments})", scope)
     root: nn.Module = type("_Call", (nn.Module,), {"forward": scope["forward"]})()
     root.add_module(ROOT, module)
     return root

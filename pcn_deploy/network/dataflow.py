@@ -148,8 +148,8 @@ class DataFlow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Execute an operation and note what it does."""
-        given = _tensors((args, kwargs or {}))
-        read = [self.value(tensor) for tensor in given]
+        tensors = _tensors((args, kwargs or {}))
+        read = [self.value(tensor) for tensor in tensors]
         outputs = func(*args, **(kwargs or {}))
         path, name = self._stack[-1], func._schema.name
         for value in read:
@@ -158,15 +158,15 @@ class DataFlow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         multiplies = depends and name in PRODUCTS
         if multiplies and not all(value.image for value in read):
             owned = is_plain_layer(self._model.get_submodule(path))
-            pairs = zip(given, read, strict=True)
+            pairs = zip(tensors, read, strict=True)
             constants = [tensor for tensor, value in pairs if not value.image and tensor.ndim > 1]
             is_vector = "conv" not in name and any(min(tensor.shape[-2:]) == 1 for tensor in constants)
             place = None if owned else self._place()
             self.products.append(Product(path=path, operator=name, place=place, is_vector=is_vector))
         made = _tensors(outputs)
         adds = name in ("aten::add", "aten::add_") and len(read) == 2 and all(value.image for value in read)
-        if adds and given[0].shape == given[1].shape == made[0].shape:
-            self.additions.append(Addition(path=path, operands=(read[0], read[1]), is_map=given[0].ndim == 4))
+        if adds and tensors[0].shape == tensors[1].shape == made[0].shape:
+            self.additions.append(Addition(path=path, operands=(read[0], read[1]), is_map=tensors[0].ndim == 4))
         depth = max((value.depth for value in read), default=0) + multiplies
         moves = bool(read) and (_is_view(func) or name in KEEPING)
         for tensor in made:

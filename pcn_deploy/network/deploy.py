@@ -235,8 +235,8 @@ def to_deploy(model: nn.Module, images: Tensor) -> tuple[nn.Module, dict[str, in
     if whole is not None:
         return whole
     kept: list[Rewrite] = []
-    found = share_weights(model)
-    found.eval()
+    deployed = share_weights(model)
+    deployed.eval()
     applied = {rewrite.__name__: 0 for rewrite in REWRITES}
     for rewrite in REWRITES:
         with_it = _rewritten(model, (*kept, rewrite), images, expected)
@@ -244,8 +244,8 @@ def to_deploy(model: nn.Module, images: Tensor) -> tuple[nn.Module, dict[str, in
             log.info("%s is left out: with it, the network computes something else.", rewrite.__name__)
         else:
             kept.append(rewrite)
-            found, applied = with_it[0], applied | with_it[1]
-    return found, applied
+            deployed, applied = with_it[0], applied | with_it[1]
+    return deployed, applied
 
 
 def _rewritten(
@@ -257,11 +257,11 @@ def _rewritten(
     try:
         with torch.no_grad():
             applied = {rewrite.__name__: rewrite(deployed, images) for rewrite in rewrites}
-            found = as_tuple(deployed(images.clone()))
+            rewritten = as_tuple(deployed(images.clone()))
     except Exception as error:  # the network's own code, which may ask its modules for anything
         log.debug("The rewritten network cannot run: %r", error)
         return None
     finite = all(output.isfinite().all() for output in expected)
-    pair = ([output.numpy() for output in outputs] for outputs in (expected, found))
+    pair = ([output.numpy() for output in outputs] for outputs in (expected, rewritten))
     same = not finite or least_sqnr_db(*pair) >= SAME_DB
     return (deployed, applied) if same else None

@@ -60,13 +60,13 @@ def separate_all_attention(model: nn.Module) -> int:
 
     So are torch's encoders, which would call none of these layers.
     """
-    found = [module for module in model.modules() if type(module) is nn.MultiheadAttention]
-    for attention in found:
+    attentions = [module for module in model.modules() if type(module) is nn.MultiheadAttention]
+    for attention in attentions:
         become(attention, separate_attention(attention).eval())
     for module in list(model.modules()):
         if (plain := plain_encoder(module)) is not None:
             become(module, plain.eval())
-    return len(found)
+    return len(attentions)
 
 
 def hidden_products(model: nn.Module, flow: DataFlow) -> list[Product]:
@@ -164,12 +164,12 @@ def _separate(
 def _callers_of_repeated(model: nn.Module, flow: DataFlow) -> dict[str, set[str]]:
     """The modules that call a part which multiplies and is called more than once, with the paths of such parts."""
     working = {id(model.get_submodule(product.path)) for product in flow.products}
-    found: dict[str, set[str]] = {}
+    callers: dict[str, set[str]] = {}
     for path, calls in flow.calls.items():
         if len(calls) > 1 and any(id(part) in working for part in model.get_submodule(path).modules()):
             for call in calls:
-                found.setdefault(call.caller, set()).add(path)
-    return found
+                callers.setdefault(call.caller, set()).add(path)
+    return callers
 
 
 def _copy_repeated_parts(model: nn.Module) -> int:
@@ -193,8 +193,8 @@ def _differing(model: nn.Module, image: Tensor, forms: dict[str, nn.Module]) -> 
     def before(form: nn.Module, path: str) -> Any:
         def run(_module: nn.Module, args: Any, kwargs: Any) -> None:
             try:
-                given = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-                expected.append(form(*given[0], **given[1]))
+                copied = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+                expected.append(form(*copied[0], **copied[1]))
             except Exception as error:  # the network's own code, in another arrangement
                 log.debug("%s cannot run with its products as layers: %r", path or "The network", error)
                 expected.append(None)
@@ -221,11 +221,11 @@ def _differing(model: nn.Module, image: Tensor, forms: dict[str, nn.Module]) -> 
     return different
 
 
-def _equal(output: Any, found: Any) -> bool:
+def _equal(output: Any, again: Any) -> bool:
     first, second = (
-        [leaf.double() for leaf in tree_leaves(each) if isinstance(leaf, Tensor)] for each in (output, found)
+        [leaf.double() for leaf in tree_leaves(each) if isinstance(leaf, Tensor)] for each in (output, again)
     )
-    if type(output) is not type(found) or [tensor.shape for tensor in first] != [tensor.shape for tensor in second]:
+    if type(output) is not type(again) or [tensor.shape for tensor in first] != [tensor.shape for tensor in second]:
         return False
     allowed = 10 ** (-EXACT_DB / 20)
     for expected, other in zip(first, second, strict=True):

@@ -187,8 +187,8 @@ def plain_encoder(module: nn.Module) -> nn.Module | None:
         return Encoder(module)
     if type(module) is not nn.TransformerEncoderLayer:
         return None
-    given: Any = module.activation
-    activation = given if isinstance(given, nn.Module) else {F.relu: nn.ReLU(), F.gelu: nn.GELU()}.get(given)
+    function: Any = module.activation
+    activation = function if isinstance(function, nn.Module) else {F.relu: nn.ReLU(), F.gelu: nn.GELU()}.get(function)
     return None if activation is None else EncoderLayer(module, activation)
 
 

@@ -43,9 +43,9 @@ def check_definition(model: nn.Module) -> None:
             another floating-point type than float32; the message names the module and the way round.
     """
     for path, module in model.named_modules():
-        found = next(_obstacles(module), None)
-        if found is not None:
-            raise obstacle(HEADLINE, place_of_module(path, module), *found)
+        cause = next(_obstacles(module), None)
+        if cause is not None:
+            raise obstacle(HEADLINE, place_of_module(path, module), *cause)
 
 
 def _obstacles(module: nn.Module) -> Iterator[tuple[str, str]]:
@@ -197,20 +197,20 @@ def _equal(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and bool(torch.all((first == second) | ((first != first) & (second != second))))
 
 
-def _equal_but_for_rounding(found: float, measure: Callable[[], float]) -> bool:
+def _equal_but_for_rounding(sqnr_db: float, measure: Callable[[], float]) -> bool:
     """Whether what differs is nothing but rounding.
 
     Args:
-        found: SQNR in float32.
+        sqnr_db: SQNR in float32.
         measure: Computes it again.
     """
-    if found >= EQUAL_DB:
+    if sqnr_db >= EQUAL_DB:
         return True
     try:
         with InDouble():
             return measure() >= EQUAL_DB
     except ModelError:
-        return found >= ROUNDED_DB
+        return sqnr_db >= ROUNDED_DB
 
 
 def _sqnr_db(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> float:

@@ -46,13 +46,13 @@ class Separation:
     def separate_products(self) -> None:
         """Put a layer in the place of each product of an activation with a constant."""
         for node in list(self.graph.nodes):
-            found = _PRODUCTS.get(node.target) if node.op in ("call_function", "call_method") else None
-            if found is None or node in self._constants:
+            product = _PRODUCTS.get(node.target) if node.op in ("call_function", "call_method") else None
+            if product is None or node in self._constants:
                 continue
-            arguments = _bind(node, found[0])
+            arguments = _bind(node, product[0])
             if arguments is not None:
                 with self.graph.inserting_before(node):
-                    result = found[1](self, **arguments)
+                    result = product[1](self, **arguments)
                 if result is not None:
                     node.replace_all_uses_with(result)
                     self.graph.erase_node(node)
@@ -99,7 +99,7 @@ class Separation:
         """The parameter that a constant is made from, the first of several."""
         if node.op == "get_attr":
             return "" if str(node.target).startswith("_tensor_constant") else str(node.target)
-        return next((found for each in node.all_input_nodes if (found := self._parameter(each))), "")
+        return next((name for each in node.all_input_nodes if (name := self._parameter(each))), "")
 
     def _note_constant(self, node: fx.Node) -> None:
         """Compute a node that depends on parameters and buffers only."""
@@ -287,8 +287,8 @@ def _attention(
 ) -> fx.Node | None:
     separate = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else (in_proj_weight,)
     matrices = [at.constant(weight, 2) for weight in (*separate, out_proj_weight)]
-    given = [bias for bias in (in_proj_bias, out_proj_bias, bias_k, bias_v) if bias is not None]
-    if any(matrix is None for matrix in matrices) or any(at.constant(each, 1, 3) is None for each in given):
+    vectors = [bias for bias in (in_proj_bias, out_proj_bias, bias_k, bias_v) if bias is not None]
+    if any(matrix is None for matrix in matrices) or any(at.constant(each, 1, 3) is None for each in vectors):
         return None
     if static_k is not None or static_v is not None or not at.is_activation(query, 2, 3):
         return None

@@ -135,13 +135,13 @@ def answers_known() -> Iterator[None]:
     unknown_length, unknown_attribute = fx.Proxy.__len__, fx.Proxy.__getattr__
 
     def length(proxy: fx.Proxy) -> int:
-        found = proxy.tracer.length_of(proxy) if isinstance(proxy.tracer, ShapedTracer) else None
-        return unknown_length(proxy) if found is None else found
+        known = proxy.tracer.length_of(proxy) if isinstance(proxy.tracer, ShapedTracer) else None
+        return unknown_length(proxy) if known is None else known
 
     def attribute(proxy: fx.Proxy, name: str) -> Any:
         if name in _ATTRIBUTES and isinstance(proxy.tracer, ShapedTracer):
-            found = proxy.tracer.known_attribute(proxy, name)
-            return unknown_attribute(proxy, name) if found is None else found
+            known = proxy.tracer.known_attribute(proxy, name)
+            return unknown_attribute(proxy, name) if known is None else known
         return unknown_attribute(proxy, name)
 
     fx.Proxy.__len__, fx.Proxy.__getattr__ = length, attribute  # type: ignore[method-assign]

@@ -113,5 +113,5 @@ def find_cause(text: str) -> Cause | None:
 
 def operator_in(text: str) -> str:
     """Name of the operator that an exporter's message is about, such as ` aten._linalg_svd`; else nothing."""
-    found = re.search(r"op='([\w.:]+)'|torch\.ops\.(\w+\.\w+)", text)
-    return f" {found[1] or found[2]}" if found else ""
+    operator = re.search(r"op='([\w.:]+)'|torch\.ops\.(\w+\.\w+)", text)
+    return f" {operator[1] or operator[2]}" if operator else ""

@@ -44,10 +44,10 @@ class Place:
         return f"{self.module}, {self.file}:{self.line}\n    {source}".rstrip()
 
 
-def safely(find: Callable[..., Place | None], *given: Any) -> Place | None:
+def safely(find: Callable[..., Place | None], *arguments: Any) -> Place | None:
     """A search for the place that may itself fail."""
     try:
-        return find(*given)
+        return find(*arguments)
     except Exception as error:
         log.debug("The place of the error was not found: %r", error)
         return None
@@ -127,7 +127,11 @@ def place_of_node(error: Exception) -> Place | None:
             if isinstance(node, fx.Node) and node.meta.get("nn_module_stack"):
                 path, kind = list(node.meta["nn_module_stack"].values())[-1]
                 name = kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
-                places = [found for found in _LOCATION.findall(node.meta.get("stack_trace") or "") if _is_own(found[0])]
+                places = [
+                    location
+                    for location in _LOCATION.findall(node.meta.get("stack_trace") or "")
+                    if _is_own(location[0])
+                ]
                 module = f"{path or 'the network itself'} (class {name})"
                 return Place(module, places[-1][0], int(places[-1][1])) if places else Place(module)
     return None
@@ -135,13 +139,13 @@ def place_of_node(error: Exception) -> Place | None:
 
 def place_of_specialisation(model: nn.Module, replay: Callable[[], Any]) -> Place | None:
     """Export again and look at the stack at the moment when the symbol of the batch becomes a number."""
-    found: list[Place] = []
+    places: list[Place] = []
 
     class Watch(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if str(record.msg).startswith("set_replacement"):
                 stack = reversed(list(traceback.walk_stack(sys._getframe())))
-                found.extend(place for place in [safely(_place_in_frames, model, stack)] if place)
+                places.extend(place for place in [safely(_place_in_frames, model, stack)] if place)
 
     logger, watch = logging.getLogger("torch.fx.experimental.symbolic_shapes"), Watch()
     level, handlers, propagate = logger.level, logger.handlers, logger.propagate
@@ -154,4 +158,4 @@ def place_of_specialisation(model: nn.Module, replay: Callable[[], Any]) -> Plac
     finally:
         logger.handlers, logger.propagate = handlers, propagate
         logger.setLevel(level)
-    return found[0] if found else None
+    return places[0] if places else None

@@ -65,18 +65,18 @@ def obstacle(headline: str, place: Place | None, reason: str, advice: str) -> Mo
 
 def output_error(output: Any) -> ModelError:
     """Explain that a network returns, for one image, no floating-point tensor with one row for it."""
-    found = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    words = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
     if isinstance(output, dict) and output:
-        found += f" with {', '.join(map(str, list(output)[:6]))}"
+        words += f" with {', '.join(map(str, list(output)[:6]))}"
     advice = "return the tensors themselves, alone or in a tuple, a dict or a dataclass"
     if isinstance(output, Tensor) and not output.is_floating_point():
-        found += f" of {str(output.dtype).removeprefix('torch.')}"
+        words += f" of {str(output.dtype).removeprefix('torch.')}"
         advice = "return the logits, and take argmax or topk of what the engine returns"
     elif isinstance(output, Tensor) and output.ndim <= 1:
         advice = "keep the axis of the batch: x.flatten(1) for x.squeeze(), which drops it where there is one image"
     elif isinstance(output, dict | list | tuple) and any(isinstance(one, Tensor) for one in tree_leaves(output)):
         advice = "return numbers before they are rounded to classes, and keep the axis of the batch"
-    msg = f"The network returns {found}; expected floating-point tensors with one row for each image, such as (N, K)."
+    msg = f"The network returns {words}; expected floating-point tensors with one row for each image, such as (N, K)."
     return ModelError(f"{msg}\nWay round: {advice}.")
 
 
