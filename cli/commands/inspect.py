@@ -11,6 +11,7 @@ import click
 from pcn_deploy.calibration.plan.recipe import write_recipe
 from pcn_deploy.calibration.plan.rules import CODES
 from pcn_deploy.cli import display, options
+from pcn_deploy.data.classes import first_of
 from pcn_deploy.proof.budget import proof_from_json
 from pcn_deploy.tasks.report import report_from_json
 from pcn_deploy.verbs.inspect import describe, plan_of
@@ -74,6 +75,7 @@ def _overview(description: dict[str, Any]) -> list[list[str]]:
         ],
         *[["input", _tensor(tensor)] for tensor in description["inputs"]],
         *[["output", _tensor(tensor)] for tensor in description["outputs"]],
+        *[["classes", f"{len(names)}: {first_of(names)}"] for names in [description["class_names"]] if names],
         ["batch", f"{batch['min']}:{batch['opt']}:{batch['max']}"],
         ["transform", _pairs(description["transform"])],
         ["calibration", _pairs(calibration) if calibration else "none"],

@@ -26,8 +26,8 @@ from pcn_deploy.verbs.run import Prediction, classify
     "--labels",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="FILE",
-    help="Names of the classes: one per line in the order of the outputs, or any other file that `--classes` of build "
-    "takes.",
+    help="Names of the classes, instead of those in the bundle: one per line in the order of the outputs, or any other "
+    "file that `--classes` of build takes.",
 )
 @click.option(
     "--heatmap",
@@ -60,7 +60,7 @@ def command(
     pictures = picture_paths(heatmap, images, overwrite=overwrite) if heatmap else None
     with load(file, target) as engine:
         logits = engine.spec.output_of(LOGITS)
-        names = read_names(labels, int(logits.shape[-1])) if labels and logits else None
+        names = read_names(labels, int(logits.shape[-1])) if labels and logits else list(engine.class_names) or None
         predictions = classify(
             engine, images, top=top, class_names=names, heatmaps=pictures, heatmap_class=heatmap_class
         )

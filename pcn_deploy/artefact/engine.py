@@ -30,6 +30,7 @@ class Engine:
         executed_by: What executes it; another target only where `target` cannot run on this machine.
         spec: Its inputs, outputs and batch range.
         transform: The evaluation transform that its inputs went through.
+        class_names: What the classes are called, in the order of the logits; empty if the bundle does not know.
     """
 
     def __init__(self, bundle: Bundle, target: str, executed_by: str, session: Session) -> None:
@@ -38,6 +39,7 @@ class Engine:
         self.executed_by = executed_by
         self.spec = session.spec
         self.transform = bundle.manifest.transform
+        self.class_names = tuple(bundle.manifest.class_names)
         self._session = session
 
     @classmethod

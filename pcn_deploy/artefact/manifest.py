@@ -94,6 +94,7 @@ class Manifest:
         calibration: Summary of what calibrated, with the recoveries, plain values; None where nothing did.
         golden: Where the real images of the golden set come from.
         rewrites: How many places each rewrite changed.
+        class_names: What the classes are called, in the order of the logits; empty if that is not known.
         notes: What the user should know of the network, the images and the verdict.
         judged: What the verdict rests on.
         choice: Why `--precision auto` chose this one, plain values; None where it was not asked.
@@ -111,6 +112,7 @@ class Manifest:
     calibration: Any = None
     golden: str = ""
     rewrites: dict[str, int] = field(default_factory=dict)
+    class_names: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     judged: Judged = field(default_factory=Judged)
     choice: Any = None
@@ -140,6 +142,7 @@ class Manifest:
             calibration=data["calibration"],
             golden=str(data.get("golden") or ""),
             rewrites=dict(data.get("rewrites", {})),
+            class_names=[str(name) for name in data.get("class_names", ())],
             notes=list(data.get("notes", ())),
             judged=Judged(**data.get("judged", {})),
             choice=data.get("choice"),

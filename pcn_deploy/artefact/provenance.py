@@ -71,6 +71,7 @@ class ModelSource:
                 "weights_from": made.weights_from,
                 "checkpoint_weights": made.checkpoint_weights or None,
                 "checkpoint_key": made.checkpoint_key or None,
+                "class_names": list(made.class_names),
                 "notes": list(made.notes),
             }
         return {

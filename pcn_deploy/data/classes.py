@@ -27,8 +27,11 @@ _NUMBER_LAST = re.compile(r"(.*\S)\s*[\s:,;]\s*(\d+)")
 _SHOWN = 5
 """Names of a list that a message shows."""
 
-_INSIDE = ("class_to_idx", "label2id", "id2label", "class_names", "classes", "names", "labels")
-"""Where files of JSON keep their classes, such as the `config.json` of transformers."""
+_INSIDE = ("class_to_idx", "idx_to_class", "label2id", "id2label", "class_names", "classes", "names", "labels")
+"""Where files of JSON and checkpoints keep their classes, such as the `config.json` of transformers."""
+
+_AROUND = (("meta", "dataset_meta"), ("meta",), ("hyper_parameters",), ("config",), ("args",), ())
+"""Where a checkpoint keeps those: mmengine, mmcv, Lightning, and scripts of one's own."""
 
 REMEDY = (
     "Say which output each class is: --classes FILE with the name of every class on a line, in the order of the "
@@ -82,6 +85,31 @@ class Classes:
         close = difflib.get_close_matches(missing[0], self.index, n=1)
         hint = f" (it has {close[0]!r})" if close else f" (it has {first_of(list(map(repr, self.index)))})"
         return f"{len(missing)} folders are not in {self.origin}, such as {missing[0]!r}{hint}."
+
+    def names(self, outputs: int) -> tuple[str, ...]:
+        """What to call each of so many outputs; its number where it has no name."""
+        by_number: dict[int, list[str]] = {}
+        for name, number in self.index.items():
+            by_number.setdefault(number, []).append(name)
+        return tuple(_best(by_number.get(number, [str(number)])) for number in range(outputs))
+
+
+def names_in_checkpoint(content: Any) -> tuple[str, ...]:
+    """The names of all outputs, in their order, that a checkpoint holds beside its weights; empty if it has none.
+
+    Args:
+        content: What the file holds: names in a list, output to name, or name to output.
+    """
+    for path in _AROUND:
+        place = content
+        for key in path:
+            place = place.get(key) if isinstance(place, Mapping) else None
+        for key, value in place.items() if isinstance(place, Mapping) else ():
+            listed = _from_content(value) if isinstance(key, str) and key.lower() in _INSIDE else None
+            if listed is not None and listed.complete:
+                by_number = {number: aliases[0] for aliases, number in listed.names}
+                return tuple(by_number[number] for number in sorted(by_number))
+    return ()
 
 
 def first_of(names: Sequence[str]) -> str:
@@ -255,20 +283,28 @@ def _from_json(text: str, path: Path) -> _Listed:
         if isinstance(content, dict) and isinstance(content.get(key), dict | list):
             content = content[key]
             break
-    names: list[tuple[Any, int]] = []
-    if isinstance(content, list) and all(isinstance(name, str) for name in content):
-        return _by_place(content)
-    if isinstance(content, dict) and all(isinstance(number, int) for number in content.values()):
-        names = list(content.items())
-    elif isinstance(content, dict) and all(key.isdecimal() for key in content):
-        for key, value in content.items():
-            names += [(name, int(key)) for name in ([value] if isinstance(value, str) else value)]
-    if not names or not all(isinstance(name, str) for name, _ in names):
+    listed = _from_content(content)
+    if listed is None:
         msg = (
             f"The classes {path}: expected a list of names, an object from name to class such as class_to_idx, or from "
             "class to name such as id2label."
         )
         raise DataError(msg)
+    return listed
+
+
+def _from_content(content: Any) -> _Listed | None:
+    """Plain values: a list of names, name to output, or output to name; None if they are something else."""
+    names: list[tuple[Any, int]] = []
+    if isinstance(content, list | tuple) and all(isinstance(name, str) for name in content):
+        return _by_place(content)
+    if isinstance(content, Mapping) and all(isinstance(number, int) for number in content.values()):
+        names = list(content.items())
+    elif isinstance(content, Mapping) and all(str(key).isdecimal() for key in content):
+        for key, value in content.items():
+            names += [(name, int(key)) for name in (value if isinstance(value, list) else [value])]
+    if not names or not all(isinstance(name, str) for name, _ in names):
+        return None
     numbers = {number for _, number in names}
     complete = numbers == set(range(len(numbers)))
     return _Listed([((name,), number) for name, number in names], ordered=False, complete=complete)

@@ -12,12 +12,14 @@ import re
 import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pcn_deploy.data.classes import names_in_checkpoint
 from pcn_deploy.errors import CheckpointError
 from pcn_deploy.models.containers import AUTO, CONTAINERS, StateDict, Taken, choose_weights
 from pcn_deploy.models.wrappers import unwrapped
@@ -149,7 +151,7 @@ def _unwrap(content: Any, path: Path, which: str) -> Taken:
             f"{there} Save it as torch.save(model.state_dict(), path)."
         )
         raise CheckpointError(msg)
-    return taken
+    return replace(taken, class_names=names_in_checkpoint(content))
 
 
 def without_prefix(state: StateDict, expected: Iterable[str] = ()) -> StateDict:

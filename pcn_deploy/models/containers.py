@@ -76,12 +76,14 @@ class Taken:
         kind: `ema` or `raw`.
         where: The key they were under, or the beginning of their names; empty for a flat file.
         note: What the user should know, where there was a choice.
+        class_names: What the file calls the classes, in the order of the outputs; empty if it does not tell.
     """
 
     state: StateDict
     kind: str
     where: str
     note: str = ""
+    class_names: tuple[str, ...] = ()
 
 
 def choose_weights(content: Mapping[Any, Any], origin: str, which: str = AUTO) -> Taken | None:

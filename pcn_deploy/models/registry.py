@@ -111,6 +111,7 @@ class MadeModel:
         weights_from: `file`, `random`, or `factory` where the user's own factory brought them.
         checkpoint_weights: Which weights of the file were taken, `ema` or `raw`; empty where there is no file.
         checkpoint_key: The key they were under, or the beginning of their names.
+        class_names: What the checkpoint calls its classes, in the order of the outputs; empty if it does not tell.
         notes: What the user should know of them.
     """
 
@@ -118,6 +119,7 @@ class MadeModel:
     weights_from: str
     checkpoint_weights: str = ""
     checkpoint_key: str = ""
+    class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -171,6 +173,7 @@ def make_model(
             weights_from="file",
             checkpoint_weights=taken.kind,
             checkpoint_key=taken.where,
+            class_names=taken.class_names,
             notes=notes,
         )
     if info or random_weights:

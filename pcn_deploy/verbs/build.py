@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,7 @@ from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.engine import Engine, executor
 from pcn_deploy.artefact.golden import NOISE, GoldenSet
 from pcn_deploy.artefact.manifest import Judged, Manifest
+from pcn_deploy.data.classes import Classes
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.engines.base import Array, Backend, GraphSource
 from pcn_deploy.engines.registry import get_backend
@@ -26,7 +28,7 @@ from pcn_deploy.proof.agreement import Forms, check_agreement
 from pcn_deploy.proof.budget import BudgetProof, prove_budget
 from pcn_deploy.proof.executions import prove
 from pcn_deploy.proof.reference import Network, eager_outputs, golden_set, with_simulation
-from pcn_deploy.specs import EngineSpec, OutputSpec
+from pcn_deploy.specs import LOGITS, EngineSpec, OutputSpec
 from pcn_deploy.tasks.limits import ParityBudget
 from pcn_deploy.tasks.report import ParityReport
 from pcn_deploy.verbs.options import CompileOptions
@@ -118,7 +120,7 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     forward = eager_outputs(model, attention_map=options.with_attention_map)
     golden, broken = _golden_set(forward, images.shown, network.outputs, options, progress)
     spec = _interface(network, options)
-    bundle = _new_bundle(network, options, spec, images, _origin(model, provenance or {}), broken)
+    bundle = _new_bundle(network, options, spec, images, judging, _origin(model, provenance or {}), broken)
     plan = _add_graphs(bundle, network, golden, options, progress)
     forms = Forms.of(forward, network.deployed, network.unrounded, network.scales, plan)
     golden, widened = check_agreement(bundle, golden, spec, forms, scripted=options.scripts, rounded=options.rounds)
@@ -212,6 +214,7 @@ def _new_bundle(
     options: CompileOptions,
     spec: EngineSpec,
     images: BuildImages,
+    judging: JudgedBy,
     provenance: dict[str, Any],
     broken: list[str],
 ) -> Bundle:
@@ -227,6 +230,7 @@ def _new_bundle(
         calibration={**calibration.summary(), **_recovery(network)} if calibration else None,
         golden=images.shown.name if images.shown else NOISE,
         rewrites=network.rewrites,
+        class_names=_class_names(options, spec, provenance.pop("class_names", ()), judging),
         notes=list(dict.fromkeys(notes)),
         parity_budget=options.budget,
         provenance={**provenance, "built_by": _versions(), "host": platform.platform()},
@@ -235,6 +239,18 @@ def _new_bundle(
     if calibration:
         bundle.add_json(CALIBRATION, calibration.to_json(network.scales))
     return bundle
+
+
+def _class_names(options: CompileOptions, spec: EngineSpec, told: Sequence[str], judging: JudgedBy) -> list[str]:
+    """What the classes are called: as was asked, as the checkpoint has told, or as the folders that judge are."""
+    logits = spec.output_of(LOGITS)
+    if logits is None:
+        return []
+    outputs = int(logits.shape[-1])
+    if isinstance(options.classes, Classes):
+        return list(options.classes.names(outputs))
+    folders = judging.judges.proof.source.folders if judging.judges else ()
+    return next((list(names) for names in (told, folders) if len(names) == outputs), [])
 
 
 def _origin(model: nn.Module, provenance: dict[str, Any]) -> dict[str, Any]:

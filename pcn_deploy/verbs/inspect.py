@@ -21,10 +21,10 @@ def describe(path: str | Path) -> dict[str, Any]:
 
     Returns:
         `model`, `precision`, `remainder`, `inputs`, `outputs`, `batch`, `transform`, `calibration`, `golden` (where its
-        real images come from), `judged` (what the verdict rests on), `rewrites` (places that each changed), `engines`,
-        `parity` per target, `budget` (the search for the plan and the proof of the drop, or None), `choice` (of
-        `--precision auto`, or None), `layers` (the plan, layer by layer), `notes`, `members` and `provenance`, all
-        plain values.
+        real images come from), `class_names`, `judged` (what the verdict rests on), `rewrites` (places that each
+        changed), `engines`, `parity` per target, `budget` (the search for the plan and the proof of the drop, or None),
+        `choice` (of `--precision auto`, or None), `layers` (the plan, layer by layer), `notes`, `members` and
+        `provenance`, all plain values.
 
     Raises:
         BundleError: If the bundle is corrupt, altered or of a newer schema; every member is checked.
@@ -46,7 +46,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     return {
         **{key: manifest[key] for key in ("model", "precision", "remainder")},
         **manifest["interface"],
-        **{key: manifest[key] for key in ("transform", "calibration", "golden", "judged", "rewrites", "engines")},
+        **{key: manifest[key] for key in ("transform", "calibration", "golden", "class_names")},
+        **{key: manifest[key] for key in ("judged", "rewrites", "engines")},
         "parity": {target: report.to_json() for target, report in parity.items()},
         "budget": budget,
         "choice": manifest["choice"],

@@ -25,7 +25,7 @@ class Prediction:
     Attributes:
         image: The file.
         classes: Indices of the classes.
-        names: Their names; the indices as text where no names were given.
+        names: Their names; the indices as text where none are known.
         probabilities: Softmax of the logits, 0 to 1.
         outputs: What the other outputs hold, by name: role, shape, smallest and largest value, mean.
         heatmap: The picture of where the network looked, if one was asked for.
@@ -62,7 +62,7 @@ def classify(
         engine: An opened engine.
         images: Image files.
         top: Number of classes per image.
-        class_names: Name of every class, in order.
+        class_names: Name of every class, in order; by default those that the bundle knows.
         heatmaps: Where to write, for each image, the attention map over it: that of the most likely class where every
             class has its own.
         heatmap_class: The class whose map is drawn instead.
@@ -84,7 +84,7 @@ def classify(
     if heatmaps is None and heatmap_class is not None:
         msg = f"Class {heatmap_class} was chosen for a picture that is not drawn. Give --heatmap, or leave --class out."
         raise OptionError(msg)
-    results = []
+    class_names, results = class_names or engine.class_names or None, []
     for index, path in enumerate(images):
         try:
             image = read_image(path, engine.transform)
