@@ -12,11 +12,12 @@ from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.data.processes import join
+from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import ParityError
 from pcn_deploy.tasks.limits import budget_for
 from pcn_deploy.tasks.report import ParityReport
 from pcn_deploy.tasks.roles import get_role
-from pcn_deploy.verbs.load import load
+from pcn_deploy.verbs.load import load_to_verify
 from pcn_deploy.verbs.verify import verify
 
 
@@ -81,7 +82,7 @@ def _verify(
     *,
     quiet: bool,
 ) -> ParityReport:
-    with display.user_code(), load(file, target) as engine, display.progress_bars(quiet=quiet) as progress:
+    with display.user_code(), load_to_verify(file, target) as engine, display.progress_bars(quiet=quiet) as progress:
         engine.bundle.check_members()
         manifest = engine.bundle.manifest
         budget = manifest.parity_budget
@@ -90,6 +91,9 @@ def _verify(
         reference = make_again(manifest, weights) if data is not None else None
         source = data and ImageSource(data, engine.transform, limit=images, classes=classes)
         early = source.notes if source else ()
+        if engine.executed_by != engine.target:
+            why = get_backend(engine.target).availability().detail
+            early = (f"{why}. ONNX Runtime runs the graph that the {engine.target} engine was built from.", *early)
         for text in early:
             display.note(text, quiet=quiet)
         to_prove = max_drop is not None

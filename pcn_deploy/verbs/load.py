@@ -11,6 +11,29 @@ from pcn_deploy.engines.registry import fastest_first, get_backend
 from pcn_deploy.errors import DependencyError, OptionError
 
 
+def load_to_verify(path: str | Path, target: str | None = None) -> Engine:
+    """Open an engine as `load` does; where it cannot run here, the graph that it was built from, by ONNX Runtime.
+
+    So a bundle can be verified where it was built, as the build did.
+
+    Args:
+        path: The bundle.
+        target: The engine; by default the fastest that can run, else the fastest.
+
+    Returns:
+        The engine; `executed_by` is another than `target` where only its graph can run.
+
+    Raises:
+        PcnDeployError: As `load`; a `DependencyError` only where ONNX Runtime is missing too.
+    """
+    bundle = Bundle.open(path)
+    targets = [target] if target else fastest_first(entry.target for entry in bundle.engines)
+    can_run = {name: get_backend(name).availability().can_run for name in (*targets, "cpu")}
+    if targets and can_run["cpu"] and not any(can_run[name] for name in targets):
+        return Engine.open(bundle, targets[0], executed_by="cpu")
+    return load(path, target)
+
+
 def load(path: str | Path, target: str | None = None, *, device: str = "", stream: int = 0) -> Engine:
     """Open a bundle and the fastest of its engines that this machine can run.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,23 @@ def test_an_engine_that_does_not_fit(path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(OnnxRuntimeBackend, "_open_impl", refuse)
     refused(invoke("verify", path), 4, "built for another device")
+
+
+def test_an_engine_that_cannot_run_here_is_verified_by_its_graph(path: Path, tmp_path: Path) -> None:
+    """The bytes are a fake plan: nothing opens them."""
+    bundle = Bundle.open(path)
+    names = [name for name in bundle.manifest.members if name not in ("model.ts", "engines/tensorrt.engine")]
+    members = {name: bundle.read(name) for name in names}
+    only = Bundle(replace(bundle.manifest, members={}, engines=[]), members)
+    only.add_engine("tensorrt", "engines/tensorrt.engine", b"a plan", {})
+    only.save(tmp_path / "only.pcn")
+    result = invoke("verify", tmp_path / "only.pcn")
+    assert result.exit_code == 0, result.output
+    assert "tensorrt (run by cpu)" in result.stdout
+    assert "ONNX Runtime runs the graph that the tensorrt engine was built from" in " ".join(result.stderr.split())
+    report = json.loads(invoke("verify", tmp_path / "only.pcn", "--target", "tensorrt", "--json").stdout)
+    assert (report["target"], report["executed_by"], report["passed"]) == ("tensorrt", "cpu", True)
+    refused(invoke("run", tmp_path / "only.pcn", tmp_path / "no.png"), 7, "None of the engines")
 
 
 def test_a_missing_library(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
