@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from pcn_deploy.artefact.bundle import check_output
 from pcn_deploy.artefact.provenance import make_again
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
@@ -14,6 +15,7 @@ from pcn_deploy.data.images import ImageSource
 from pcn_deploy.data.processes import join
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import ParityError
+from pcn_deploy.tasks.changed import ChangedAnswer, confusions, to_csv
 from pcn_deploy.tasks.limits import budget_for
 from pcn_deploy.tasks.report import ParityReport
 from pcn_deploy.tasks.roles import get_role
@@ -35,6 +37,14 @@ from pcn_deploy.verbs.verify import verify
 @click.option(
     "--images", type=click.IntRange(min=1), metavar="N", help="Use at most so many images, taken from all over them."
 )
+@click.option(
+    "--changed",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="OUT.csv",
+    help="Write the images of --data to which the engine answers another class: file, true class, both answers with "
+    "their margins (logit of the answer less the next one), the gravest first.",
+)
+@options.overwrite_option
 @options.max_drop_option
 @options.json_option
 @options.verbosity_options
@@ -45,6 +55,8 @@ def command(
     classes: Path | None,
     weights: Path | None,
     images: int | None,
+    changed: Path | None,
+    overwrite: bool,
     max_drop: float | None,
     as_json: bool,
     verbose: int,
@@ -56,16 +68,25 @@ def command(
     eager network is made again from the weights the bundle was built from, wherever they are now (--weights).
     """
     set_verbosity(verbose, quiet)
-    if data is None and (weights or classes or images):
-        message = "--weights, --classes and --images go with --data; without it the golden set of the bundle is used."
+    if data is None and (weights or classes or images or changed):
+        message = (
+            "--weights, --classes, --images, --changed go with --data; without it the golden set of the bundle is used."
+        )
         raise click.UsageError(message)
+    if changed is not None:
+        check_output(changed, overwrite=overwrite)
+    answers: list[ChangedAnswer] = []
     with join() as processes:
         silent = quiet or as_json or not processes.first
-        report = _verify(file, target, data, classes, weights, images, max_drop, quiet=silent)
+        report, names = _verify(file, target, data, classes, weights, images, max_drop, answers, quiet=silent)
+        if processes.first and changed is not None:
+            changed.write_text(to_csv(answers, names), encoding="utf-8")
         if processes.first and as_json:
-            display.print_json(report.to_json())
+            display.print_json({**report.to_json(), "changed": confusions(answers, names)})
         elif processes.first:
             _print(report)
+            if changed is not None:
+                click.echo(f"Wrote {changed}: {display.counted(len(answers), 'image')} with another answer.")
         if not report:
             message = f"Parity failed: {'; '.join(report.failures)}."
             raise ParityError(message)
@@ -79,9 +100,11 @@ def _verify(
     weights: Path | None,
     images: int | None,
     max_drop: float | None,
+    changed: list[ChangedAnswer],
     *,
     quiet: bool,
-) -> ParityReport:
+) -> tuple[ParityReport, tuple[str, ...]]:
+    """The report, and the names of the classes; images with another answer are put into `changed`."""
     with display.user_code(), load_to_verify(file, target) as engine, display.progress_bars(quiet=quiet) as progress:
         engine.bundle.check_members()
         manifest = engine.bundle.manifest
@@ -97,11 +120,19 @@ def _verify(
         for text in early:
             display.note(text, quiet=quiet)
         to_prove = max_drop is not None
-        report = verify(engine, source, reference=reference, budget=budget, to_prove=to_prove, progress=progress)
+        report = verify(
+            engine,
+            source,
+            reference=reference,
+            budget=budget,
+            to_prove=to_prove,
+            changed=changed,
+            progress=progress,
+        )
     for text in report.notes:
         if text not in early:
             display.note(text, quiet=quiet)
-    return report
+    return report, engine.class_names
 
 
 def _print(report: ParityReport) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -28,6 +29,7 @@ from pcn_deploy.proof.executions import with_executions
 from pcn_deploy.proof.judgement import noise_floor, verify_golden
 from pcn_deploy.proof.widened import WIDENED
 from pcn_deploy.specs import LOGITS, EngineSpec
+from pcn_deploy.tasks.changed import ChangedAnswer, changed_answers
 from pcn_deploy.tasks.limits import ParityBudget
 from pcn_deploy.tasks.parity import ParityMeter
 from pcn_deploy.tasks.report import ParityReport
@@ -48,6 +50,7 @@ def verify(
     budget: ParityBudget | None = None,
     to_prove: bool = False,
     limit: int | None = None,
+    changed: list[ChangedAnswer] | None = None,
     progress: Progress = silent,
 ) -> ParityReport:
     """Compare an engine with the eager network.
@@ -65,6 +68,7 @@ def verify(
         to_prove: Whether labelled images must prove, with 95 % confidence, that top-1 drops by no more than the budget
             allows; else they must not show that it drops by more.
         limit: Use at most so many images, spread over all of them.
+        changed: Takes the images, of those given, to which the engine answers another class; see `tasks/changed.py`.
         progress: Told the number of images done.
 
     Returns:
@@ -81,7 +85,7 @@ def verify(
         runs_graph = get_backend(engine.executed_by).member == GRAPH
         return with_executions(report, engine, budget, progress, only=WIDENED) if runs_graph else report
     source = data if isinstance(data, ImageSource) else ImageSource(data, engine.transform, limit=limit)
-    return _verify_images(engine, source, reference, budget, progress, to_prove=to_prove)
+    return _verify_images(engine, source, reference, budget, progress, to_prove=to_prove, changed=changed)
 
 
 def _verify_images(
@@ -92,6 +96,7 @@ def _verify_images(
     progress: Progress,
     *,
     to_prove: bool,
+    changed: list[ChangedAnswer] | None,
 ) -> ParityReport:
     expected = _expected(reference, engine.spec)
     source.check_transform(engine.transform, "the bundle")
@@ -99,7 +104,7 @@ def _verify_images(
     golden = GoldenSet.read(engine.bundle)
     if not hasattr(reference, "state_dict"):  # nothing is known of its rounding
         golden = replace(golden, float32_noise=math.nan, further_noise={})
-    first, *others = _compare(engine, source, expected, golden, progress)
+    first, *others = _compare(engine, source, expected, golden, progress, changed)
     some = np.stack([sample.image for sample in source.subset(SAMPLE)])
     floor = partial(noise_floor, golden, some, engine.bundle.manifest, engine.executed_by)
     report = first.report(
@@ -161,26 +166,37 @@ def _array(value: Any) -> Any:
 
 
 def _compare(
-    engine: Engine, source: ImageSource, expected: Reference, golden: GoldenSet, progress: Progress
+    engine: Engine,
+    source: ImageSource,
+    expected: Reference,
+    golden: GoldenSet,
+    progress: Progress,
+    changed: list[ChangedAnswer] | None,
 ) -> list[ParityMeter]:
     """What all processes measured, each on its share of the images: of each output that the reference has too.
+
+    Those to which the engine answers another class are put into `changed`.
 
     Raises:
         DataError: If images are unusable, or labels are not the classes of the network.
     """
     first, meters = golden.first, dict[str, ParityMeter]()
-    labelled = golden.role(first).labelled
+    labelled, differing = golden.role(first).labelled, list[ChangedAnswer]()
     labelling, step = LabelCheck(source), f"Verifying {engine.target}"
     for images, labels in each_batch(source, engine.spec.batch.max, step, progress, shared=True):
         trained, answered = expected(images), engine.outputs(images)
         meters = meters or {name: golden.meter(name) for name in trained}
         if labelled:
             labelling.update(labels, trained[first])
+            differing += changed_answers(trained[first], answered[first], labels, partial(_name, source, images))
         for name, meter in meters.items():
             asked = labels if name == first else None
             meter.update(trained[name], answered[name], asked, partial(_name, source, images))
     if labelled:
         labelling.of_all_processes().check(int(engine.spec.outputs[0].shape[-1]))
+    every = current().gather(json.dumps([astuple(one) for one in differing]).encode())
+    if changed is not None:
+        changed += [ChangedAnswer(*row) for text in every for row in json.loads(text)]
     names = next(filter(None, current().gather("\\n".join(meters).encode()))).decode().split("\\n")
     return [of_all_processes(meters.get(name) or golden.meter(name)) for name in names]  # some may have had no image
 

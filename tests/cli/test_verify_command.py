@@ -17,7 +17,7 @@ import pcn_deploy
 from pcn_deploy import Bundle
 from pcn_deploy.cli.main import main
 from pcn_deploy.engines.base import Availability
-from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend
+from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend, _OnnxRuntimeSession
 from pcn_deploy.engines.torchscript import TorchScriptBackend
 from pcn_deploy.errors import IncompatibleError
 
@@ -188,3 +188,27 @@ def test_a_missing_library(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_drop_that_is_none(path: Path) -> None:
     refused(invoke("verify", path, "--max-drop", "-1"), 2, "--max-drop -1.0")
+
+
+def test_images_with_another_answer(
+    from_weights: tuple[Path, Path], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime that turns one answer round: a fake engine, for our own table."""
+    real = _OnnxRuntimeSession._run_impl
+    out, (bundle, _) = tmp_path / "changed.csv", from_weights
+    assert "0 images with another answer" in invoke("verify", bundle, "--data", folder, "--changed", out).stdout
+    assert len(out.read_text().splitlines()) == 1
+    refused(invoke("verify", bundle, "--data", folder, "--changed", out), 1, "exists")
+
+    def turned(self: Any, inputs: Any, arrays: Any) -> Any:
+        logits = real(self, inputs, {})["logits"].copy()
+        logits[-1] = -logits[-1]
+        return {"logits": logits}
+
+    monkeypatch.setattr(_OnnxRuntimeSession, "_run_impl", turned)
+    given = ("verify", bundle, "--data", folder, "--changed", out, "--overwrite", "--json")
+    counted = json.loads(invoke(*given).stdout)["changed"]
+    rows = out.read_text().splitlines()[1:]
+    assert 0 < len(rows) == sum(entry["images"] for entry in counted)
+    image, label, *_ = rows[0].split(",")
+    assert Path(image).parent.name == label
