@@ -239,8 +239,8 @@ def with_stored_weights(quantized: nn.Module, plan: PrecisionPlan) -> nn.Module:
         plan: The types of what is not quantised.
 
     Returns:
-        The network in evaluation mode. Weights of quantised layers are what their codes stand for, other parameters in
-        FP16 or BF16 are rounded to that.
+        The network in evaluation mode. Weights of quantised layers are what their codes stand for, other parameters and
+        buffers in FP16 or BF16 are rounded to that.
     """
     stored, types = share_weights(quantized), plan.types()
     rounded: dict[tuple[int, torch.dtype], nn.Parameter] = {}
@@ -256,4 +256,7 @@ def with_stored_weights(quantized: nn.Module, plan: PrecisionPlan) -> nn.Module:
                 if key not in rounded:
                     rounded[key] = nn.Parameter(parameter.to(kind).float(), requires_grad=False)
                 setattr(module, name, rounded[key])
+        for name, buffer in () if has_codes else list(module.named_buffers(recurse=False)):
+            if buffer.dtype == torch.float32 != kind and _holds(kind, buffer):
+                setattr(module, name, buffer.to(kind).float())
     return stored.eval()

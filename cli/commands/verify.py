@@ -15,6 +15,7 @@ from pcn_deploy.data.images import ImageSource
 from pcn_deploy.data.processes import join
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import ParityError
+from pcn_deploy.proof.executions import ROUNDED
 from pcn_deploy.tasks.changed import ChangedAnswer, confusions, to_csv
 from pcn_deploy.tasks.limits import budget_for
 from pcn_deploy.tasks.report import ParityReport
@@ -105,7 +106,11 @@ def _verify(
     quiet: bool,
 ) -> tuple[ParityReport, tuple[str, ...]]:
     """The report, and the names of the classes; images with another answer are put into `changed`."""
-    with display.user_code(), load_to_verify(file, target) as engine, display.progress_bars(quiet=quiet) as progress:
+    with (
+        display.user_code(),
+        load_to_verify(file, target, judging=data is not None) as engine,
+        display.progress_bars(quiet=quiet) as progress,
+    ):
         engine.bundle.check_members()
         manifest = engine.bundle.manifest
         budget = manifest.parity_budget
@@ -116,7 +121,8 @@ def _verify(
         early = source.notes if source else ()
         if engine.executed_by != engine.target:
             why = get_backend(engine.target).availability().detail
-            early = (f"{why}. ONNX Runtime runs the graph that the {engine.target} engine was built from.", *early)
+            how = ", every tensor rounded to its type" if engine.executed_by == ROUNDED else ""
+            early = (f"{why}. ONNX Runtime runs the graph that the {engine.target} engine was built from{how}.", *early)
         for text in early:
             display.note(text, quiet=quiet)
         to_prove = max_drop is not None

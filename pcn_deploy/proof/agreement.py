@@ -263,8 +263,9 @@ def _departure(form: str, apart: float, of_what: str, explained: float) -> str:
     return (
         f"The {form} departs: it is {apart:.1f} dB away from {of_what}, in float32 and without any rounding of "
         f"activations, of which rounding explains {explained:.1f} dB. Either the network decides by how it is run, "
-        f"such as {_ASKS[form]}, or the graph was made wrongly. Leave such decisions out; if there are none, please "
-        "report it with the definition."
+        f"such as {_ASKS[form]}, or it holds constants that FP16 rounds and that are no parameters or buffers, or the "
+        "graph was made wrongly. Leave such decisions and constants out; if there are none, please report it with the "
+        "definition."
     )
 
 

@@ -65,9 +65,38 @@ def _open_stock(read: Callable[[], bytes], spec: EngineSpec) -> Session:
     return open_stock(read, spec)
 
 
+def judged_by(bundle: Bundle, target: str) -> str:
+    """What executes an engine for the images that judge the accuracy; where it cannot run here, its graph.
+
+    A device stores what the graph declares as FP16, while ONNX Runtime keeps FP32 between such nodes on a CPU, and
+    would hide what is lost. So that graph is executed with every tensor rounded to its type.
+    """
+    by = executor(get_backend(target))
+    return by if by == target or bundle.manifest.remainder == "fp32" else ROUNDED
+
+
+def open_to_judge(bundle: Bundle, target: str) -> Engine:
+    """Open what `judged_by` says.
+
+    Args:
+        bundle: Holds the engine and its graph.
+        target: The engine.
+
+    Raises:
+        PcnDeployError: What opening the engine raises.
+    """
+    by = judged_by(bundle, target)
+    if by != ROUNDED:
+        return Engine.open(bundle, target, executed_by=by)
+    return Engine(bundle, target, by, _open_rounded(partial(bundle.read, GRAPH), bundle.manifest.interface))
+
+
+ROUNDED = "rounded"
+"""What reports call the execution that rounds every tensor to its type."""
+
 EXECUTIONS: tuple[Execution, ...] = (
     Execution(name=WIDENED, applies=has_widened, open=_open_widened, judge=verify_widened),
-    Execution(name="rounded", applies=lambda manifest: manifest.remainder != "fp32", open=_open_rounded),
+    Execution(name=ROUNDED, applies=lambda manifest: manifest.remainder != "fp32", open=_open_rounded),
     # ONNX Runtime has no BF16 on the CPU
     Execution(name=STOCK, applies=lambda manifest: manifest.remainder != "bf16", open=_open_stock),
 )

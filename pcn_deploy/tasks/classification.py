@@ -8,6 +8,7 @@ the reference minus that of the engine, in percentage points.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from pcn_deploy.errors import DataError
 from pcn_deploy.exact import ExactSum, ExactVector
 from pcn_deploy.specs import LOGITS
 from pcn_deploy.tasks.bound import PairedCounts, drop_failures, judge_drop
-from pcn_deploy.tasks.limits import ParityBudget
+from pcn_deploy.tasks.limits import ParityBudget, changes_limit
 from pcn_deploy.tasks.metrics import Doubles, answers, centred, live_classes, power_of_changes, sqnr_db
 from pcn_deploy.tasks.parity import Name, ParityMeter
 from pcn_deploy.tasks.role import Column, Role
@@ -27,6 +28,11 @@ Live = npt.NDArray[np.bool_]
 
 _TASK = {"proven": "proven", "broken": "BROKEN, not", "open": "neither proven nor broken"}
 """Words for what labels tell of a drop."""
+
+
+SAME_ANSWERS = 75.0
+"""Least share of answers, in percent, that must stay where rounding excuses an error as large as what images change: of
+eight golden images one or two may be nearly a tie."""
 
 
 class LogitsMeter(ParityMeter):
@@ -126,6 +132,16 @@ class LogitsMeter(ParityMeter):
     def noise(self) -> float:
         """Power of the errors in the differences."""
         return float(self._sums["centred_noise"])
+
+    def lost_answers(self, metrics: dict[str, float], budget: ParityBudget) -> list[str]:
+        """What fails where a precision loses what the images change, and so the answers to them."""
+        changes, same = metrics.get("sqnr_changes_db", math.inf), metrics["top1_agreement"]
+        if changes >= changes_limit(budget) or same >= SAME_ANSWERS:
+            return []
+        return [
+            f"what the images change is lost beside what all of them have in common: {changes:.1f} dB of it, and "
+            f"{same:.0f} % of the answers, are left. Take large constants off the logits, or keep that part in FP32"
+        ]
 
     def task(self, budget: ParityBudget, *, to_prove: bool) -> tuple[str, list[str]]:
         """What the labels tell of the drop of top-1, and what fails by them; nothing without labels."""

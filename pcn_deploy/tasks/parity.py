@@ -182,6 +182,10 @@ class ParityMeter:
         """Whether what the images change is measured."""
         return self._usual is not None
 
+    def lost_answers(self, metrics: dict[str, float], budget: ParityBudget) -> list[str]:
+        """What fails where a precision loses what the images change, and so the answers to them."""
+        return []
+
     def task(self, budget: ParityBudget, *, to_prove: bool) -> tuple[str, list[str]]:
         """What the labels tell, `proven`, `broken` or `open`, and what fails by them; nothing without labels."""
         return "", []
@@ -226,6 +230,9 @@ class ParityMeter:
         task, failures = self.task(budget, to_prove=to_prove)
         failures += self.failures(metrics, budget, least)
         failures += floor.failures(self.noise() / images) if constant and not failures else []
+        if not failures and least == -math.inf < floor.natural_db:
+            failures += (lost := self.lost_answers(metrics, budget))
+            notes = () if lost else notes
         report = ParityReport(
             target=target,
             executed_by=executed_by,

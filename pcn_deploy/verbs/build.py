@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pcn_deploy.artefact.bundle import Bundle
-from pcn_deploy.artefact.engine import Engine, executor
+from pcn_deploy.artefact.engine import executor
 from pcn_deploy.artefact.golden import NOISE, GoldenSet
 from pcn_deploy.artefact.manifest import Judged, Manifest
 from pcn_deploy.data.classes import Classes
@@ -26,7 +26,7 @@ from pcn_deploy.memory import release_unused
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof.agreement import Forms, check_agreement
 from pcn_deploy.proof.budget import BudgetProof, prove_budget
-from pcn_deploy.proof.executions import prove
+from pcn_deploy.proof.executions import judged_by, open_to_judge, prove
 from pcn_deploy.proof.reference import Network, eager_outputs, golden_set, with_simulation
 from pcn_deploy.specs import LOGITS, EngineSpec, OutputSpec
 from pcn_deploy.tasks.limits import ParityBudget
@@ -360,28 +360,29 @@ def _prove(
 ) -> tuple[tuple[ParityReport, ...], tuple[BudgetProof, ...]]:
     """Add every engine, and run it on the golden set and on the images that judge the accuracy, if there are any.
 
-    Where an engine cannot run here, ONNX Runtime runs the graph it was built from; the others are judged before it, so
-    that the time until it is built is used.
+    Where an engine cannot run here, ONNX Runtime runs the graph it was built from, for labelled images with every
+    tensor rounded to its type; the others are judged before it, so that the time until it is built is used.
     """
     reports: dict[str, ParityReport] = {}
     proofs: dict[str, BudgetProof] = {}
     by = {backend.target: executor(backend) for backend in backends}
     for backend in sorted(backends, key=lambda backend: by[backend.target] != backend.target):
-        executed_by = by[backend.target]
-        if executed_by in reports:
-            continue
-        builds.add(backend)
-        # the peak of an engine's build and that of a session in another process are not for the same moment
-        reports[executed_by] = prove(bundle, backend.target, budget, progress, widened, builds.add_built_aside)
+        target, executed_by = backend.target, by[backend.target]
+        if executed_by not in reports:
+            builds.add(backend)
+            # the peak of an engine's build and that of a session in another process are not for the same moment
+            reports[executed_by] = prove(bundle, target, budget, progress, widened, builds.add_built_aside)
         if judging.judges is not None:
-            with Engine.open(bundle, backend.target, executed_by=executed_by) as engine:
-                proofs[executed_by] = prove_budget(engine, judging.judges, progress)
+            judge = judged_by(bundle, target)
+            if judge not in proofs:
+                with open_to_judge(bundle, target) as engine:
+                    proofs[judge] = prove_budget(engine, judging.judges, progress)
     builds.add_all()
     parity_reports = tuple(replace(reports[executed_by], target=target) for target, executed_by in by.items())
     for report in parity_reports:
         bundle.add_json(parity_member(report.target), report.to_json())
         bundle.manifest.notes += [note for note in report.notes if note not in bundle.manifest.notes]
-    shared = tuple(replace(proofs[executed_by], target=target) for target, executed_by in by.items() if proofs)
+    shared = tuple(replace(proofs[judged_by(bundle, target)], target=target) for target in by if proofs)
     if shared:
         search = judging.search.to_json() if judging.search else None
         bundle.add_json(BUDGET, {"search": search, "proofs": [proof.to_json() for proof in shared]})

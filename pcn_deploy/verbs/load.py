@@ -9,9 +9,10 @@ from pcn_deploy.artefact.engine import Engine
 from pcn_deploy.engines.base import OpenOptions
 from pcn_deploy.engines.registry import fastest_first, get_backend
 from pcn_deploy.errors import DependencyError, OptionError
+from pcn_deploy.proof.executions import open_to_judge
 
 
-def load_to_verify(path: str | Path, target: str | None = None) -> Engine:
+def load_to_verify(path: str | Path, target: str | None = None, *, judging: bool = False) -> Engine:
     """Open an engine as `load` does; where it cannot run here, the graph that it was built from, by ONNX Runtime.
 
     So a bundle can be verified where it was built, as the build did.
@@ -19,6 +20,7 @@ def load_to_verify(path: str | Path, target: str | None = None) -> Engine:
     Args:
         path: The bundle.
         target: The engine; by default the fastest that can run, else the fastest.
+        judging: Whether other images than the golden set will judge it: then as `proof.executions.judged_by`.
 
     Returns:
         The engine; `executed_by` is another than `target` where only its graph can run.
@@ -30,7 +32,7 @@ def load_to_verify(path: str | Path, target: str | None = None) -> Engine:
     targets = [target] if target else fastest_first(entry.target for entry in bundle.engines)
     can_run = {name: get_backend(name).availability().can_run for name in (*targets, "cpu")}
     if targets and can_run["cpu"] and not any(can_run[name] for name in targets):
-        return Engine.open(bundle, targets[0], executed_by="cpu")
+        return open_to_judge(bundle, targets[0]) if judging else Engine.open(bundle, targets[0], executed_by="cpu")
     return load(path, target)
 
 
