@@ -171,7 +171,10 @@ def read_manifest(data: dict[str, Any], path: Path) -> Manifest:
     try:
         manifest = Manifest.from_json(data)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OptionError) as error:
-        msg = f"The manifest of {path} is malformed ({error!r}): it was altered. Copy or build it again."
+        msg = (
+            f"The manifest of {path} is malformed ({error!r}): it was altered, or made by a version with more targets "
+            "or roles. Copy or build it again, or upgrade pcn-deploy."
+        )
         raise BundleError(msg) from error
     for entry in manifest.engines:
         member = manifest.members.get(entry.member)
@@ -197,7 +200,7 @@ def _interface(data: dict[str, Any], schema: int) -> EngineSpec:
 
 def _engine(data: dict[str, Any]) -> EngineEntry:
     if data["target"] not in TARGETS:
-        msg = f"unknown engine {data['target']!r}"
+        msg = f"it holds an engine for {data['target']!r}, of which this version knows nothing"
         raise ValueError(msg)
     return EngineEntry(
         target=data["target"],

@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from pcn_deploy.errors import ModelError, OptionError
 from pcn_deploy.network.diagnosis.report import output_error, running_error
-from pcn_deploy.specs import LOGITS, TAKEN, TENSOR, OutputSpec, usual_role
+from pcn_deploy.specs import ATTENTION_MAP, LOGITS, TAKEN, TENSOR, OutputSpec, usual_role
+from pcn_deploy.tasks.roles import get_role
 
 Path: TypeAlias = tuple[str | int, ...]
 """The keys, fields and indices that lead to a tensor."""
@@ -33,7 +34,7 @@ def choose_outputs(
 
     Raises:
         ModelError: If it cannot run, or returns no such tensor.
-        OptionError: If an output that was asked for is none of them.
+        OptionError: If an output that was asked for is none of them, or cannot have its role.
     """
     with torch.no_grad():
         try:
@@ -56,6 +57,8 @@ def choose_outputs(
         )
     else:
         outputs, notes = tuple(_asked(one, roles) for one in asked), ()
+    for output in outputs:
+        _check_role(output, tuple(every[output.name][1].shape))
     if not isinstance(returned, Tensor):
         model = _returning(model, [fitting[output.name] for output in outputs])
     return model, outputs, notes
@@ -68,9 +71,26 @@ def _asked(output: OutputSpec, roles: dict[str, str]) -> OutputSpec:
     return OutputSpec(output.name, output.role or roles[output.name])
 
 
+def _check_role(output: OutputSpec, shape: tuple[int, ...]) -> None:
+    """Refuse a role that an output of this shape cannot have.
+
+    Raises:
+        OptionError: If it cannot.
+    """
+    role = get_role(output.role)
+    if not role.fits(shape):
+        expected = f"axes ({', '.join(role.axes)})" if role.axes else role.meter(output.name).shape
+        msg = (
+            f"Output {output.name!r} is {shape}, and the role {output.role} has {expected}. Give it another one, such "
+            f"as --output-name {output.name}:{TENSOR}."
+        )
+        raise OptionError(msg)
+
+
 def _role(name: str, tensor: Tensor) -> str:
     role = usual_role(name)
-    return TENSOR if role == LOGITS and tensor.ndim != 2 else role
+    wanted = {LOGITS: 2, ATTENTION_MAP: 4}
+    return TENSOR if tensor.ndim != wanted.get(role, tensor.ndim) else role
 
 
 def _fits(tensor: Tensor, images: int) -> bool:

@@ -44,6 +44,10 @@ class Role(ABC):
     columns: ClassVar[tuple[Column, ...]] = ()
     """What the tables of parity show of it beside cosine, SQNR and the largest error."""
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether an output of this shape, `(N, ...)`, can have the role."""
+        return self.meter(self.name).fits(shape) and len(self.axes or shape) == len(shape)
+
     def live(self, rows: Outputs) -> npt.NDArray[np.bool_] | None:
         """Which entries of a row are compared, `(K,)`, by what several images have, `(N, K)`; None for all."""
         return None

@@ -160,7 +160,8 @@ def test_images_that_do_not_fit(path: Path, bad: Any) -> None:
 
 
 def test_load_takes_the_fastest_that_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fastest_first(TARGETS) == ["tensorrt", "tensorrt-rtx", "cpu", "torchscript"]
+    known = ["tensorrt", "tensorrt-rtx", "cpu", "torchscript"]
+    assert [target for target in fastest_first(TARGETS) if target in known] == known
     with pcn_deploy.load(path) as engine:
         assert (engine.target, engine.executed_by) == ("cpu", "cpu")
     monkeypatch.setattr(OnnxRuntimeBackend, "availability", lambda self: NOTHING)

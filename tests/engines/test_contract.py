@@ -85,6 +85,7 @@ class ContractTemplate(ABC):
         assert state.can_run
         assert any(character.isdigit() for character in state.detail), "a version"
         assert self.backend.target == self.target
+        assert isinstance(self.backend.rank, int), "load asks for the fastest"
 
     def test_an_engine_computes_the_graph(self, session: Session) -> None:
         for count in (2, 3, 4):
@@ -324,9 +325,12 @@ class TestTorchScript(ContractTemplate):
 
 def test_every_target_has_a_backend_of_its_name() -> None:
     members = dict(zip(("cpu", "torchscript"), ("model.onnx", "model.ts"), strict=True))
+    assert len({get_backend(target).rank for target in TARGETS}) == len(TARGETS), "each has a place of its own"
     for target in TARGETS:
         backend = get_backend(target)
         assert backend.target == target
+        assert isinstance(backend.rank, int)
+        assert set(backend.devices) <= {"cpu", "cuda"}
         assert backend.member == members.get(target, backend.member)
         assert backend.member in (backend.graph, engine_member(target)), "the graph itself, or a member of its own"
         assert backend.availability().detail

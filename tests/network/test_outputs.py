@@ -120,3 +120,15 @@ def test_a_traced_network_stays_one() -> None:
 def test_a_network_without_a_row_for_each_image(form: Callable[[Tensor, Tensor], Any]) -> None:
     with pytest.raises(ModelError, match="one row for each image"):
         choose_outputs(Returning(form).eval(), IMAGES)
+
+
+def test_a_role_that_an_output_cannot_have_is_refused() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean((2, 3))
+
+    images, logits = torch.rand(2, 3, 4, 4), OutputSpec("logits", "logits")
+    assert choose_outputs(Net().eval(), images, (logits,))[1] == (logits,)
+    words = r"'logits' is \(2, 3\), and the role attention_map has axes \(batch, token, height, width\).*logits:tensor"
+    with pytest.raises(OptionError, match=words):
+        choose_outputs(Net().eval(), images, (OutputSpec("logits", "attention_map"),))
