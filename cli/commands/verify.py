@@ -71,7 +71,7 @@ def command(
     set_verbosity(verbose, quiet)
     if data is None and (weights or classes or images or changed):
         message = (
-            "--weights, --classes, --images, --changed go with --data; without it the golden set of the bundle is used."
+            "--weights, --changed, --classes and --images go with --data; else the golden set of the bundle is used."
         )
         raise click.UsageError(message)
     if changed is not None:

@@ -24,6 +24,7 @@ class FakeEngine:
     transform: Transform = field(
         default_factory=lambda: Transform(resolution=(4, 4), crop_pct=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
     )
+    class_names: tuple[str, ...] = ()
 
     @property
     def spec(self) -> EngineSpec:
