@@ -91,7 +91,7 @@ class Classes:
         by_number: dict[int, list[str]] = {}
         for name, number in self.index.items():
             by_number.setdefault(number, []).append(name)
-        return tuple(_best(by_number.get(number, [str(number)])) for number in range(outputs))
+        return _called(by_number, outputs)
 
 
 def names_in_checkpoint(content: Any) -> tuple[str, ...]:
@@ -107,8 +107,8 @@ def names_in_checkpoint(content: Any) -> tuple[str, ...]:
         for key, value in place.items() if isinstance(place, Mapping) else ():
             listed = _from_content(value) if isinstance(key, str) and key.lower() in _INSIDE else None
             if listed is not None and listed.complete:
-                by_number = {number: aliases[0] for aliases, number in listed.names}
-                return tuple(by_number[number] for number in sorted(by_number))
+                by_number = {number: aliases for aliases, number in listed.names}
+                return _called(by_number, len(by_number))
     return ()
 
 
@@ -183,10 +183,15 @@ def read_names(path: Path, outputs: int) -> list[str]:
     if fault := every.fault(outputs) if names else f"{path}: no class is named.":
         msg = f"{fault} Expected a name for each output."
         raise DataError(msg)
-    return [_best(names.get(number, [str(number)])) for number in range(outputs)]
+    return list(_called(names, outputs))
 
 
-def _best(names: list[str]) -> str:
+def _called(by_number: Mapping[int, Sequence[str]], outputs: int) -> tuple[str, ...]:
+    """What to call each of so many outputs, by its names; its number where it has none."""
+    return tuple(_best(by_number.get(number, [str(number)])) for number in range(outputs))
+
+
+def _best(names: Sequence[str]) -> str:
     """The first of the names that is no bare synset."""
     return next((name for name in names if not _BARE_SYNSET.fullmatch(name)), names[0])
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from pcn_deploy.errors import ModelError, OptionError
 from pcn_deploy.network.diagnosis.report import output_error, running_error
-from pcn_deploy.specs import ATTENTION_MAP, LOGITS, TAKEN, TENSOR, OutputSpec, usual_role
+from pcn_deploy.specs import LOGITS, TAKEN, TENSOR, OutputSpec, usual_role
 from pcn_deploy.tasks.roles import get_role
 
 Path: TypeAlias = tuple[str | int, ...]
@@ -89,8 +89,7 @@ def _check_role(output: OutputSpec, shape: tuple[int, ...]) -> None:
 
 def _role(name: str, tensor: Tensor) -> str:
     role = usual_role(name)
-    wanted = {LOGITS: 2, ATTENTION_MAP: 4}
-    return TENSOR if tensor.ndim != wanted.get(role, tensor.ndim) else role
+    return role if get_role(role).fits(tuple(tensor.shape)) else TENSOR
 
 
 def _fits(tensor: Tensor, images: int) -> bool:

@@ -27,6 +27,8 @@ from pcn_deploy.tasks.limits import ParityBudget
 from pcn_deploy.tasks.report import ParityReport
 
 LEAN = OpenOptions(lean=True)
+ROUNDED = "rounded"
+"""What reports call the execution that rounds every tensor to its type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +92,6 @@ def open_to_judge(bundle: Bundle, target: str) -> Engine:
         return Engine.open(bundle, target, executed_by=by)
     return Engine(bundle, target, by, _open_rounded(partial(bundle.read, GRAPH), bundle.manifest.interface))
 
-
-ROUNDED = "rounded"
-"""What reports call the execution that rounds every tensor to its type."""
 
 EXECUTIONS: tuple[Execution, ...] = (
     Execution(name=WIDENED, applies=has_widened, open=_open_widened, judge=verify_widened),

@@ -366,23 +366,22 @@ def _prove(
     reports: dict[str, ParityReport] = {}
     proofs: dict[str, BudgetProof] = {}
     by = {backend.target: executor(backend) for backend in backends}
+    judges = {target: judged_by(bundle, target) for target in by}
     for backend in sorted(backends, key=lambda backend: by[backend.target] != backend.target):
         target, executed_by = backend.target, by[backend.target]
         if executed_by not in reports:
             builds.add(backend)
             # the peak of an engine's build and that of a session in another process are not for the same moment
             reports[executed_by] = prove(bundle, target, budget, progress, widened, builds.add_built_aside)
-        if judging.judges is not None:
-            judge = judged_by(bundle, target)
-            if judge not in proofs:
-                with open_to_judge(bundle, target) as engine:
-                    proofs[judge] = prove_budget(engine, judging.judges, progress)
+        if judging.judges is not None and judges[target] not in proofs:
+            with open_to_judge(bundle, target) as engine:
+                proofs[judges[target]] = prove_budget(engine, judging.judges, progress)
     builds.add_all()
     parity_reports = tuple(replace(reports[executed_by], target=target) for target, executed_by in by.items())
     for report in parity_reports:
         bundle.add_json(parity_member(report.target), report.to_json())
         bundle.manifest.notes += [note for note in report.notes if note not in bundle.manifest.notes]
-    shared = tuple(replace(proofs[judged_by(bundle, target)], target=target) for target in by if proofs)
+    shared = tuple(replace(proofs[judges[target]], target=target) for target in by if proofs)
     if shared:
         search = judging.search.to_json() if judging.search else None
         bundle.add_json(BUDGET, {"search": search, "proofs": [proof.to_json() for proof in shared]})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.engine import Engine
-from pcn_deploy.engines.base import OpenOptions
+from pcn_deploy.engines.base import OPEN, OpenOptions
 from pcn_deploy.engines.registry import fastest_first, get_backend
 from pcn_deploy.errors import DependencyError, OptionError
 from pcn_deploy.proof.executions import open_to_judge
@@ -33,7 +33,7 @@ def load_to_verify(path: str | Path, target: str | None = None, *, judging: bool
     can_run = {name: get_backend(name).availability().can_run for name in (*targets, "cpu")}
     if targets and can_run["cpu"] and not any(can_run[name] for name in targets):
         return open_to_judge(bundle, targets[0]) if judging else Engine.open(bundle, targets[0], executed_by="cpu")
-    return load(path, target)
+    return _opened(bundle, path, target, OPEN)
 
 
 def load(path: str | Path, target: str | None = None, *, device: str = "", stream: int = 0) -> Engine:
@@ -54,7 +54,11 @@ def load(path: str | Path, target: str | None = None, *, device: str = "", strea
         DependencyError: If none of its engines can run here, on this device; every reason is in the message.
         IncompatibleError: If the chosen engine does not fit this device or library version.
     """
-    bundle, options = Bundle.open(path), OpenOptions(device=device, stream=stream)
+    return _opened(Bundle.open(path), path, target, OpenOptions(device=device, stream=stream))
+
+
+def _opened(bundle: Bundle, path: str | Path, target: str | None, options: OpenOptions) -> Engine:
+    """The engine of a target, or the fastest that can run."""
     if target is not None:
         return Engine.open(bundle, target, options=options)
     reasons = []

@@ -188,14 +188,15 @@ def _compare(
         meters = meters or {name: golden.meter(name) for name in trained}
         if labelled:
             labelling.update(labels, trained[first])
-            differing += changed_answers(trained[first], answered[first], labels, partial(_name, source, images))
+            if changed is not None:
+                differing += changed_answers(trained[first], answered[first], labels, partial(_name, source, images))
         for name, meter in meters.items():
             asked = labels if name == first else None
             meter.update(trained[name], answered[name], asked, partial(_name, source, images))
     if labelled:
         labelling.of_all_processes().check(int(engine.spec.outputs[0].shape[-1]))
-    every = current().gather(json.dumps([astuple(one) for one in differing]).encode())
     if changed is not None:
+        every = current().gather(json.dumps([astuple(one) for one in differing]).encode())
         changed += [ChangedAnswer(*row) for text in every for row in json.loads(text)]
     names = next(filter(None, current().gather("\\n".join(meters).encode()))).decode().split("\\n")
     return [of_all_processes(meters.get(name) or golden.meter(name)) for name in names]  # some may have had no image
