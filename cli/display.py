@@ -228,6 +228,9 @@ _FIGURES = re.compile(r"-?\d[\d.]*(?= dB| of )| of the worst image, .+?,(?= is b
 PROOF_COLUMNS = ["target", "executed by", "images", "lost", "gained", "drop", "95 % bound", "budget", "verdict"]
 
 
+_VERDICTS = {"proven": "proven", "broken": "BROKEN", "open": "open"}
+
+
 def proof_row(proof: BudgetProof) -> list[str]:
     """One row per proof of the budget; see `PROOF_COLUMNS`."""
     counts = proof.counts
@@ -240,7 +243,7 @@ def proof_row(proof: BudgetProof) -> list[str]:
         f"{counts.drop:.2f}",
         f"{counts.drop_bound:.2f}",
         f"{proof.budget:.2f}",
-        "proven" if proof.verdict == "proven" and proof else "BROKEN" if not proof else "open",
+        "NOT PROVEN" if proof.verdict == "open" and proof.asked else _VERDICTS[proof.verdict],
     ]
 
 

@@ -241,7 +241,7 @@ class ImageSource:
         self.unreadable = [self._items[index].name for index in np.flatnonzero(~read).tolist()]
         self._check_unreadable()
         if not read.any():
-            msg = f"None of the {len(self._items)} images in {self.name} can be read, such as {self._reason()}."
+            msg = f"None of the {len(self._items)} images in {self.name} can be read. The first: {self._reason()}"
             raise DataError(msg)
         self.digest = hashlib.sha256(fingerprints[read].tobytes()).hexdigest()
 
@@ -283,14 +283,14 @@ class ImageSource:
     def _check_unreadable(self) -> None:
         if len(self.unreadable) > self.max_unreadable * len(self._items):
             msg = (
-                f"{len(self.unreadable)} of {len(self._items)} images in {self.name} cannot be read so far, such as "
-                f"{self._reason()}; the run stops above {self.max_unreadable:.0%}. Mend or remove them."
+                f"{len(self.unreadable)} of {len(self._items)} images in {self.name} cannot be read so far; the run "
+                f"stops above {self.max_unreadable:.0%}. Mend or remove them. The first: {self._reason()}"
             )
             raise DataError(msg)
 
     def _reason(self) -> str:
-        """The first image that could not be read, and why where this process read it."""
-        return self._reasons.get(self.unreadable[0], self.unreadable[0])
+        """The first image that could not be read, and why where this process read it; a sentence."""
+        return self._reasons.get(self.unreadable[0], self.unreadable[0]).rstrip(".") + "."
 
     def _check(self, image: Images, name: str) -> None:
         if image.shape != self.transform.shape:

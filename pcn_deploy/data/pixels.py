@@ -126,6 +126,10 @@ def _to_8_bits(image: Image.Image, white: float | None) -> Image.Image:
     values: Any = np.asarray(image).astype(np.float64)
     low, high = float(values.min()), float(values.max())
     kind = "floats" if image.mode == "F" else "whole numbers"
+    strange = int((~np.isfinite(values)).sum())
+    if strange:
+        msg = f"holds NaN or infinity in {strange} of {values.size} pixels."
+        raise DataError(msg)
     if white is None and not _has_16_bits(image):
         msg = (
             f"holds {kind} from {low:g} to {high:g}, and nothing says which value is white. Build with --white VALUE: "
@@ -136,7 +140,7 @@ def _to_8_bits(image: Image.Image, white: float | None) -> Image.Image:
         msg = f"has 16 bits but no value above {high:g}, so it would be black. Build with --white VALUE, such as 255."
         raise DataError(msg)
     white = white or _SIXTEEN_BITS
-    if not (low >= 0 and high <= white):  # NaN too
+    if not (low >= 0 and high <= white):
         msg = (
             f"holds {kind} from {low:g} to {high:g}; expected 0 to --white {white:g}. "
             "Build with the value that is white."

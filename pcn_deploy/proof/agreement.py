@@ -100,7 +100,14 @@ class Forms:
 
 
 def check_agreement(
-    bundle: Bundle, golden: GoldenSet, spec: EngineSpec, forms: Forms, *, scripted: bool, rounded: bool
+    bundle: Bundle,
+    golden: GoldenSet,
+    spec: EngineSpec,
+    forms: Forms,
+    *,
+    scripted: bool,
+    rounded: bool,
+    float_graph: Callable[[], bytes] | None = None,
 ) -> tuple[GoldenSet, dict[str, Array]]:
     """Run every form of the network, in float32: each must compute what it was made from.
 
@@ -118,6 +125,7 @@ def check_agreement(
         forms: The network.
         scripted: Whether there is TorchScript too.
         rounded: Whether the ONNX graph rounds: it has codes, or a type smaller than float32.
+        float_graph: Serialises the ONNX graph as it was before anything in it was rounded.
 
     Returns:
         The golden set; of a rounded graph with what the network answers with its weights, and how far from that the
@@ -141,7 +149,7 @@ def check_agreement(
     if scripted:
         _check_scripted(bundle, golden, spec, forms)
     if rounded:
-        return _check_widened(bundle, golden, spec, forms)
+        return _check_widened(bundle, golden, spec, forms, float_graph)
     with executing("cpu"), open_plain(bundle.read(GRAPH), spec) as session:
         exported = _outputs(session, [np.repeat(image[None], spec.batch.min, axis=0) for image in images])
     _compare("ONNX graph", module(), exported, "its module", lives, partial(module, double=True))
@@ -166,24 +174,36 @@ def _check_scripted(bundle: Bundle, golden: GoldenSet, spec: EngineSpec, forms: 
 
 
 def _check_widened(
-    bundle: Bundle, golden: GoldenSet, spec: EngineSpec, forms: Forms
+    bundle: Bundle, golden: GoldenSet, spec: EngineSpec, forms: Forms, float_graph: Callable[[], bytes] | None
 ) -> tuple[GoldenSet, dict[str, Array]]:
-    """Compare the graph without its rounding with the network that has its weights, on every real image."""
-    from pcn_deploy.engines.rounded import widen
+    """Compare the graph without its rounding with the network that has its weights, on every real image.
 
+    What its types round besides weights leaves some difference: where that is more than between two float32
+    executions, the graph as it was before its rounding must have less.
+    """
     lives, images = _lives(golden), golden.images[~golden.edge]
-    expected = _rows(forms.stored, images, spec)
-    with executing("cpu"), open_plain(widen(bundle.read(GRAPH)), spec) as session:
-        outputs = _outputs(session, [np.repeat(image[None], spec.batch.min, axis=0) for image in images])
+    expected, outputs = _rows(forms.stored, images, spec), _widened(bundle.read(GRAPH), images, spec)
     apart = np.min([sqnr_of_images(*one) for one in zip(expected, outputs, lives, strict=True)], axis=0)
     if not apart.min() >= ROUNDED_DB:  # NaN is not
         stored, floating = (partial(_rows, form, images, spec) for form in (forms.stored, forms.floating))
         roundings = partial(stored, double=True), floating
         _explain("ONNX graph", float(apart.min()), "its module", expected, lives, *roundings)
+    if float_graph and not apart.min() >= EQUAL_DB:
+        floating = partial(_rows, forms.floating, images[:2], spec)
+        exported = _widened(float_graph(), images[:2], spec)
+        _compare("ONNX graph", floating(), exported, "its module", lives, partial(floating, double=True))
     names = [tensor.name for tensor in spec.outputs]
     limits = np.minimum(SHARPEST_DB, apart - CHAOS_DB)
     wanted = dict(zip(names, expected, strict=True))
     return replace(golden, widened=wanted, widened_db=limits), dict(zip(names, outputs, strict=True))
+
+
+def _widened(graph: bytes, images: Images, spec: EngineSpec) -> list[Array]:
+    """What a graph without its rounding answers to each image."""
+    from pcn_deploy.engines.rounded import widen
+
+    with executing("cpu"), open_plain(widen(graph), spec) as session:
+        return _outputs(session, [np.repeat(image[None], spec.batch.min, axis=0) for image in images])
 
 
 def _rows(network: Network, images: Images, spec: EngineSpec, *, double: bool = False) -> list[Array]:

@@ -59,8 +59,8 @@ class BudgetProof:
 
     @property
     def verdict(self) -> str:
-        """`proven`, `broken` or `open`, each with 95 % confidence."""
-        return judge_drop(self.counts, self.budget)
+        """`proven` or `broken`, each with 95 % confidence, or `open`; an engine that does not answer has broken it."""
+        return "broken" if self.unanswered else judge_drop(self.counts, self.budget)
 
     @property
     def failures(self) -> list[str]:
@@ -85,7 +85,7 @@ class BudgetProof:
             "drop": counts.drop,
             "drop_bound": counts.drop_bound,
             "confidence": CONFIDENCE,
-            "images_needed": None if self.verdict == "proven" else self.images_needed,
+            "images_needed": self.images_needed if self.verdict == "open" else None,
         }
 
 

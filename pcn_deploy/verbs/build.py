@@ -10,8 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.engine import executor
 from pcn_deploy.artefact.golden import NOISE, GoldenSet
@@ -21,7 +19,7 @@ from pcn_deploy.data.images import ImageSource
 from pcn_deploy.engines.base import Array, Backend, GraphSource
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import DependencyError, ModelError
-from pcn_deploy.members import BUDGET, CALIBRATION, GOLDEN, GRAPH, PLAN, SCRIPT, parity_member
+from pcn_deploy.members import BUDGET, CALIBRATION, GOLDEN, GRAPH, SCRIPT, parity_member
 from pcn_deploy.memory import release_unused
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof.agreement import Forms, check_agreement
@@ -34,6 +32,7 @@ from pcn_deploy.tasks.report import ParityReport
 from pcn_deploy.verbs.options import CompileOptions
 from pcn_deploy.verbs.steps.advice import Attempt, advise, judge, remainder_in_fp32
 from pcn_deploy.verbs.steps.engine_builds import EngineBuilds, engine_builds
+from pcn_deploy.verbs.steps.graphs import add_graphs
 from pcn_deploy.verbs.steps.judging import JudgedBy, judge_by
 from pcn_deploy.verbs.steps.opening import Opened, open_network
 from pcn_deploy.verbs.steps.preparation import prepare_opened
@@ -121,11 +120,13 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
     golden, broken = _golden_set(forward, images.shown, network.outputs, options, progress)
     spec = _interface(network, options)
     bundle = _new_bundle(network, options, spec, images, judging, _origin(model, provenance or {}), broken)
-    plan = _add_graphs(bundle, network, golden, options, progress)
+    plan, float_graph = add_graphs(bundle, network, golden, options, progress)
     forms = Forms.of(forward, network.deployed, network.unrounded, network.scales, plan)
-    golden, widened = check_agreement(bundle, golden, spec, forms, scripted=options.scripts, rounded=options.rounds)
+    golden, widened = check_agreement(
+        bundle, golden, spec, forms, scripted=options.scripts, rounded=options.rounds, float_graph=float_graph
+    )
     simulated, bundle.manifest.judged = forms.simulated, _judged(golden, network, images, judging)
-    del forms, forward, model, opened
+    del forms, forward, model, opened, float_graph
     release_unused()  # engines take memory of their own
     with engine_builds(bundle, backends, _graphs(bundle, spec, options), progress) as builds:
         golden, advice = _simulate(golden, simulated, spec, network, options, progress)
@@ -264,64 +265,6 @@ def _recovery(network: Prepared) -> dict[str, Any]:
     if not network.recovered:
         return {}
     return {"recovery": network.recovered, "recovery_trials": {one.name: one.to_json() for one in network.trials}}
-
-
-def _add_graphs(
-    bundle: Bundle, network: Prepared, golden: GoldenSet, options: CompileOptions, progress: Progress
-) -> PrecisionPlan:
-    """Add the TorchScript module where a target runs it, the typed ONNX graph, and the plan with its nodes in FP32.
-
-    Returns:
-        The plan.
-    """
-    import torch
-
-    from pcn_deploy.calibration.quantized import apply_scales
-    from pcn_deploy.graph.export import release_weights, serialise, to_onnx
-    from pcn_deploy.graph.keep import keep_nodes
-    from pcn_deploy.graph.portable import make_portable
-    from pcn_deploy.graph.torchscript import to_torchscript
-    from pcn_deploy.graph.typed import reduce_precision
-
-    if options.scripts:
-        progress("Scripting", 0, 1)
-        quantized = apply_scales(network.deployed, network.scales)
-        bundle.add(SCRIPT, to_torchscript(quantized, torch.from_numpy(golden.images[:2]), options.batch))
-        progress("Scripting", 1, 1)
-    graph = to_onnx(
-        network.deployed,
-        options.transform.shape,
-        options.batch,
-        network.scales,
-        progress,
-        outputs=network.outputs,
-        exported=network.exported,
-    )
-    plan = network.plan
-    if options.graph_type == "fp16":
-        observed = _observed(golden, network, options) if network.magnitudes else None
-        plan = keep_nodes(plan, graph, network.deployed, observed)
-    layers, operations = plan.types(), plan.types(operations=True)
-    if {options.graph_type, *layers.values(), *operations.values()} != {"fp32"}:
-        reduce_precision(graph, options.graph_type, layers, operations, plan.nodes())
-    make_portable(graph.graph)
-    bundle.add_json(PLAN, plan.to_json())
-    bundle.add(GRAPH, serialise(graph))
-    release_weights(graph)
-    return plan
-
-
-def _observed(golden: GoldenSet, network: Prepared, options: CompileOptions) -> Array:
-    """Images on which the graph is observed: as many real ones of the golden set as are affordable, and edge images."""
-    from pcn_deploy.calibration.plan.magnitudes import affordable_images
-
-    real, edge = golden.images[~golden.edge], golden.images[golden.edge]
-    count = min(len(real), affordable_images(network.layers))
-    chosen = real[np.linspace(0, len(real) - 1, count).astype(int)]
-    images = np.concatenate([chosen, edge[: max(count, 2)]])
-    whole = -(-len(images) // options.batch.min) * options.batch.min
-    repeated: Array = images[np.arange(whole) % len(images)]
-    return repeated
 
 
 def _simulate(

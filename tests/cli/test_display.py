@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from pcn_deploy.cli import display
+from pcn_deploy.proof.budget import BudgetProof
+from pcn_deploy.tasks.bound import PairedCounts
 from pcn_deploy.tasks.classification import LogitsMeter
 from pcn_deploy.tasks.limits import budget_for
 from pcn_deploy.tasks.report import ParityReport
@@ -34,6 +36,40 @@ def test_a_limit_that_several_executions_broke_is_told_once() -> None:
     )
     alone = report("cpu", 2.0)
     assert [part.partition(" ")[0] for part in display.failures([alone]).split("; ")] == ["cpu:"] * 2
+
+
+def proof(lost: int, *, asked: bool, unanswered: tuple[str, ...] = ()) -> BudgetProof:
+    """Of 100 images and a budget of one point."""
+    return BudgetProof(
+        target="cpu",
+        executed_by="cpu",
+        data="photos",
+        held_out=True,
+        labelled=True,
+        counts=PairedCounts(100, lost, 0),
+        top1=90.0,
+        budget=1.0,
+        given=100,
+        asked=asked,
+        unanswered=unanswered,
+    )
+
+
+@pytest.mark.parametrize(
+    ("judged", "passed", "verdict", "shown"),
+    [
+        (replace(proof(0, asked=True), counts=PairedCounts(1000, 0, 0)), True, "proven", "proven"),
+        (proof(1, asked=False), True, "open", "open"),
+        (proof(1, asked=True), False, "open", "NOT PROVEN"),
+        (proof(20, asked=False), False, "broken", "BROKEN"),
+        (proof(0, asked=False, unanswered=("a.png",)), False, "broken", "BROKEN"),
+    ],
+)
+def test_a_budget_is_called_broken_only_where_the_images_or_a_missing_answer_show_it(
+    judged: BudgetProof, passed: bool, verdict: str, shown: str
+) -> None:
+    assert (bool(judged), judged.verdict, display.proof_row(judged)[-1]) == (passed, verdict, shown)
+    assert judged.to_json()["verdict"] == verdict
 
 
 def test_a_log_has_a_line_per_step_and_more_where_it_takes_long(capsys: pytest.CaptureFixture[str]) -> None:

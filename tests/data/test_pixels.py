@@ -78,9 +78,15 @@ def test_what_is_white_scales_the_values(
     close(read(deep(name), tmp_path / f"x.{suffix}", white=white, channels=channels), RAMP)
 
 
-@pytest.mark.parametrize("name", ["float to 1000", "negative", "NaN", "uint16"])
-def test_values_beyond_white_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataError, match=r"expected 0 to --white 255"):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        *((name, "expected 0 to --white 255") for name in ("float to 1000", "negative", "uint16")),
+        ("NaN", r"x\.tif holds NaN or infinity in 32 of 64 pixels"),
+    ],
+)
+def test_values_beyond_white_are_refused(tmp_path: Path, name: str, reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
         read(deep(name), tmp_path / "x.tif", white=255)
 
 
@@ -171,7 +177,7 @@ def test_files_are_refused_by_a_network_of_other_channels(tmp_path: Path) -> Non
 def test_a_source_stops_with_the_reason(tmp_path: Path) -> None:
     for index in range(4):
         deep("float to 1").save(tmp_path / f"{index}.tif")
-    with pytest.raises(DataError, match=r"1 of 4 images .* such as .*0\.tif holds floats from 0 to 1.*--white"):
+    with pytest.raises(DataError, match=r"1 of 4 images .* The first: .*0\.tif holds floats from 0 to 1.*--white"):
         list(ImageSource(tmp_path, transform()))
     assert len(list(ImageSource(tmp_path, transform(white=1)))) == 4
 

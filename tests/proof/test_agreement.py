@@ -155,3 +155,30 @@ def test_weights_that_the_graph_computes_before_it_rounds_them_agree() -> None:
     result = pcn_deploy.compile(net.eval(), options(precision="fp16"), calibration=[images()])
     assert result, result.reports
     assert np.isfinite(result.reports[0].executions["widened"]["sqnr_db"])
+
+
+class ExportedOtherwise(nn.Module):
+    """A decision on how it is run that moves the answers by about half a percent: 45 dB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.middle, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify `(N, 3, H, W)`."""
+        features = self.middle(self.layer(x).relu()).relu()
+        if torch.compiler.is_exporting():
+            features = features * 1.005
+        logits: Tensor = self.head(features.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("precision", "remainder"), [("fp32", "fp16"), ("fp16", "fp16"), ("int8", "fp16"), ("int8", "fp32")]
+)
+def test_a_small_departure_is_refused_in_every_precision(precision: str, remainder: str) -> None:
+    with pytest.raises(ModelError, match="The ONNX graph departs"):
+        pcn_deploy.compile(
+            ExportedOtherwise(), options(precision=precision, remainder=remainder), calibration=[images()]
+        )
