@@ -37,6 +37,7 @@ COMMANDS = {
     "verify": "Check again that an engine equals the trained network.",
     "inspect": "Show what is inside a bundle: precision per layer, provenance.",
     "bench": "Measure latency and throughput of the engines in a bundle.",
+    "extract": "Write an engine as a plain file, with what its user must know as JSON.",
     "run": "Classify images with an engine of a bundle.",
     "doctor": "Show what this machine can build and run, and what is missing.",
 }

@@ -260,6 +260,9 @@ class Backend(ABC):
     exact: ClassVar[bool] = False
     """Whether it computes a graph of FP32 in FP32, as a CPU does, so that its answers differ by the order of sums."""
 
+    runs_with: ClassVar[str] = ""
+    """What else than this library runs its engines, in whole sentences: `extract` tells it."""
+
     built_aside: ClassVar[bool] = False
     """Whether a build keeps to one core and measures nothing, so that it can go on beside other work."""
 

@@ -44,6 +44,10 @@ class OnnxRuntimeBackend(Backend):
     member = GRAPH
     rank = 2
     exact = True
+    runs_with = (
+        "ONNX Runtime and Triton's onnxruntime backend run it as it is. trtexec and TensorRT's builder make an engine "
+        "from it; it is strongly typed, so give neither --fp16 nor --int8."
+    )
 
     def availability(self) -> Availability:
         """ONNX Runtime builds and runs wherever it is installed."""

@@ -33,6 +33,7 @@ class TorchScriptBackend(Backend):
     rank = 3
     exact = True
     devices = ("cuda", "cpu")
+    runs_with = "torch.jit.load in Python, torch::jit::load in C++ and Triton's pytorch backend run it."
 
     def availability(self) -> Availability:
         """PyTorch builds and runs wherever it is installed."""

@@ -87,6 +87,10 @@ class TensorRTBackend(_TensorRT):
     member = engine_member("tensorrt")
     rank = 0
     flavour = TENSORRT
+    runs_with = (
+        "The same version of TensorRT on the same model of GPU runs it: nvinfer1::IRuntime in C++, trtexec "
+        "--loadEngine, Triton's tensorrt backend."
+    )
     settings = ("tf32",)
 
 
@@ -98,5 +102,9 @@ class TensorRTRTXBackend(_TensorRT):
     member = engine_member("tensorrt-rtx")
     rank = 1
     flavour = TENSORRT_RTX
+    runs_with = (
+        "The same version of TensorRT-RTX runs it: nvinfer1::IRuntime of its own library in C++, and its own tool, "
+        "tensorrt_rtx --loadEngine. It is no plan of TensorRT: neither trtexec nor Triton's tensorrt backend loads it."
+    )
     settings = ("compute_capabilities", "tf32")
     built_aside = True  # ahead of time: no kernel is timed

@@ -15,7 +15,8 @@ import tempfile
 import threading
 import weakref
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -204,32 +205,47 @@ class Bundle:
         """
         path = Path(path)
         check_output(path, overwrite=overwrite)
-        temporary = None
-        try:
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-            with os.fdopen(handle, "wb") as file:
-                with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                    archive.writestr(_entry(MANIFEST), json.dumps(self.manifest.to_json(), indent=1, allow_nan=False))
-                    for name in self.manifest.members:
-                        archive.writestr(_entry(name), self.read(name))
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o666 & ~_umask())
-            Path(temporary).replace(path)
-        except OSError as error:
-            msg = f"{path} cannot be written: {error.strerror or error}. Choose another path with -o."
-            raise OutputError(msg) from error
-        finally:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
+        with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr(_entry(MANIFEST), json.dumps(self.manifest.to_json(), indent=1, allow_nan=False))
+            for name in self.manifest.members:
+                archive.writestr(_entry(name), self.read(name))
         if self._spool is not None:
             self._spool.close()
         self.path, self._spool, self._spooled = path, None, {}
         return path
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file beside `path` that takes its place when the body is done; after an error `path` is as it was.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
+    except OSError as error:
+        msg = f"{path} cannot be written: {error.strerror or error}. Choose another path with -o."
+        raise OutputError(msg) from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def check_output(path: Path, *, overwrite: bool, example: str = "model.pcn") -> None:
     """Refuse early what `save` could not do after a long build.
+
+    Args:
+        path: The file to be written.
+        overwrite: Whether it may replace another.
+        example: What such a file may be called.
 
     Raises:
         OutputError: If the file exists and may not be replaced, or its folder is missing or not writable.
@@ -240,7 +256,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         msg = f"{path} cannot be a file here: {error.strerror}. Choose another path with -o."
         raise OutputError(msg) from error
     if path.is_dir():
-        msg = f"{path} is a folder; -o takes a file name such as {path / 'model.pcn'}."
+        msg = f"{path} is a folder; -o takes a file name such as {path / example}."
         raise OutputError(msg)
     if exists and not overwrite:
         msg = f"{path} exists. Give --overwrite to replace it, or another path with -o."
