@@ -19,8 +19,6 @@ from pcn_deploy.calibration.record import Calibration, from_json
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.errors import DataError, OutputError
 
-_MAX_BYTES = 2**30
-
 
 def digest_weights(model: nn.Module) -> str:
     """SHA-256 over the names, shapes, types and bytes of all parameters and buffers, as hexadecimal text."""
@@ -31,32 +29,6 @@ def digest_weights(model: nn.Module) -> str:
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
-
-
-def read_cache(path: Path) -> bytes:
-    """The text of a kept calibration; empty if it is yet to be written.
-
-    Raises:
-        DataError: If it cannot be read.
-        OutputError: If it could not be written either.
-    """
-    try:
-        if not path.exists():
-            _check_writable(path)
-            return b""
-        if path.stat().st_size <= _MAX_BYTES:
-            return path.read_bytes() or b"\0"
-        reason = f"it has {path.stat().st_size} bytes"
-    except OSError as error:
-        reason = str(error.strerror)
-    msg = f"The calibration cache {path} cannot be read: {reason}. Give another path."
-    raise DataError(msg)
-
-
-def _check_writable(path: Path) -> None:
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        msg = f"The calibration cache {path} cannot be written: {path.parent} is no folder that can be written to."
-        raise OutputError(msg)
 
 
 def write_cache(path: Path, calibration: Calibration) -> None:

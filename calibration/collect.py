@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from pcn_deploy.calibration.cache import check_images, digest_weights, open_cache, read_cache, write_cache
+from pcn_deploy.calibration.cache import check_images, digest_weights, open_cache, write_cache
 from pcn_deploy.calibration.calibrators import PERCENTILE, get_calibrator
+from pcn_deploy.calibration.kept import read_cache
 from pcn_deploy.calibration.observers import AmaxObserver, HistogramObserver
 from pcn_deploy.calibration.record import Calibration, find_ranges
 from pcn_deploy.calibration.statistics import Statistics

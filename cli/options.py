@@ -374,11 +374,12 @@ def source_of(parameters: dict[str, Any]) -> ModelSource:
 
     Raises:
         OptionError: If weights are missing, or there are weights and --random-weights.
+        CheckpointError, ModelError: If a file that they name is not there.
     """
     check_weights_choice(
         find_model(parameters["model"]), parameters["weights"], random_weights=parameters["random_weights"]
     )
-    return ModelSource(
+    source = ModelSource(
         model=parameters["model"],
         weights=parameters["weights"],
         num_classes=parameters["num_classes"],
@@ -386,3 +387,5 @@ def source_of(parameters: dict[str, Any]) -> ModelSource:
         random_weights=parameters["random_weights"],
         checkpoint_weights=parameters["checkpoint_weights"],
     )
+    source.check_files()
+    return source

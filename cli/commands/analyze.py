@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,10 +14,14 @@ from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.data.processes import Processes, join
 from pcn_deploy.errors import DataError, OutputError
+from pcn_deploy.models.registry import MadeModel
 from pcn_deploy.show.analysis import check_picture, draw
-from pcn_deploy.verbs.analyze import SAMPLE, analyze
+from pcn_deploy.verbs.analyze import SAMPLE, analyze_made
 from pcn_deploy.verbs.options import CompileOptions
 from pcn_deploy.verbs.steps.sources import synthetic_source
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SHOWN = 15
 """Layers in the printed table; the file holds all of them."""
@@ -93,10 +97,15 @@ def _analyze(parameters: dict[str, Any], processes: Processes) -> None:
     if calibration is None:
         message = "Give images to calibrate with: --calibration DIR or FILE.npz."
         raise DataError(message)
+    made: list[MadeModel] = []
+
+    def make() -> nn.Module:
+        made.append(source.make())
+        return made[0].network
+
     with display.user_code(), display.progress_bars(quiet=quiet) as progress:
-        made = source.make()
-        analysis = analyze(
-            made.network,
+        analysis = analyze_made(
+            make,
             compile_options,
             calibration,
             evaluation=parameters["data"],
@@ -106,7 +115,7 @@ def _analyze(parameters: dict[str, Any], processes: Processes) -> None:
         )
     if not processes.first:
         return
-    for text in (*made.notes, *analysis.notes):
+    for text in (*made[0].notes, *analysis.notes):
         display.note(text, quiet=quiet)
     measurements = {"model": parameters["model"], "calibrator": compile_options.calibrator, **analysis.to_json()}
     parameters["output"].write_text(json.dumps(measurements, indent=1, allow_nan=False) + "\n", encoding="utf-8")

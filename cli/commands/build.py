@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from pcn_deploy.errors import OptionError, ParityError
 from pcn_deploy.members import BUDGET
 from pcn_deploy.specs import BatchRange
 from pcn_deploy.tasks.roles import ROLES
-from pcn_deploy.verbs.build import CompileResult, compile, take_part  # noqa: A004 - our verb
+from pcn_deploy.verbs.build import CompileResult, compile_made, take_part
 from pcn_deploy.verbs.options import CompileOptions
 from pcn_deploy.verbs.steps.fastest import IMPOSSIBLE, both_precisions, compile_fastest
 from pcn_deploy.verbs.steps.sources import synthetic_source
@@ -129,7 +130,7 @@ def _build(parameters: dict[str, Any], processes: Processes) -> None:
         each = both_precisions(compile_options) if parameters["precision"] == AUTO else (compile_options,)
         for chosen in each:
             with suppress(*IMPOSSIBLE if chosen is not each[-1] else ()), display.user_code():
-                take_part(source.create(), chosen, calibration, parameters["data"])
+                take_part(source.create, chosen, calibration, parameters["data"])
         return
     choice, searched = None, []
     record = parameters["output"].with_name(f"{parameters['output'].name}.search")
@@ -137,8 +138,8 @@ def _build(parameters: dict[str, Any], processes: Processes) -> None:
 
         def build(chosen: CompileOptions) -> CompileResult:
             origin: dict[str, Any] = {}
-            built = compile(
-                _create(source, origin, progress),  # without a name here: it is freed before the engines are built
+            built = compile_made(
+                partial(_create, source, origin, progress),
                 chosen,
                 calibration=calibration,
                 evaluation=parameters["data"],

@@ -8,10 +8,12 @@ from pathlib import Path
 import click
 
 from pcn_deploy.artefact.bundle import check_output
-from pcn_deploy.artefact.provenance import make_again
+from pcn_deploy.artefact.engine import Engine
+from pcn_deploy.artefact.provenance import check_readable, make_again
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
-from pcn_deploy.data.images import ImageSource
+from pcn_deploy.data.classes import Classes
+from pcn_deploy.data.images import ImageSource, check_place
 from pcn_deploy.data.processes import join
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import ParityError
@@ -76,6 +78,10 @@ def command(
         raise click.UsageError(message)
     if changed is not None:
         check_output(changed, overwrite=overwrite)
+    if data is not None:
+        check_place(data)
+    if weights is not None:
+        check_readable(weights)
     answers: list[ChangedAnswer] = []
     with join() as processes:
         silent = quiet or as_json or not processes.first
@@ -106,6 +112,7 @@ def _verify(
     quiet: bool,
 ) -> tuple[ParityReport, tuple[str, ...]]:
     """The report, and the names of the classes; images with another answer are put into `changed`."""
+    named = None if classes is None else Classes.of(classes)
     with (
         display.user_code(),
         load_to_verify(file, target, judging=data is not None) as engine,
@@ -116,8 +123,8 @@ def _verify(
         budget = manifest.parity_budget
         if max_drop is not None:
             budget = replace(budget, top1_drop=budget_for(manifest.precision, max_drop).top1_drop)
+        source = data and _open_images(data, engine, images, named)
         reference = make_again(manifest, weights) if data is not None else None
-        source = data and ImageSource(data, engine.transform, limit=images, classes=classes)
         early = source.notes if source else ()
         if engine.executed_by != engine.target:
             why = get_backend(engine.target).availability().detail
@@ -139,6 +146,15 @@ def _verify(
         if text not in early:
             display.note(text, quiet=quiet)
     return report, engine.class_names
+
+
+def _open_images(data: Path, engine: Engine, limit: int | None, classes: Classes | None) -> ImageSource:
+    """The images, whose labels can be classes of the engine."""
+    source = ImageSource(data, engine.transform, limit=limit, classes=classes)
+    first = engine.spec.outputs[0]
+    if source.has_labels and get_role(first.role).labelled:
+        source.check_classes(int(first.shape[-1]), engine.class_names)
+    return source
 
 
 def _print(report: ParityReport) -> None:

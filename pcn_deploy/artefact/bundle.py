@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pcn_deploy.artefact.manifest import OLDER, SCHEMA, EngineEntry, Manifest, Member, read_manifest
+from pcn_deploy.calibration.kept import read_cache
 from pcn_deploy.errors import BundleError, OutputError
 from pcn_deploy.members import CALIBRATION, MANIFEST, SIGNATURE
 from pcn_deploy.memory import output_error
@@ -351,6 +352,4 @@ def read_calibration(path: Path) -> bytes:
         DataError: If it cannot be read.
         OutputError: If it could not be written either.
     """
-    from pcn_deploy.calibration.cache import read_cache
-
     return Bundle.open(path).read(CALIBRATION) if path.suffix == ".pcn" else read_cache(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcn_deploy.artefact.manifest import Manifest
-from pcn_deploy.errors import CheckpointError, DataError
+from pcn_deploy.errors import CheckpointError, DataError, ModelError
 from pcn_deploy.models.registry import MadeModel, find_model, make_model
 from pcn_deploy.network.evaluation_mode import in_evaluation_mode
 
@@ -41,6 +41,20 @@ class ModelSource:
     architecture: dict[str, Any] = field(default_factory=dict)
     random_weights: bool = False
     checkpoint_weights: str = "auto"
+
+    def check_files(self) -> None:
+        """Refuse files that are not there, before anything is made or torch is imported.
+
+        Raises:
+            CheckpointError: If the checkpoint is missing, a folder, or may not be read.
+            ModelError: If the factory's file is not there.
+        """
+        if self.weights is not None:
+            check_readable(self.weights)
+        where, _, name = self.model.rpartition(":")
+        if where.endswith(".py") and name and not Path(where).is_file():
+            msg = f"{self.model!r}: there is no file {where}. Check the path before the colon."
+            raise ModelError(msg)
 
     def make(self) -> MadeModel:
         """Make the network; raises what `create_model` raises."""
@@ -144,6 +158,19 @@ def make_again(manifest: Manifest, weights: Path | None = None) -> nn.Module:
         )
         raise CheckpointError(msg)
     return network
+
+
+def check_readable(path: Path) -> None:
+    """Refuse a checkpoint that cannot be opened.
+
+    Raises:
+        CheckpointError: If it cannot.
+    """
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        msg = f"Weights file {str(path)!r} cannot be read: {error.strerror}. Check the path given to --weights."
+        raise CheckpointError(msg) from error
 
 
 def file_sha256(path: Path) -> str:

@@ -84,7 +84,10 @@ class Classes:
             return ""
         close = difflib.get_close_matches(missing[0], self.index, n=1)
         hint = f" (it has {close[0]!r})" if close else f" (it has {first_of(list(map(repr, self.index)))})"
-        return f"{len(missing)} folders are not in {self.origin}, such as {missing[0]!r}{hint}."
+        named = first_of([repr(name) for name in missing])
+        if len(missing) == 1:
+            return f"The folder {named} is not in {self.origin}{hint}."
+        return f"{len(missing)} folders are not in {self.origin}: {named}{hint}."
 
     def names(self, outputs: int) -> tuple[str, ...]:
         """What to call each of so many outputs; its number where it has no name."""

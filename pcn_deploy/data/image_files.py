@@ -43,12 +43,14 @@ class Folder:
         folders: Its class folders in the order of their classes; empty where their classes were given, or are none.
         notes: What the user should know of the classes.
         fault: Why the folders cannot be the classes that were given.
+        broken: Names of links beside the folders that lead nowhere: a class may be behind each.
     """
 
     files: list[ImageFile]
     folders: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     fault: str = ""
+    broken: tuple[str, ...] = ()
 
 
 def read_image(path: Path, transform: Transform) -> npt.NDArray[np.float32]:
@@ -95,6 +97,9 @@ def open_folder(root: Path, classes: Classes | None) -> Folder:
             "into a folder, or away, if the folders are classes."
         )
         return Folder(files=[ImageFile(path, str(path), None) for path in paths], notes=tuple(notes))
+    broken = _broken_links(root)
+    if broken:
+        notes.append(f"{first_of(broken)} in {root} links to something that is not there, so it is no class.")
     held = Counter(path.relative_to(root).parts[0] for path in paths)
     fault = classes.unknown(held) if classes else ""
     index = classes.index if classes else {name: number for number, name in enumerate(folders)}
@@ -112,17 +117,36 @@ def open_folder(root: Path, classes: Classes | None) -> Folder:
             "as timm takes them, give --classes FILE with one of them on each line, in that order."
         )
     files = [ImageFile(path, str(path), index.get(path.relative_to(root).parts[0])) for path in paths]
-    return Folder(files=files, folders=() if classes else folders, notes=tuple(notes), fault=fault)
+    return Folder(
+        files=files, folders=() if classes else folders, notes=tuple(notes), fault=fault, broken=tuple(broken)
+    )
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    seen = set()
-    for where, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(where)
-        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
-        if real not in seen:
-            yield from (Path(where, name) for name in files if _is_image(name))
-        seen.add(real)
+def _broken_links(root: Path) -> list[str]:
+    """Names of the links in a folder that lead nowhere, those of images apart."""
+    with os.scandir(root) as entries:
+        return sorted(
+            entry.name
+            for entry in entries
+            if entry.is_symlink() and not _is_image(entry.name) and not Path(entry.path).exists()
+        )
+
+
+def _walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """The images under a folder; a link back to a folder above it is not followed, it would never end."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        with os.scandir(folder) as entries:
+            shown = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError:  # it may not be looked into: it holds no image for us
+        return
+    for entry in shown:
+        if entry.is_dir():
+            yield from _walk(folder / entry.name, above | {real})
+        elif _is_image(entry.name):
+            yield folder / entry.name
 
 
 def _is_image(name: str) -> bool:

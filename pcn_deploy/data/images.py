@@ -88,6 +88,7 @@ class ImageSource:
         self._classes = None if classes is None else Classes.of(classes)
         origin, self._items, folder = _open(source, transform, self._classes, limit)
         self.folders, self._class_notes, self._class_fault = folder.folders, folder.notes, folder.fault
+        self._broken_links = folder.broken
         self.name = name or origin
         self.has_labels = bool(self._items) and all(item.label is not None for item in self._items)
         if not self._items:
@@ -119,24 +120,52 @@ class ImageSource:
         """The classes of which there are images, sorted; none where images have no labels."""
         return np.unique([item.label for item in self._items if item.label is not None]).astype(np.int64)
 
-    def check_classes(self, outputs: int) -> None:
-        """Refuse labels that cannot be the classes of a network with so many outputs.
+    def check_folders(self) -> None:
+        """Refuse folders that are none of the classes given; no network is needed to tell.
+
+        Raises:
+            DataError: If there are any.
+        """
+        if self._class_fault:
+            msg = f"{self.name}: {self._class_fault} {REMEDY}"
+            raise DataError(msg)
+
+    def check_classes(self, outputs: int, known: Sequence[str] = ()) -> None:
+        """Refuse labels that cannot be the classes of a network with so many outputs; no image is read.
+
+        Args:
+            outputs: Number of its outputs.
+            known: What its classes are called, if that is known: then the folders that are none of them are named.
 
         Raises:
             DataError: If the folders are more or fewer, are not among the classes given, or a label is out of range.
         """
-        fault = self._class_fault or (self._classes.fault(outputs) if self._classes else "")
+        self.check_folders()
+        fault = self._classes.fault(outputs) if self._classes else ""
         labels = self.classes_present
         if self.folders and len(self.folders) != outputs:
             fault = (
                 f"{self.name} has {len(self.folders)} class folders ({first_of(self.folders)}); the network "
-                f"has {outputs} classes. Numbered in the order of their names, some would have the label of another."
+                f"has {outputs} classes. {self._which_differ(known)}Numbered in the order of their names, some would "
+                "have the label of another."
             )
         elif not fault and len(labels) and not 0 <= labels[0] <= labels[-1] < outputs:
             fault = f"Labels run from {labels[0]} to {labels[-1]}; the network has {outputs} classes ({self.name})."
         if fault:
             msg = f"{fault} {REMEDY}"
             raise DataError(msg)
+
+    def _which_differ(self, known: Sequence[str]) -> str:
+        """Which folders are no class, and which classes have no folder, in words."""
+        extra = [repr(name) for name in self.folders if known and name not in known]
+        absent = [repr(name) for name in known if name not in self.folders]
+        if len(extra) == len(self.folders):  # the classes go by other names
+            extra = absent = []
+        words = f"Not among its classes: {first_of(extra)}. " if extra else ""
+        words += f"Without a folder: {first_of(absent)}. " if absent else ""
+        if self._broken_links:
+            words += f"Links that lead nowhere: {first_of([repr(name) for name in self._broken_links])}. "
+        return words
 
     def check_transform(self, expected: Transform, whose: str) -> None:
         """Refuse images that went through another transform than an engine states.
@@ -320,10 +349,21 @@ def _open(
     if not isinstance(source, str | Path):
         return "the given arrays", open_arrays(source, transform, limit), Folder(files=[])
     path = Path(source)
+    check_place(path)
     if path.is_dir():
         folder = open_folder(path, classes)
         return str(path), folder.files, folder
-    if path.suffix == ".npz" and path.is_file():
-        return str(path), open_npz(path, transform), Folder(files=[])
-    msg = f"{str(path)!r} is neither a folder of images nor an .npz file. Check the path."
+    return str(path), open_npz(path, transform), Folder(files=[])
+
+
+def check_place(path: Path) -> None:
+    """Refuse a path where there can be no images; nothing is read.
+
+    Raises:
+        DataError: If it is neither a folder nor an `.npz` file.
+    """
+    if path.is_dir() or (path.suffix == ".npz" and path.is_file()):
+        return
+    found = "" if path.exists() else ": there is nothing"
+    msg = f"{str(path)!r} is neither a folder of images nor an .npz file{found}. Check the path."
     raise DataError(msg)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ def picture_paths(where: Path, images: Sequence[Path], *, overwrite: bool) -> li
     Raises:
         OptionError: If one file is named for several images, or of a type that cannot be written, or a picture would
             take the place of an image.
-        OutputError: If a picture exists and may not be replaced.
+        OutputError: If a picture exists and may not be replaced, or could not be written.
     """
     if where.suffix and not where.is_dir():
         if len(images) > 1:
@@ -114,6 +115,10 @@ def picture_paths(where: Path, images: Sequence[Path], *, overwrite: bool) -> li
         names = [f"{image.stem}.png" for image in images]
         repeated = len(set(names)) < len(names)
         paths = [where / (f"{index:03d}_{name}" if repeated else name) for index, name in enumerate(names)]
+    there = next(folder for folder in (where if paths != [where] else where.parent, *where.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        msg = f"{there} is no folder that can be written to. Give another name with --heatmap."
+        raise OutputError(msg)
     taken = {image.resolve() for image in images}
     for path in paths:
         if path.resolve() in taken:

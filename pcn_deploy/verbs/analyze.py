@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from pcn_deploy.progress import Progress, silent
 from pcn_deploy.verbs.options import CompileOptions
 from pcn_deploy.verbs.steps.opening import open_network
 from pcn_deploy.verbs.steps.preparation import prepare_opened
-from pcn_deploy.verbs.steps.sources import CalibrationImages, as_source, hold_out
+from pcn_deploy.verbs.steps.sources import CalibrationImages, as_source, check_cache, check_classes, hold_out
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,20 +57,55 @@ def analyze(
         DataError: If images are unusable, or `record` belongs to another run.
         ModelError: If the network cannot run, or no layer gains from INT8.
     """
+    return analyze_made(
+        lambda: model, options, calibration, evaluation=evaluation, images=images, record=record, progress=progress
+    )
+
+
+def analyze_made(
+    make: Callable[[], nn.Module],
+    options: CompileOptions,
+    calibration: CalibrationImages,
+    *,
+    evaluation: CalibrationImages | None = None,
+    images: int = SAMPLE,
+    record: Path | None = None,
+    progress: Progress = silent,
+) -> Analysis:
+    """As `analyze`, of a network that is made only once the images are known to be there; raises the same."""
+    options = replace(options, precision="int8")
+    if options.calibration_cache:
+        check_cache(options.calibration_cache)
+    source, _ = hold_out(calibration, options, judged=True)  # nothing is proven here
+    asked = None if evaluation is None else as_source(evaluation, options)
+    if asked is not None:
+        asked.check_folders()
+    return _measure(make(), options, source, asked, images, record, progress)
+
+
+def _measure(
+    model: nn.Module,
+    options: CompileOptions,
+    source: ImageSource,
+    asked: ImageSource | None,
+    images: int,
+    record: Path | None,
+    progress: Progress,
+) -> Analysis:
+    """The analysis on `images` of those that were asked to judge, or of those that calibrate."""
     from pcn_deploy.calibration.quantized import apply_scales
     from pcn_deploy.calibration.search.digests import run_digests
     from pcn_deploy.calibration.search.sensitivity import measure_sensitivity
     from pcn_deploy.calibration.search.simulate import Simulation
 
-    options = replace(options, precision="int8")
-    source, _ = hold_out(calibration, options, judged=True)  # nothing is proven here
     opened = open_network(model, options, source)
     opened.check_labelled("analyze")
+    check_classes(source, asked, options, opened.count_classes(options))
     network = prepare_opened(opened, options, source, progress)
     simulation = Simulation(network.unrounded, apply_scales(network.deployed, network.scales), network.scales)
-    judged_by = source if evaluation is None else as_source(evaluation, options)
+    judged_by = source if asked is None else asked
     sample, notes = judged_by.subset(images), [*source.notes, *judged_by.notes]
-    answers = _answers(simulation, sample, notes, progress, asked=evaluation is not None)
+    answers = _answers(simulation, sample, notes, progress, asked=asked is not None)
     notes += judged_by.notes  # what showed when they were judged
     ledger = Ledger.of_all(record, run_digests(network.deployed, network.scales, [answers]))
     kinds = {entry.op: entry.kind for entry in network.plan.entries}

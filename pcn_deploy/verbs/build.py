@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -37,7 +37,7 @@ from pcn_deploy.verbs.steps.judging import JudgedBy, judge_by
 from pcn_deploy.verbs.steps.opening import Opened, open_network
 from pcn_deploy.verbs.steps.preparation import prepare_opened
 from pcn_deploy.verbs.steps.prepared import Prepared
-from pcn_deploy.verbs.steps.sources import BuildImages, CalibrationImages, open_images, real_images
+from pcn_deploy.verbs.steps.sources import BuildImages, CalibrationImages, check_classes, open_images, real_images
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,14 +112,51 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
         BuildError: If a backend refuses the graph.
         ParityError: If the images are too few to prove the budget, or no layer can be INT8 within it.
     """
-    options = options or CompileOptions()
-    backends, images = _backends(options), open_images(calibration, evaluation, options)
-    opened, network, judging = _planned(model, options, images, search_record, progress)
+    given = [model]
+    del model  # taken out of the list it is held by the caller alone, and may be freed before engines are built
+    return compile_made(
+        given.pop,
+        options or CompileOptions(),
+        calibration=calibration,
+        evaluation=evaluation,
+        search_record=search_record,
+        provenance=provenance,
+        progress=progress,
+    )
+
+
+def compile_made(
+    make: Callable[[], nn.Module],
+    options: CompileOptions,
+    *,
+    calibration: CalibrationImages | None = None,
+    evaluation: CalibrationImages | None = None,
+    search_record: Path | None = None,
+    provenance: dict[str, Any] | None = None,
+    progress: Progress = silent,
+) -> CompileResult:
+    """As `compile`, of a network that is made only once the images are known to be there.
+
+    Args:
+        make: Makes the network; it may fill `provenance`.
+        options: As for `compile`, like all others.
+        calibration: Images for INT8 ranges and for the golden set.
+        evaluation: Images that judge the accuracy.
+        search_record: Keeps what a search measured.
+        provenance: Where the network comes from; read once the network is made.
+        progress: Told how far each step is.
+
+    Raises:
+        PcnDeployError: As `compile`, and what `make` raises.
+    """
+    provenance = {} if provenance is None else provenance
+    images, backends = open_images(calibration, evaluation, options), _backends(options)
+    opened, network, judging = _planned(make(), options, images, provenance, search_record, progress)
     model = opened.model
     forward = eager_outputs(model, attention_map=options.with_attention_map)
     golden, broken = _golden_set(forward, images.shown, network.outputs, options, progress)
     spec = _interface(network, options)
-    bundle = _new_bundle(network, options, spec, images, judging, _origin(model, provenance or {}), broken)
+    bundle = _new_bundle(network, options, spec, images, judging, _origin(model, provenance), broken)
     plan, float_graph = add_graphs(bundle, network, golden, options, progress)
     forms = Forms.of(forward, network.deployed, network.unrounded, network.scales, plan)
     golden, widened = check_agreement(
@@ -140,7 +177,7 @@ def compile(  # noqa: A001 - the verb's public name, as in torch.compile
 
 
 def take_part(
-    model: nn.Module,
+    make: Callable[[], nn.Module],
     options: CompileOptions,
     calibration: CalibrationImages | None,
     evaluation: CalibrationImages | None = None,
@@ -148,16 +185,25 @@ def take_part(
     """What a process does in a build that another one writes: its share of the images that calibrate and judge.
 
     Raises:
-        PcnDeployError: As `compile` up to the plan, in all processes alike.
+        PcnDeployError: As `compile_made` up to the plan, in all processes alike.
     """
-    _planned(model, options, open_images(calibration, evaluation, options), None, silent)
+    images = open_images(calibration, evaluation, options)
+    _planned(make(), options, images, {}, None, silent)
 
 
 def _planned(
-    model: nn.Module, options: CompileOptions, images: BuildImages, record: Path | None, progress: Progress
+    model: nn.Module,
+    options: CompileOptions,
+    images: BuildImages,
+    provenance: dict[str, Any],
+    record: Path | None,
+    progress: Progress,
 ) -> tuple[Opened, Prepared, JudgedBy]:
     """The network, prepared; with a budget of INT8, the plan that keeps it. Several processes share the images."""
     opened = open_network(model, options, images.calibrating)
+    if images.judging is not None or options.classes is not None:
+        told = provenance.get("class_names", ())
+        check_classes(images.calibrating, images.judging, options, opened.count_classes(options), told)
     network = prepare_opened(opened, options, images.calibrating, progress, exporting=True)
     return opened, *judge_by(opened.model, network, images, options, record, progress)
 

@@ -71,7 +71,38 @@ def test_linked_folders_are_followed_and_a_loop_ends(tmp_path: Path) -> None:
     for name, target in (("ant", "y"), ("bee", "x")):
         (root / name).symlink_to(real / target)
     (real / "x" / "loop").symlink_to(root)
-    assert labels(ImageSource(root, TRANSFORM))[:3] == [0, 1, 1]
+    assert labels(ImageSource(root, TRANSFORM)) == [0, 1, 1]
+
+
+def test_a_folder_that_two_links_lead_to_is_both_classes(tmp_path: Path) -> None:
+    real, root = tree(tmp_path / "real", {"x": 2}), tmp_path / "subset"
+    root.mkdir()
+    for name in ("ant", "bee"):
+        (root / name).symlink_to(real / "x")
+    (root / "cat").mkdir()
+    (root / "cat" / "linked.png").symlink_to(real / "x" / "0.png")
+    (tmp_path / "way").symlink_to(root)
+    for place in (root, tmp_path / "way"):
+        assert labels(ImageSource(place, TRANSFORM)) == [0, 0, 1, 1, 2]
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    root = tree(tmp_path / "images", {"ant": 1, "cat": 1})
+    (root / "bee").symlink_to(tmp_path / "gone")
+    (root / "ant" / "gone.png").symlink_to(tmp_path / "gone.png")
+    source = ImageSource(root, TRANSFORM)
+    assert len(source) == 3, "a missing image counts as one that cannot be read"
+    assert any("bee in" in note and "not there" in note for note in source.notes)
+    with pytest.raises(DataError, match="Links that lead nowhere: 'bee'"):
+        source.check_classes(3)
+
+
+def test_folders_that_are_no_class_and_classes_without_folder_are_named(tmp_path: Path) -> None:
+    source = ImageSource(tree(tmp_path, {"ant": 1, "bee": 1, "old": 1}), TRANSFORM)
+    with pytest.raises(DataError, match=r"Not among its classes: 'old'\. Without a folder: 'cat'\. Numbered"):
+        source.check_classes(4, ["ant", "bee", "cat"])
+    with pytest.raises(DataError, match=r"the network has 2 classes\. Numbered"):
+        source.check_classes(2, ["tench", "goldfish"])
 
 
 def test_hidden_files_are_no_images(tmp_path: Path) -> None:
@@ -169,7 +200,7 @@ def test_given_classes_decide(tmp_path: Path, given: Any) -> None:
 def test_folders_that_are_not_among_the_classes_are_refused_where_labels_count(tmp_path: Path) -> None:
     source = ImageSource(tree(tmp_path, {"ant": 1, "cats": 1}), TRANSFORM, classes=["ant", "cat"])
     assert len(list(source)) == 2, "for calibration they are good"
-    with pytest.raises(DataError, match=r"1 folders are not in the list of classes, such as 'cats' \(it has 'cat'\)"):
+    with pytest.raises(DataError, match=r"The folder 'cats' is not in the list of classes \(it has 'cat'\)"):
         source.check_classes(2)
 
 

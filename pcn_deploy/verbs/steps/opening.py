@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pcn_deploy.data.images import ImageSource
+from pcn_deploy.data.transform import drawn_images
 from pcn_deploy.errors import OptionError
 from pcn_deploy.network.evaluation_mode import in_evaluation_mode
 from pcn_deploy.specs import ATTENTION_MAP, OutputSpec
@@ -30,6 +31,18 @@ class Opened:
     model: nn.Module
     outputs: tuple[OutputSpec, ...]
     notes: tuple[str, ...]
+
+    def count_classes(self, options: CompileOptions) -> int:
+        """How many classes the first output has, by what the network answers to a drawn image; 0 if it has none."""
+        import torch
+
+        from pcn_deploy.network.outputs import first_output
+
+        if not get_role(self.outputs[0].role).labelled:
+            return 0
+        with torch.no_grad():
+            image = torch.from_numpy(drawn_images(1, options.transform, options.seed))
+            return int(first_output(self.model, image).shape[-1])
 
     def check_labelled(self, what: str) -> None:
         """Refuse what needs answers that can be right or wrong.

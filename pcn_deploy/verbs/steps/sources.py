@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from pcn_deploy.artefact.bundle import read_calibration
 from pcn_deploy.artefact.golden import NOISE
 from pcn_deploy.calibration.record import from_json
 from pcn_deploy.data.arrays import ArraysLike, is_stream
+from pcn_deploy.data.classes import REMEDY, Classes
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.data.processes import current
 from pcn_deploy.data.transform import drawn_images
@@ -163,6 +164,17 @@ def _split(every: ImageSource, whole: Indices) -> tuple[Indices, Indices]:
     return chosen, others
 
 
+def check_cache(cache: str | Path) -> None:
+    """Refuse a calibration cache that can be neither read nor written.
+
+    Raises:
+        DataError: If it is malformed or cannot be read.
+        OutputError: If it could not be written.
+        BundleError: If it is a bundle that has no calibration.
+    """
+    _images_kept(Path(cache))
+
+
 def _images_kept(cache: Path) -> int | None:
     """Number of images a calibration cache was made with, unreadable ones included; None if there is none yet."""
     text = current().gather(read_calibration(cache) if current().first else b"")[0]
@@ -191,15 +203,56 @@ def open_evaluation(
 def open_images(
     calibration: CalibrationImages | None, evaluation: CalibrationImages | None, options: CompileOptions
 ) -> BuildImages:
-    """Open all images, and find out whether they can prove what was asked for."""
+    """Open all images, and find out whether they can prove what was asked for.
+
+    Raises:
+        DataError: As the functions above; if the calibration cache cannot be read, or a folder of `evaluation` is none
+            of the classes given.
+        OutputError: If the calibration cache could not be written.
+    """
+    if options.calibration_cache and options.quantizes and calibration is not None:
+        check_cache(options.calibration_cache)
     if options.max_drop is not None and evaluation is None:
         calibration = repeatable(calibration)  # it calibrates and judges
     calibrating, held_out = open_sources(calibration, evaluation, options)
     judging = open_evaluation(evaluation, calibration, options)
+    if judging is not None:
+        judging.check_folders()
     if judging is not None and options.max_drop is not None:
         check_count(len(judging), options.max_drop)
     unseen = held_out if evaluation is None else judging
     return BuildImages(calibrating=calibrating, judging=judging, held_out=held_out, unseen=unseen)
+
+
+def check_classes(
+    calibrating: ImageSource | None,
+    judging: ImageSource | None,
+    options: CompileOptions,
+    outputs: int,
+    told: Sequence[str] = (),
+) -> None:
+    """Refuse classes that cannot be those of the network, before the images that judge are read.
+
+    Args:
+        calibrating: Images that calibrate: their folders tell what the classes are called, where they are as many.
+        judging: Images that were given to judge; where they have labels, those must be of the network.
+        options: What is built.
+        outputs: Number of classes of the network; 0 where it has none.
+        told: What the checkpoint calls them, if it does.
+
+    Raises:
+        DataError: If the file of the classes names more or fewer, or the folders of the images are more or fewer.
+    """
+    if not outputs:
+        return
+    if isinstance(options.classes, Classes) and (fault := options.classes.fault(outputs)):
+        msg = f"{fault} {REMEDY}"
+        raise DataError(msg)
+    if judging is None or not judging.has_labels:
+        return
+    folders = calibrating.folders if calibrating else ()
+    known = next((names for names in (told, folders) if len(names) == outputs), ())
+    judging.check_classes(outputs, known)
 
 
 def synthetic_source(options: CompileOptions) -> ImageSource:
