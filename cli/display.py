@@ -8,25 +8,17 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from rich.table import Table
-from rich.text import Text
 
 from pcn_deploy.artefact.manifest import Manifest
+from pcn_deploy.cli.steps import Bars, Lines, columns, ticking
 from pcn_deploy.progress import Progress as ProgressCallable
 from pcn_deploy.progress import silent
 
@@ -36,54 +28,6 @@ if TYPE_CHECKING:
     from pcn_deploy.tasks.role import Column
 from pcn_deploy.tasks.report import ParityReport
 from pcn_deploy.tasks.roles import get_role
-
-SECONDS_BETWEEN_LINES = 10.0
-"""Where stderr is no terminal, a step that takes longer says so often how far it is."""
-
-
-class _RateColumn(ProgressColumn):
-    """Units per second, or how much is done where the step has no unit."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        unit = task.fields["unit"]
-        if unit and speed:
-            return Text(f"{speed:.1f} {unit}/s", style="progress.data.speed")
-        return Text(f"{task.percentage:.0f} %", style="progress.percentage")
-
-
-class _Bars:
-    """Turns calls of the library's progress callable into rich tasks."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._tasks: dict[str, TaskID] = {}
-
-    def __call__(self, step: str, done: int, total: int, unit: str = "", /) -> None:
-        if step not in self._tasks:
-            self._tasks[step] = self._progress.add_task(step, total=total, unit=unit)
-        self._progress.update(self._tasks[step], completed=done, total=total)
-
-
-class _Lines:
-    """One line when a step is over, and now and then where it takes long: for logs, which have no bars."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._started: dict[str, float] = {}
-        self._told = clock()
-
-    def __call__(self, step: str, done: int, total: int, unit: str = "", /) -> None:
-        now, over = self._clock(), done >= total
-        if over and step not in self._started:  # its end was told already
-            return
-        started = self._started.setdefault(step, now)
-        if not over and now - self._told < SECONDS_BETWEEN_LINES:
-            return
-        if over:
-            del self._started[step]
-        self._told = now
-        click.echo(f"{step}: {done}/{total} {unit}".rstrip() + f", {now - started:.0f} s", err=True)
 
 
 @contextmanager
@@ -96,19 +40,13 @@ def progress_bars(*, quiet: bool) -> Iterator[ProgressCallable]:
     if quiet:
         yield silent
         return
-    columns = (
-        TextColumn("{task.description:<26}"),
-        BarColumn(bar_width=28),
-        TextColumn("{task.completed}/{task.total}"),
-        _RateColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _Lines(time.monotonic)
+        with ticking(Lines(time.monotonic)) as lines:
+            yield lines
         return
-    with Progress(*columns, console=console) as progress:
-        yield _Bars(progress)
+    with Progress(*columns(), console=console) as progress:
+        yield Bars(progress)
 
 
 @contextmanager

@@ -286,7 +286,7 @@ def test_a_factory_that_is_not_there_or_takes_arguments(factory: str, out: Path)
 def test_the_output_is_looked_at_before_the_long_work(
     weights: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pcn_deploy.cli.commands.build.compile", lambda *_, **__: pytest.fail("built for nothing"))
+    monkeypatch.setattr("pcn_deploy.cli.commands.build.compile_made", lambda *_, **__: pytest.fail("built for nothing"))
     out.write_bytes(b"precious")
     refused(invoke("patchconvnet", "--weights", weights, *SMALL, "-o", out), 1, "exists. Give --overwrite")
 

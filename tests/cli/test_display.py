@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from pcn_deploy.cli import display
+from pcn_deploy.cli.steps import Lines, ticking
 from pcn_deploy.proof.budget import BudgetProof
 from pcn_deploy.tasks.bound import PairedCounts
 from pcn_deploy.tasks.classification import LogitsMeter
@@ -74,7 +76,7 @@ def test_a_budget_is_called_broken_only_where_the_images_or_a_missing_answer_sho
 
 def test_a_log_has_a_line_per_step_and_more_where_it_takes_long(capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
-    lines = display._Lines(lambda: now[0])
+    lines = Lines(lambda: now[0])
     for seconds, done in ((0, 0), (1, 1), (9, 2), (11, 3), (12, 4), (25, 5), (26, 6), (26, 6)):
         now[0] = seconds
         lines("Searching", done, 6, "layers")
@@ -86,12 +88,58 @@ def test_a_log_has_a_line_per_step_and_more_where_it_takes_long(capsys: pytest.C
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
-        "Searching: 3/6 layers, 11 s",
-        "Searching: 5/6 layers, 25 s",
-        "Searching: 6/6 layers, 26 s",
+        "Searching: 3/6 layers, 11 s, 0.273 layers/s, about 11 s left",
+        "Searching: 5/6 layers, 25 s, 0.2 layers/s, about 5 s left",
+        "Searching: 6/6 layers, 26 s, 0.231 layers/s",
         "Scripting: 1/1, 0 s",
         "Searching: 6/6 layers, 0 s",
     ]
+
+
+def test_a_step_that_tells_nothing_for_long_has_a_line_every_ten_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    lines = Lines(lambda: now[0])
+    lines("Measuring", 40, 100, "layers")  # of them 40 are of the run before
+    lines("TensorRT build", 0, 3)
+    for second in range(25):
+        now[0] = second
+        lines.tick()
+    lines("TensorRT build", 1, 3)
+    for second in range(25, 32):
+        now[0] = second
+        lines.tick()
+    lines("TensorRT build", 3, 3)
+    lines("Measuring", 50, 100, "layers")
+    for second in range(32, 55):
+        now[0] = second
+        lines.tick()
+    assert capsys.readouterr().err.splitlines() == [
+        "TensorRT build: 0/3, 10 s",
+        "TensorRT build: 0/3, 20 s",
+        "TensorRT build: 1/3, 30 s, about 60 s left",
+        "TensorRT build: 3/3, 31 s",
+        "Measuring: 50/100 layers, 41 s, 0.244 layers/s, about 205 s left",
+        "Measuring: 50/100 layers, 51 s, 0.196 layers/s, about 255 s left",
+    ]
+
+
+def test_another_thread_asks_the_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each look at this clock is 11 s later, so that nothing waits."""
+    looks, before = iter(range(0, 10**9, 11)), threading.active_count()
+    told = threading.Event()
+    lines = Lines(lambda: float(next(looks)))
+    tell = lines._tell
+
+    def telling(*given: Any) -> None:
+        tell(*given)
+        told.set()
+
+    lines._tell = telling  # type: ignore[method-assign]
+    lines("TensorRT build", 0, 3)
+    with ticking(lines, 0.001):
+        assert told.wait(30)
+    assert capsys.readouterr().err.startswith("TensorRT build: 0/3, 11 s")
+    assert threading.active_count() == before, "the thread ends with the body"
 
 
 def test_without_a_terminal_steps_are_lines_and_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:

@@ -217,7 +217,7 @@ def test_heatmaps_that_cannot_be(path: Path, path_with_map: Path, dark: Path, im
     given = ["run", path_with_map]
     refused(invoke(*given, dark, image, "--heatmap", tmp_path / "a.png"), 2, "a.png is one file for 2 images")
     refused(invoke(*given, dark, "--heatmap", tmp_path / "a.gif"), 2, "a.gif: a picture is written as .png")
-    refused(invoke(*given, dark, "--heatmap", dark / "sub"), 1, "The folder", "cannot be made: Not a directory")
+    refused(invoke(*given, dark, "--heatmap", dark / "sub"), 1, f"{dark} is no folder that can be written to")
     refused(invoke(*given, tmp_path / "no.png", "--heatmap", folder), 1, "cannot be read as an image")
     refused(invoke(*given, dark, "--heatmap", tmp_path, "--overwrite"), 2, "would take the place of the image itself")
     assert {place: place.read_bytes() for place in tmp_path.iterdir()} == before, "nothing is left behind"
