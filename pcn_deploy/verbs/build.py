@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,10 +223,8 @@ def _judged(golden: GoldenSet, network: Prepared, images: BuildImages, by: Judge
 def _backends(options: CompileOptions) -> list[Backend]:
     """What builds the engines; found out before the long work is what would stop it after."""
     try:
-        import onnx_ir  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-        import torch  # noqa: F401
+        for package in ("torch", "onnx_ir", "onnxruntime", "onnxscript"):
+            import_module(package)
     except ModuleNotFoundError as error:
         raise DependencyError.for_extra(error.name or "torch", "compile", "building a bundle") from error
     backends = [get_backend(target, options.backend) for target in options.targets]

@@ -134,7 +134,7 @@ def test_another_thread_asks_the_lines(capsys: pytest.CaptureFixture[str]) -> No
         tell(*given)
         told.set()
 
-    lines._tell = telling  # type: ignore[method-assign]
+    lines._tell = telling  # type: ignore[assignment]
     lines("TensorRT build", 0, 3)
     with ticking(lines, 0.001):
         assert told.wait(30)
