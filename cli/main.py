@@ -35,6 +35,7 @@ COMMANDS = {
     "analyze": "Measure what each layer costs when it becomes INT8.",
     "engine": "Add an engine for this device to a bundle; needs no torch.",
     "verify": "Check again that an engine equals the trained network.",
+    "slim": "Leave out of a bundle what the devices it ships to do not need.",
     "inspect": "Show what is inside a bundle: precision per layer, provenance.",
     "bench": "Measure latency and throughput of the engines in a bundle.",
     "extract": "Write an engine as a plain file, with what its user must know as JSON.",

@@ -82,6 +82,10 @@ def _overview(description: dict[str, Any]) -> list[list[str]]:
         ["golden set", _golden(description)],
         ["rewrites", _pairs({name: places for name, places in description["rewrites"].items() if places}) or "none"],
     ]
+    if description["slimmed"]:
+        left_out = ", ".join(description["slimmed"]["left_out"]) or "nothing"
+        source = description["slimmed"]["source_sha256"][:16]
+        rows.append(["slimmed", f"{left_out} left out of the bundle with SHA-256 {source}"])
     if description["choice"]:
         rows.append(["chosen by", description["choice"]["reason"]])
     description["provenance"].update(weights_from=_WEIGHTS.get(description["provenance"].get("weights_from", "")))

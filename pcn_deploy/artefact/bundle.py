@@ -93,11 +93,30 @@ class Bundle:
             if entry.target == target:
                 return entry
         present = ", ".join(entry.target for entry in self.engines) or "none"
-        msg = (
-            f"The bundle holds no engine for {target!r}; it holds: {present}. "
-            f"Add one with: pcn-compile engine {self.path or 'FILE.pcn'} --target {target}"
-        )
+        slimmed = self.manifest.slimmed
+        if slimmed and target in slimmed.targets:
+            advice = self.left_out()
+        else:
+            advice = f"Add one with: pcn-compile engine {self.path or 'FILE.pcn'} --target {target}"
+        msg = f"The bundle holds no engine for {target!r}; it holds: {present}. {advice}"
         raise BundleError(msg)
+
+    def left_out(self) -> str:
+        """Where that is which `slim` left out of this bundle, in a sentence."""
+        digest = self.manifest.slimmed.source_sha256[:16] if self.manifest.slimmed else ""
+        return f"`pcn-compile slim` left it out; the bundle that this one was made from has it (SHA-256 {digest}…)."
+
+    def lacking(self, name: str, advice: str = "") -> BundleError:
+        """The error for a member that is not here.
+
+        Args:
+            name: The member.
+            advice: What to do about it, in a bundle from which it was not left out.
+        """
+        slimmed = self.manifest.slimmed
+        if slimmed and name in slimmed.left_out:
+            advice = self.left_out()
+        return BundleError(f"{self.path or 'The bundle'} holds no {name}. {advice}".rstrip())
 
     def read(self, name: str) -> bytes:
         """Return a member after checking its size and SHA-256.
@@ -106,8 +125,7 @@ class Bundle:
             BundleError: If it is absent, truncated or altered.
         """
         if name not in self:
-            msg = f"The bundle holds no {name}."
-            raise BundleError(msg)
+            raise self.lacking(name)
         if self._spool is not None and name in self._spooled:
             start, size = self._spooled[name]
             with self._position:

@@ -79,6 +79,21 @@ class Judged:
     widened_images: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Slimmed:
+    """What `slim` left out of a bundle.
+
+    Attributes:
+        source_sha256: Of the bundle that it was made from, as hexadecimal text.
+        left_out: Size in bytes of each member that is not here any more, by name.
+        targets: Targets whose engines are among them.
+    """
+
+    source_sha256: str
+    left_out: dict[str, int]
+    targets: tuple[str, ...] = ()
+
+
 @dataclass(kw_only=True)
 class Manifest:
     """What a bundle says of itself; complete when it is saved.
@@ -98,6 +113,7 @@ class Manifest:
         notes: What the user should know of the network, the images and the verdict.
         judged: What the verdict rests on.
         choice: Why `--precision auto` chose this one, plain values; None where it was not asked.
+        slimmed: What `slim` left out; None of a whole bundle.
         engines: The engines.
         members: Every file beside the manifest.
     """
@@ -116,6 +132,7 @@ class Manifest:
     notes: list[str] = field(default_factory=list)
     judged: Judged = field(default_factory=Judged)
     choice: Any = None
+    slimmed: Slimmed | None = None
     engines: list[EngineEntry] = field(default_factory=list)
     members: dict[str, Member] = field(default_factory=dict)
 
@@ -146,6 +163,7 @@ class Manifest:
             notes=list(data.get("notes", ())),
             judged=Judged(**data.get("judged", {})),
             choice=data.get("choice"),
+            slimmed=_slimmed(data.get("slimmed")),
             engines=[_engine(entry) for entry in data.get("engines", ())],
             members={
                 name: Member(sha256=str(entry["sha256"]), bytes=int(entry["bytes"]))
@@ -196,6 +214,14 @@ def _interface(data: dict[str, Any], schema: int) -> EngineSpec:
     for tensor in spec.outputs:
         get_role(tensor.role)
     return spec
+
+
+def _slimmed(data: dict[str, Any] | None) -> Slimmed | None:
+    if data is None:
+        return None
+    left_out = {str(name): int(size) for name, size in data["left_out"].items()}
+    targets = tuple(str(target) for target in data["targets"])
+    return Slimmed(source_sha256=str(data["source_sha256"]), left_out=left_out, targets=targets)
 
 
 def _engine(data: dict[str, Any]) -> EngineEntry:

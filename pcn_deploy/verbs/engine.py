@@ -8,7 +8,6 @@ from pathlib import Path
 from pcn_deploy.artefact.bundle import Bundle, check_output
 from pcn_deploy.engines.base import BackendOptions, GraphSource
 from pcn_deploy.engines.registry import check_options, get_backend
-from pcn_deploy.errors import BundleError
 from pcn_deploy.members import GRAPH, SCRIPT, parity_member
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof.executions import prove
@@ -41,7 +40,7 @@ def add_engine(
         The parity report; its truth value is the verdict.
 
     Raises:
-        BundleError: If the bundle is corrupt, altered or of a newer schema.
+        BundleError: If the bundle is corrupt, altered or of a newer schema, or lacks what the engine is made from.
         DependencyError: If the backend's library is missing.
         OptionError: If the target has no engine of this precision, or none of the settings asked for.
         BuildError: If the backend refuses the graph.
@@ -54,9 +53,8 @@ def add_engine(
     overwrite = overwrite or output is None
     check_output(destination, overwrite=overwrite)
     backend.check_type(bundle.manifest.precision)
-    if backend.graph == SCRIPT and SCRIPT not in bundle:
-        msg = f"{path} holds no TorchScript module: build it again from the network with --target {target}."
-        raise BundleError(msg)
+    if backend.graph not in bundle:
+        raise bundle.lacking(backend.graph, f"Build it again from the network with --target {target}.")
     source = GraphSource(
         onnx=partial(bundle.read, GRAPH),
         torchscript=bundle.read(SCRIPT) if backend.graph == SCRIPT else b"",

@@ -23,8 +23,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         `model`, `precision`, `remainder`, `inputs`, `outputs`, `batch`, `transform`, `calibration`, `golden` (where its
         real images come from), `class_names`, `judged` (what the verdict rests on), `rewrites` (places that each
         changed), `engines`, `parity` per target, `budget` (the search for the plan and the proof of the drop, or None),
-        `choice` (of `--precision auto`, or None), `layers` (the plan, layer by layer), `notes`, `members` and
-        `provenance`, all plain values.
+        `choice` (of `--precision auto`, or None), `slimmed` (what `slim` left out, or None), `layers` (the plan, layer
+        by layer), `notes`, `members` and `provenance`, all plain values.
 
     Raises:
         BundleError: If the bundle is corrupt, altered or of a newer schema; every member is checked.
@@ -50,7 +50,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         **{key: manifest[key] for key in ("judged", "rewrites", "engines")},
         "parity": {target: report.to_json() for target, report in parity.items()},
         "budget": budget,
-        "choice": manifest["choice"],
+        **{key: manifest[key] for key in ("choice", "slimmed")},
         "layers": plan.to_json()["entries"],
         **{key: manifest[key] for key in ("notes", "members", "provenance")},
     }

@@ -9,6 +9,7 @@ from pcn_deploy.artefact.engine import Engine
 from pcn_deploy.engines.base import OPEN, OpenOptions
 from pcn_deploy.engines.registry import fastest_first, get_backend
 from pcn_deploy.errors import DependencyError, OptionError
+from pcn_deploy.members import GRAPH
 from pcn_deploy.proof.executions import open_to_judge
 
 
@@ -26,14 +27,25 @@ def load_to_verify(path: str | Path, target: str | None = None, *, judging: bool
         The engine; `executed_by` is another than `target` where only its graph can run.
 
     Raises:
-        PcnDeployError: As `load`; a `DependencyError` only where ONNX Runtime is missing too.
+        PcnDeployError: As `load`; a `DependencyError` only where ONNX Runtime or the graph is missing too.
     """
     bundle = Bundle.open(path)
     targets = [target] if target else fastest_first(entry.target for entry in bundle.engines)
     can_run = {name: get_backend(name).availability().can_run for name in (*targets, "cpu")}
     if targets and can_run["cpu"] and not any(can_run[name] for name in targets):
+        if GRAPH not in bundle:
+            raise _nothing_to_verify(bundle, targets)
         return open_to_judge(bundle, targets[0]) if judging else Engine.open(bundle, targets[0], executed_by="cpu")
     return _opened(bundle, path, target, OPEN)
+
+
+def _nothing_to_verify(bundle: Bundle, targets: list[str]) -> DependencyError:
+    """The error for engines that cannot run here, in a bundle without the graph that could be executed instead."""
+    reasons = "; ".join(f"{name}: {get_backend(name).availability().detail}" for name in targets)
+    return DependencyError(
+        f"No engine of {bundle.path} can run here ({reasons}). ONNX Runtime could run the graph that they were built "
+        f"from, but {bundle.lacking(GRAPH)} Verify it where an engine runs, or verify that bundle here."
+    )
 
 
 def load(path: str | Path, target: str | None = None, *, device: str = "", stream: int = 0) -> Engine:

@@ -117,7 +117,7 @@ def test_a_failing_build_changes_nothing(path: Path, original: Path, monkeypatch
 def test_a_bundle_without_torchscript_says_how_to_get_it(path: Path) -> None:
     bundle = Bundle.open(path)
     copied(bundle, "model.ts").save(path, overwrite=True)
-    with pytest.raises(BundleError, match=r"no TorchScript module: build it again .* --target torchscript"):
+    with pytest.raises(BundleError, match=r"holds no model\.ts\. Build it again .* --target torchscript"):
         add_engine(path, "torchscript")
 
 
