@@ -9,14 +9,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pcn_deploy.aliases import Images
 from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.manifest import Manifest
 from pcn_deploy.calibration.plan.rules import in_fp32
+from pcn_deploy.data.frames import Frames, preprocess
 from pcn_deploy.engines.base import OPEN, Array, Backend, OpenOptions, Session
 from pcn_deploy.engines.onnxruntime import open_plain, truncates_half
 from pcn_deploy.engines.registry import get_backend
-from pcn_deploy.errors import DataError, ParityError, PcnDeployError
+from pcn_deploy.errors import DataError, OptionError, ParityError, PcnDeployError
 from pcn_deploy.members import GRAPH
+from pcn_deploy.specs import LOGITS
+from pcn_deploy.tasks.classification import ClassScore, most_likely
+
+FAR = 10.0
+"""Values so many times beyond those of the golden images were not normalised: 255 is 96 times with ImageNet's."""
+
+SPACING = 8
+"""Every so many-th row and column is looked at for that."""
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +51,7 @@ class Engine:
         self.transform = bundle.manifest.transform
         self.class_names = tuple(bundle.manifest.class_names)
         self._session = session
+        self._limit: float | None = FAR * max(map(abs, bundle.manifest.input_range or self.transform.range))
 
     @classmethod
     def open(
@@ -87,6 +98,51 @@ class Engine:
 
         return torch.from_numpy(self.predict(images.detach().cpu().numpy())).to(images.device)
 
+    def preprocess(self, frames: Frames, *, color: str = "rgb") -> Images:
+        """Transform frames as the images that calibrated and judged the engine were, to the bit.
+
+        Args:
+            frames: One frame or several: uint8 arrays `(H, W, 3)` or `(N, H, W, 3)` of any size, pictures of Pillow, or
+                files; all kinds are in `data.frames.preprocess`.
+            color: Order of the channels of arrays: `rgb`, or `bgr` as OpenCV has them.
+
+        Returns:
+            float32 `(N, C, H, W)`.
+
+        Raises:
+            OptionError: If the order of the channels is unknown.
+            DataError: If there is no frame, or one is no image or not of 8 bits.
+            DependencyError: If Pillow is missing.
+        """
+        return preprocess(frames, self.transform, color=color)
+
+    def classify(self, frames: Frames, k: int = 5, *, color: str = "rgb") -> list[list[ClassScore]]:
+        """The most likely classes of frames.
+
+        Args:
+            frames: As `preprocess` takes them.
+            k: Number of classes for each; fewer where the network has fewer.
+            color: As `preprocess` takes it.
+
+        Returns:
+            For each frame its classes, best first: `index`, `name` and `probability` of each.
+
+        Raises:
+            OptionError: If the engine has no logits, `k` is below 1, or the order of the channels is unknown.
+            DataError: If there is no frame, or one is no image or not of 8 bits.
+            ParityError: If the engine returns NaN or infinity.
+        """
+        logits = self.spec.output_of(LOGITS)
+        if logits is None or k < 1:
+            msg = f"At least one class must be asked for, not {k}." if logits else "The engine has no logits."
+            raise OptionError(msg)
+        images = self.preprocess(frames, color=color)
+        outputs = self.outputs(images)
+        for index in range(len(images)):
+            rows = {name: values[index : index + 1] for name, values in outputs.items()}
+            check_finite(rows, self, f"frame {index}", images[index : index + 1])
+        return [most_likely(row, k, self.class_names) for row in outputs[logits.name]]
+
     def predict(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Run any number of images, in as few batches as the engine allows.
 
@@ -118,6 +174,7 @@ class Engine:
         if images.ndim == 0 or len(images) == 0:
             msg = "No images were given."
             raise DataError(msg)
+        self._warn_of_range(images)
         size, count = self.spec.batch.max, len(images)
         if count <= size:
             return self.run_batch(images)
@@ -126,6 +183,22 @@ class Engine:
             batch = slice(start, start + size)
             self.run_batch(images[batch], {name: values[batch] for name, values in outputs.items()})
         return outputs
+
+    def _warn_of_range(self, images: Images) -> None:
+        """Say so, once, where a look at some pixels shows that nobody normalised the images."""
+        if self._limit is None or images.ndim != 4:
+            return
+        some = np.abs(images[..., ::SPACING, ::SPACING])
+        if some.size and some.max() > self._limit:
+            low, high = self.bundle.manifest.input_range or self.transform.range
+            log.warning(
+                "The images hold values of up to %.4g; those that judged this engine ran from %.3g to %.3g. Images of "
+                "0 to 255 must be normalised first: engine.preprocess(frames) does it.",
+                some.max(),
+                low,
+                high,
+            )
+            self._limit = None
 
     def run_batch(self, images: npt.NDArray[np.float32], out: dict[str, Array] | None = None) -> dict[str, Array]:
         """Run at most `spec.batch.max` images; a batch below the engine's minimum is filled up with copies.

@@ -110,6 +110,7 @@ class Manifest:
         golden: Where the real images of the golden set come from.
         rewrites: How many places each rewrite changed.
         class_names: What the classes are called, in the order of the logits; empty if that is not known.
+        input_range: Least and largest value of the golden images, transformed; None if an older version built it.
         notes: What the user should know of the network, the images and the verdict.
         judged: What the verdict rests on.
         choice: Why `--precision auto` chose this one, plain values; None where it was not asked.
@@ -129,6 +130,7 @@ class Manifest:
     golden: str = ""
     rewrites: dict[str, int] = field(default_factory=dict)
     class_names: list[str] = field(default_factory=list)
+    input_range: tuple[float, float] | None = None
     notes: list[str] = field(default_factory=list)
     judged: Judged = field(default_factory=Judged)
     choice: Any = None
@@ -160,6 +162,7 @@ class Manifest:
             golden=str(data.get("golden") or ""),
             rewrites=dict(data.get("rewrites", {})),
             class_names=[str(name) for name in data.get("class_names", ())],
+            input_range=_range(data.get("input_range")),
             notes=list(data.get("notes", ())),
             judged=Judged(**data.get("judged", {})),
             choice=data.get("choice"),
@@ -200,6 +203,13 @@ def read_manifest(data: dict[str, Any], path: Path) -> Manifest:
             msg = f"The manifest of {path} contradicts itself about the engine {entry.target!r}: it was altered."
             raise BundleError(msg)
     return manifest
+
+
+def _range(data: Any) -> tuple[float, float] | None:
+    if data is None:
+        return None
+    least, largest = map(float, data)
+    return least, largest
 
 
 def _interface(data: dict[str, Any], schema: int) -> EngineSpec:

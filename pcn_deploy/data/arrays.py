@@ -104,8 +104,7 @@ def survey_arrays(items: Sequence[ArrayImage], transform: Transform) -> list[str
 def _about_range(floats: list[npt.NDArray[np.float32]], transform: Transform) -> list[str]:
     """Whether floats look as if nobody had normalised them."""
     low, high = min(float(image.min()) for image in floats), max(float(image.max()) for image in floats)
-    mean, std = np.array(transform.mean), np.array(transform.std)
-    black, white = float((-mean / std).min()), float(((1 - mean) / std).max())
+    black, white = transform.range
     plain = low >= 0 and high <= 1 and (black, white) != (0.0, 1.0)
     if not plain and max(-low, high) <= _FAR * max(-black, white):
         return []

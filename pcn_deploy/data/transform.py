@@ -106,6 +106,12 @@ class Transform:
         """Shape of one transformed image, `(C, H, W)`."""
         return (len(self.mean), *self.resolution)
 
+    @property
+    def range(self) -> tuple[float, float]:
+        """Least and largest value that black and white become, over all channels."""
+        mean, std = np.array(self.mean), np.array(self.std)
+        return float((-mean / std).min()), float(((1 - mean) / std).max())
+
     def scaled(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height that an image of a width and height is resized to, before the crop."""
         height, width = self.resolution
@@ -131,7 +137,7 @@ class Transform:
         return self.normalise(self._cropped(to_pixels(image, self)))
 
     def of_array(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Transform pixels `(H, W, C)`; C is what the network takes, and grey and RGB stand for each other as in files.
+        """Transform pixels `(H, W, C)`; C is what the network takes, but grey, RGB and RGBA become what it takes.
 
         Returns:
             float32 `(C, H, W)`.
@@ -142,7 +148,7 @@ class Transform:
         from PIL import Image
 
         channels = pixels.shape[2]
-        if channels in (1, 3) and len(self.mean) in (1, 3):
+        if channels in (1, 3, 4) and len(self.mean) in (1, 3):
             return self(Image.fromarray(pixels[..., 0] if channels == 1 else pixels))
         if channels != len(self.mean):
             msg = f"has {channels} channels; the network takes {len(self.mean)}. Give a mean and std for each channel."

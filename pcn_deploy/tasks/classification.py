@@ -9,12 +9,14 @@ the reference minus that of the engine, in percentage points.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.aliases import Outputs
+from pcn_deploy.aliases import Logits, Outputs
 from pcn_deploy.errors import DataError
 from pcn_deploy.exact import ExactSum, ExactVector
 from pcn_deploy.specs import LOGITS
@@ -33,6 +35,35 @@ _TASK = {"proven": "proven", "broken": "BROKEN, not", "open": "neither proven no
 SAME_ANSWERS = 75.0
 """Least share of answers, in percent, that must stay where rounding excuses an error as large as what images change: of
 eight golden images one or two may be nearly a tie."""
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """One of the most likely classes of an image: its index among the logits, its name, its softmax, 0 to 1."""
+
+    index: int
+    name: str
+    probability: float
+
+
+def most_likely(logits: Logits, count: int, names: Sequence[str] | None = None) -> list[ClassScore]:
+    """The classes of the largest logits, best first; where two are equal, the first of them.
+
+    Args:
+        logits: Of one image, `(K,)`, finite.
+        count: At most how many.
+        names: Of all classes, in order; by default their indices.
+
+    Raises:
+        DataError: If the names are not as many as the classes.
+    """
+    if names and len(names) != len(logits):
+        msg = f"{len(names)} class names were given; the network has {len(logits)} classes."
+        raise DataError(msg)
+    values = logits.astype(np.float64)
+    weights = np.exp(values - values.max())
+    shares, best = weights / weights.sum(), np.argsort(-values, kind="stable")[:count]
+    return [ClassScore(int(at), names[at] if names else str(at), float(shares[at])) for at in best]
 
 
 class LogitsMeter(ParityMeter):

@@ -164,6 +164,7 @@ def compile_made(
         bundle, golden, spec, forms, scripted=options.scripts, rounded=options.rounds, float_graph=float_graph
     )
     simulated, bundle.manifest.judged = forms.simulated, _judged(golden, network, images, judging)
+    bundle.manifest.input_range = float(golden.images.min()), float(golden.images.max())
     del forms, forward, model, opened, float_graph
     release_unused()  # engines take memory of their own
     with engine_builds(bundle, backends, _graphs(bundle, spec, options), progress) as builds:

@@ -15,6 +15,7 @@ from pcn_deploy.data.image_files import read_image
 from pcn_deploy.errors import DataError, OptionError, ParityError
 from pcn_deploy.show.heatmap import MapRange, choose_map, overlay, save
 from pcn_deploy.specs import ATTENTION_MAP, LOGITS, EngineSpec
+from pcn_deploy.tasks.classification import most_likely
 from pcn_deploy.tasks.roles import get_role
 
 
@@ -95,7 +96,13 @@ def classify(
             continue
         prediction = Prediction(image=str(path), outputs=_others(spec, outputs))
         if logits is not None:
-            prediction = _most_likely(prediction, outputs[logits.name][0].astype(np.float64), top, class_names)
+            best = most_likely(outputs[logits.name][0], top, class_names)
+            prediction = replace(
+                prediction,
+                classes=tuple(one.index for one in best),
+                names=tuple(one.name for one in best),
+                probabilities=tuple(one.probability for one in best),
+            )
         if heatmaps is not None and maps is not None:
             first = prediction.classes[0] if prediction.classes else 0
             drawn, attention = choose_map(outputs[maps.name][0], first, heatmap_class)
@@ -109,24 +116,3 @@ def _others(spec: EngineSpec, outputs: dict[str, npt.NDArray[np.float32]]) -> di
     """What the roles of the outputs tell that are neither logits nor an attention map, by name."""
     others = (tensor for tensor in spec.outputs if tensor.role not in (LOGITS, ATTENTION_MAP))
     return {tensor.name: get_role(tensor.role).answer(outputs[tensor.name][0]) for tensor in others}
-
-
-def _most_likely(
-    prediction: Prediction, logits: npt.NDArray[np.float64], top: int, class_names: Sequence[str] | None
-) -> Prediction:
-    """The prediction with the classes of the largest of the logits `(K,)`.
-
-    Raises:
-        DataError: If the names are not as many as the classes.
-    """
-    if class_names is not None and len(class_names) != len(logits):
-        msg = f"{len(class_names)} class names were given; the network has {len(logits)} classes."
-        raise DataError(msg)
-    weights = np.exp(logits - logits.max())
-    best = np.argsort(-logits, kind="stable")[:top]
-    return replace(
-        prediction,
-        classes=tuple(int(index) for index in best),
-        names=tuple(str(index) if class_names is None else class_names[index] for index in best),
-        probabilities=tuple(float(value) for value in (weights / weights.sum())[best]),
-    )

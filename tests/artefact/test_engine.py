@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import pcn_deploy
 from pcn_deploy import BatchRange, Bundle, CompileOptions, Engine, Transform
@@ -291,3 +293,72 @@ def test_a_runtime_that_cuts_codes_off_is_named(
     bundle.manifest.provenance["built_by"]["onnxruntime"] = onnxruntime.__version__ if built_by == "here" else built_by
     Engine.open(bundle, "cpu").close()
     assert ("built with 1.99.0" in caplog.text) == warned
+
+
+def pictures(*sizes: tuple[int, int]) -> list[Any]:
+    random = np.random.default_rng(5)
+    return [random.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in sizes]
+
+
+def test_frames_go_in_and_classes_come_out(path: Path) -> None:
+    frames = pictures((48, 64), (40, 40), (70, 50))
+    transform = Transform(resolution=(32, 32))
+    transformed = np.stack([transform(Image.fromarray(frame)) for frame in frames])
+    with pcn_deploy.load(path, "cpu") as engine:
+        np.testing.assert_array_equal(engine.preprocess(frames), transformed)
+        np.testing.assert_array_equal(engine.preprocess(frames[0][..., ::-1], color="bgr"), transformed[:1])
+        answers = engine.classify(frames, k=2)
+        (alone,) = engine.classify(frames[1], k=99)
+    with torch.inference_mode():
+        shares = network()(torch.from_numpy(transformed)).double().softmax(1).numpy()
+    assert [[one.index for one in answer] for answer in answers] == np.argsort(-shares, axis=1)[:, :2].tolist()
+    for answer, row in zip(answers, shares, strict=True):
+        assert [one.probability for one in answer] == pytest.approx(np.sort(row)[::-1][:2], abs=1e-5)
+        assert [one.name for one in answer] == [str(one.index) for one in answer], "nobody told the names"
+    assert [one.index for one in alone[:2]] == [one.index for one in answers[1]]
+    assert sum(one.probability for one in alone) == pytest.approx(1)
+    assert len(alone) == shares.shape[1]
+
+
+def test_classes_have_the_names_of_the_bundle(path: Path) -> None:
+    bundle = Bundle.open(path)
+    bundle.manifest.class_names = [f"kind {index}" for index in range(5)]
+    with Engine.open(bundle, "cpu") as engine:
+        ((best,),) = engine.classify(pictures((32, 32)), k=1)
+    assert best.name == f"kind {best.index}"
+
+
+def test_what_cannot_be_classified_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pcn_deploy.load(path, "cpu") as engine:
+        with pytest.raises(OptionError, match="At least one class must be asked for, not 0"):
+            engine.classify(pictures((32, 32)), k=0)
+        with pytest.raises(DataError, match="Frame 0 is ndarray of float32"):
+            engine.classify(np.zeros((32, 32, 3), np.float32))
+        real = engine.run_batch
+        spoil = np.array([[0.0], [np.nan]], np.float32)
+        monkeypatch.setattr(engine, "run_batch", lambda images: {"logits": real(images)["logits"] + spoil})
+        with pytest.raises(ParityError, match="NaN or infinite logits for frame 1"):
+            engine.classify(pictures((32, 32), (40, 40)))
+        monkeypatch.setattr(engine, "spec", replace(engine.spec, outputs=()))
+        with pytest.raises(OptionError, match="no logits"):
+            engine.classify(pictures((32, 32)))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_images_that_nobody_normalised_are_warned_of_once(
+    path: Path, known: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = Bundle.open(path)
+    low, high = bundle.manifest.input_range or (0, 0)
+    assert low < -2 and high > 2, "noise and edge images"
+    if not known:
+        bundle.manifest.input_range = None  # of an older version
+    raw = np.stack(pictures((32, 32), (32, 32))).transpose(0, 3, 1, 2).astype(np.float32)
+    with Engine.open(bundle, "cpu") as engine:
+        engine.predict(images(11))
+        engine.predict(engine.preprocess(pictures((32, 32))))
+        assert not caplog.messages
+        engine.predict(raw)
+        engine.predict(raw)
+    (message,) = caplog.messages
+    assert re.search(r"up to 25\d; .* engine\.preprocess\(frames\)", message)
