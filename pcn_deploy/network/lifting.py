@@ -77,7 +77,7 @@ def hidden_products(model: nn.Module, flow: DataFlow) -> list[Product]:
 def become(module: nn.Module, other: nn.Module) -> None:
     """Turn a module into another one, wherever it is held."""
     module.__class__ = other.__class__
-    module.__dict__ = other.__dict__
+    module.__dict__ = dict(vars(other))  # not shared: CPython 3.13 collects what it holds with the other module
 
 
 def _lift_once(model: nn.Module, image: Tensor, refused: set[str]) -> int:

@@ -12,6 +12,7 @@ import pytest
 from helpers import invoke
 
 import pcn_deploy
+from pcn_deploy.engines.onnxruntime import truncates_half
 
 pytest.importorskip("onnxruntime")
 
@@ -30,10 +31,15 @@ def inspected(path: Path) -> dict[str, Any]:
     return found
 
 
+def expected_exit(path: Path) -> int:
+    """Before 1.30, ONNX Runtime cuts off the INT8 codes of FP16, which it did not where these were built: no parity."""
+    return 3 if "int8" in path.name and truncates_half() else 0
+
+
 def test_they_are_proven_again(path: Path) -> None:
     result = invoke("verify", path, "--target", "cpu", "--json")
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["passed"] is True
+    assert result.exit_code == expected_exit(path), result.output
+    assert json.loads(result.stdout)["passed"] is (result.exit_code == 0)
 
 
 def test_they_answer(path: Path) -> None:
@@ -46,7 +52,7 @@ def test_they_answer(path: Path) -> None:
 
 def test_they_take_another_engine(path: Path) -> None:
     result = invoke("engine", path, "--target", "cpu", "-o", path.with_name("again.pcn"))
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == expected_exit(path), result.output
 
 
 def test_what_they_hold_is_shown() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from pcn_deploy.graph.export import serialise, to_onnx
 from pcn_deploy.graph.torchscript import to_torchscript
 from pcn_deploy.network.dataflow import DataFlow, is_plain_layer
 from pcn_deploy.network.deploy import to_deploy
-from pcn_deploy.network.lifting import hidden_products
+from pcn_deploy.network.lifting import become, hidden_products
 from pcn_deploy.specs import BatchRange
 from pcn_deploy.tasks.distance import least_sqnr_db
 
@@ -370,3 +371,16 @@ def test_a_shared_weight_is_stored_once_and_every_use_has_its_own_scale() -> Non
         simulated = apply_scales(net, scales)(IMAGES)
     assert least_sqnr_db([simulated.numpy()], [found]) > 60
     assert least_sqnr_db([plain(IMAGES).numpy()], [found]) > 25
+
+
+def test_a_module_that_became_another_one_lives_on_without_it() -> None:
+    """CPython 3.13 collects what the shared `__dict__` of an object in a cycle of references holds."""
+    module, other = nn.Identity(), nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    cycle: list[Any] = [other]
+    cycle.append(cycle)
+    expected = other(torch.ones(1, 3))
+    become(module, other)
+    assert vars(module) is not vars(other)
+    del other, cycle
+    gc.collect()
+    torch.testing.assert_close(module(torch.ones(1, 3)), expected)
