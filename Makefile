@@ -4,6 +4,7 @@
 #   make test       everything a change must pass, linters apart
 #   make test-all   the same with every registered network, in every precision (about an hour)
 #   make lint       formatting, style, types
+#   make docs       the documents as a site, in build/site
 #   make bench      the figures of the README
 #   make timm-families  67 networks of timm, beside the public tools (hours)
 #
@@ -17,7 +18,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: demo test test-all lint bench timm-families clean
+.PHONY: demo test test-all lint docs bench timm-families clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits/demo.py
@@ -32,6 +33,16 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documents link to other files of the repository: the site is made of them as they lie there.
+SITE := build/site-source
+docs: $(VENV)/.docs
+	rm -rf $(SITE) build/site
+	mkdir -p $(SITE)
+	cp -r README.md ARCHITECTURE.md CONTRIBUTING.md CHANGELOG.md docs examples benchmarks $(SITE)
+	find $(SITE) -name __pycache__ -prune -exec rm -r {} +
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet # the notice on a version that is not used
+	@echo "Open build/site/README.html"
 
 # The public pipeline that `bench` compares with needs an environment of its own: its packages conflict with ours.
 bench: $(VENV)/.dev $(VENV)-public/.done
@@ -64,4 +75,9 @@ $(VENV)/.dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (about two minutes the first time) ..."
 	$(PIP) -e '.[compile,tensorrt-rtx,examples,dev]'
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[docs]'
 	@touch $@

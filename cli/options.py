@@ -113,6 +113,13 @@ data_option = click.option(
     metavar="DIR|FILE.npz",
     help="Images that judge the accuracy (sub-folders are classes).",
 )
+changed_option = click.option(
+    "--changed",
+    type=click.Path(path_type=Path),
+    metavar="OUT.csv",
+    help="Write the images that judge the accuracy and to which an engine answers another class: file, true class, "
+    "both answers with their margins (logit of the answer less the next one), the gravest first.",
+)
 classes_option = click.option(
     "--classes",
     type=click.Path(path_type=Path),

@@ -17,7 +17,8 @@ from pcn_deploy.data.sampling import spread_by_class
 from pcn_deploy.errors import DataError
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.tasks.bound import PairedCounts
-from pcn_deploy.tasks.metrics import NO_CLASS, answers
+from pcn_deploy.tasks.changed import ChangedAnswer, changed_answers
+from pcn_deploy.tasks.metrics import NO_CLASS, Answered, answers
 
 BATCH = 16
 """Images per forward pass."""
@@ -33,12 +34,14 @@ class Answers:
             the trained network.
         reference: The answer of the trained network, `(N,)`.
         labelled: Whether `expected` holds labels.
+        margins: By how much the logit of each answer of the trained network is above the next one, `(N,)`.
     """
 
     source: ImageSource
     expected: npt.NDArray[np.int64]
     reference: npt.NDArray[np.int64]
     labelled: bool
+    margins: npt.NDArray[np.float64]
 
     @classmethod
     def of(cls, forward: Forward, source: ImageSource, progress: Progress = silent) -> Answers:
@@ -53,20 +56,23 @@ class Answers:
             DataError: If images are unusable, logits are not finite, or labels are not the classes of the network
                 (`labels.py`).
         """
-        seen, labelling, classes = [], LabelCheck(source), 0
+        seen, margins, labelling, classes = [], [], LabelCheck(source), 0
         for images, labels in each_batch(source, BATCH, "Answers of the network", progress, shared=True):
             logits = forward(images)
-            predictions, classes = answers(logits), logits.shape[1]
+            answered, classes = Answered.of(logits), logits.shape[1]
+            predictions = answered.classes
             if (broken := np.flatnonzero(predictions == NO_CLASS)).size:
                 name = source.name_of(images[broken[0]])
                 msg = f"The network returns NaN or infinite logits for {name}; nothing can be compared with it."
                 raise DataError(msg)
             labelling.update(labels, logits)
             seen.append(np.stack([predictions if labels is None else labels, predictions]))
+            margins.append(answered.margins)
         classes = int(current().max(np.array([classes], np.float64))[0])  # a process may have had no image
         labelling.of_all_processes().check(classes)
         expected, reference = np.concatenate(of_all_batches(seen), axis=1)
-        return cls(source.readable(), expected, reference, source.has_labels)
+        every = np.concatenate(of_all_batches(margins, np.float64))
+        return cls(source.readable(), expected, reference, source.has_labels, every)
 
     @property
     def top1(self) -> float:
@@ -79,16 +85,25 @@ class Answers:
     def select(self, order: npt.NDArray[np.intp]) -> Answers:
         """Some of the images, in the order of the given indices."""
         source = self.source.select(order.tolist())
-        return Answers(source, self.expected[order], self.reference[order], self.labelled)
+        return Answers(source, self.expected[order], self.reference[order], self.labelled, self.margins[order])
 
     def spread(self, count: int) -> Answers:
         """At most `count` of the images, from all over them; of each class, or of each answer, in proportion."""
         return self.select(spread_by_class(self.expected.tolist(), count))
 
-    def predict(self, forward: Forward, progress: Progress = silent, step: str = "Answers") -> npt.NDArray[np.int64]:
+    def predict(self, forward: Forward) -> npt.NDArray[np.int64]:
         """The answers of a form of the network, `(N,)`; `NO_CLASS` where its logits are not finite."""
+        return self.ask(forward).classes
+
+    def ask(self, forward: Forward, progress: Progress = silent, step: str = "Answers") -> Answered:
+        """What a form of the network answers to all images."""
         batches = each_batch(self.source, BATCH, step, progress)
-        return np.concatenate([answers(forward(images)) for images, _ in batches])
+        return Answered.joined([Answered.of(forward(images)) for images, _ in batches])
+
+    def changed(self, target: str, answered: Answered) -> list[ChangedAnswer]:
+        """The images that an engine answers otherwise than the trained network; `answered` holds all its answers."""
+        labels = self.expected if self.labelled else None
+        return changed_answers(target, Answered(self.reference, self.margins), answered, labels, self.source.item_name)
 
     def count(self, predictions: npt.NDArray[np.int64]) -> PairedCounts:
         """Images lost and gained by answers to the first of the images, `(n,)` with n at most N.

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pcn_deploy.artefact.bundle import check_output
 from pcn_deploy.calibration.search.analysis import Analysis
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.data.processes import Processes, join
 from pcn_deploy.errors import DataError, OutputError
 from pcn_deploy.models.registry import MadeModel
+from pcn_deploy.output_file import check_output, write_text
 from pcn_deploy.show.analysis import check_picture, draw
 from pcn_deploy.verbs.analyze import SAMPLE, analyze_made
 from pcn_deploy.verbs.options import CompileOptions
@@ -118,7 +118,7 @@ def _analyze(parameters: dict[str, Any], processes: Processes) -> None:
     for text in (*made[0].notes, *analysis.notes):
         display.note(text, quiet=quiet)
     measurements = {"model": parameters["model"], "calibrator": compile_options.calibrator, **analysis.to_json()}
-    parameters["output"].write_text(json.dumps(measurements, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(parameters["output"], json.dumps(measurements, indent=1, allow_nan=False) + "\n")
     if parameters["picture"] is not None:
         images = display.counted(analysis.sensitivity.images, "image")
         draw(analysis, parameters["picture"], f"{parameters['model']}: cost of INT8 per layer, {images}")

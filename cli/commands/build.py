@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from pcn_deploy.artefact.bundle import check_output
 from pcn_deploy.artefact.provenance import ModelSource
 from pcn_deploy.calibration.plan.recipe import read_recipe
 from pcn_deploy.calibration.plan.rules import CODES, PRECISIONS, REMAINDERS
@@ -21,7 +20,9 @@ from pcn_deploy.data.processes import Processes, join
 from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.errors import OptionError, ParityError
 from pcn_deploy.members import BUDGET
+from pcn_deploy.output_file import check_output, write_text
 from pcn_deploy.specs import BatchRange
+from pcn_deploy.tasks.changed import confusions, to_csv
 from pcn_deploy.tasks.roles import ROLES
 from pcn_deploy.verbs.build import CompileResult, compile_made, take_part
 from pcn_deploy.verbs.options import CompileOptions
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
 @options.backend_options
 @options.data_option
 @options.classes_option
+@options.changed_option
 @click.option(
     "--max-drop",
     type=float,
@@ -120,6 +122,8 @@ def _build(parameters: dict[str, Any], processes: Processes) -> None:
     set_verbosity(parameters["verbose"], parameters["quiet"])
     if processes.first:
         check_output(parameters["output"], overwrite=parameters["overwrite"])
+        if parameters["changed"]:
+            check_output(parameters["changed"], overwrite=parameters["overwrite"], option="--changed")
     source = options.source_of(parameters)
     compile_options = _options(_with_recipe(parameters))
     calibration = parameters["calibration"]
@@ -160,15 +164,23 @@ def _build(parameters: dict[str, Any], processes: Processes) -> None:
         result.bundle.save(parameters["output"], overwrite=parameters["overwrite"])
     if any(searched):  # the record is that of this build, and the build is over
         record.unlink(missing_ok=True)
-    if choice and not parameters["as_json"]:
+    as_json = parameters["as_json"]
+    if choice and not as_json:
         click.echo(f"Kept {choice.precision}: {choice.reason}.")
-    _report(result, parameters["output"], explain=parameters["explain"], as_json=parameters["as_json"])
+    _write_changed(result, parameters["changed"])
+    _report(result, parameters["output"], parameters["changed"], explain=parameters["explain"], as_json=as_json)
     if not result:
         reasons = display.failures((*result.reports, *result.proofs))
         message = f"Parity failed, so {parameters['output']} was not written: {reasons}."
         if result.advice:
             message += f" Tried on the golden images: {'; '.join(map(str, result.advice))}."
         raise ParityError(message)
+
+
+def _write_changed(result: CompileResult, path: Path | None) -> None:
+    """Write which images are answered otherwise, of a build that fails too."""
+    if path is not None and result.proofs:
+        write_text(path, to_csv(result.changed, result.bundle.manifest.class_names))
 
 
 def _create(source: ModelSource, origin: dict[str, Any], progress: Progress) -> nn.Module:
@@ -215,7 +227,7 @@ def _options(parameters: dict[str, Any]) -> CompileOptions:
     )
 
 
-def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool) -> None:
+def _report(result: CompileResult, output: Path, changed: Path | None, *, explain: bool, as_json: bool) -> None:
     bundle, reports = result.bundle, [report.to_json() for report in result.reports]
     if as_json:
         display.print_json(
@@ -230,6 +242,7 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
                 "notes": list(result.notes),
                 "advice": [asdict(attempt) for attempt in result.advice],
                 "judged": asdict(bundle.manifest.judged),
+                "changed": confusions(result.changed, bundle.manifest.class_names),
                 "budget": bundle.read_json(BUDGET) if result.proofs else None,
                 "layers": result.plan.to_json()["entries"] if explain else None,
             }
@@ -248,6 +261,10 @@ def _report(result: CompileResult, output: Path, *, explain: bool, as_json: bool
     if result.proofs:
         rows = [display.proof_row(proof) for proof in result.proofs]
         display.print_table("Drop of top-1, in percentage points", display.PROOF_COLUMNS, rows)
+    if changed is not None:
+        answers = display.counted(len(result.changed), "answer")
+        written, none = f"Wrote {changed}: {answers} of the engines differ.", f"{changed} was not written: the accuracy"
+        click.echo(written if result.proofs else f"{none} was not judged.")
     seen = bundle.manifest.calibration
     for line in display.basis(bundle.manifest, result.proofs):
         click.echo(line)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 
-from pcn_deploy.artefact.bundle import check_output
 from pcn_deploy.artefact.engine import Engine
 from pcn_deploy.artefact.provenance import check_readable, make_again
 from pcn_deploy.cli import display, options
@@ -17,6 +16,7 @@ from pcn_deploy.data.images import ImageSource, check_place
 from pcn_deploy.data.processes import join
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import ParityError
+from pcn_deploy.output_file import check_output, write_text
 from pcn_deploy.proof.executions import ROUNDED
 from pcn_deploy.tasks.changed import ChangedAnswer, confusions, to_csv
 from pcn_deploy.tasks.limits import budget_for
@@ -40,13 +40,7 @@ from pcn_deploy.verbs.verify import verify
 @click.option(
     "--images", type=click.IntRange(min=1), metavar="N", help="Use at most so many images, taken from all over them."
 )
-@click.option(
-    "--changed",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="OUT.csv",
-    help="Write the images of --data to which the engine answers another class: file, true class, both answers with "
-    "their margins (logit of the answer less the next one), the gravest first.",
-)
+@options.changed_option
 @options.overwrite_option
 @options.max_drop_option
 @options.json_option
@@ -77,7 +71,7 @@ def command(
         )
         raise click.UsageError(message)
     if changed is not None:
-        check_output(changed, overwrite=overwrite)
+        check_output(changed, overwrite=overwrite, option="--changed")
     if data is not None:
         check_place(data)
     if weights is not None:
@@ -87,7 +81,7 @@ def command(
         silent = quiet or as_json or not processes.first
         report, names = _verify(file, target, data, classes, weights, images, max_drop, answers, quiet=silent)
         if processes.first and changed is not None:
-            changed.write_text(to_csv(answers, names), encoding="utf-8")
+            write_text(changed, to_csv(answers, names))
         if processes.first and as_json:
             display.print_json({**report.to_json(), "changed": confusions(answers, names)})
         elif processes.first:

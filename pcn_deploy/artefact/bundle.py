@@ -10,13 +10,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tempfile
 import threading
 import weakref
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -25,9 +23,10 @@ import numpy.typing as npt
 
 from pcn_deploy.artefact.manifest import OLDER, SCHEMA, EngineEntry, Manifest, Member, read_manifest
 from pcn_deploy.calibration.kept import read_cache
-from pcn_deploy.errors import BundleError, OutputError
+from pcn_deploy.errors import BundleError
 from pcn_deploy.members import CALIBRATION, MANIFEST, SIGNATURE
 from pcn_deploy.memory import output_error
+from pcn_deploy.output_file import check_output, replacing
 
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -234,65 +233,6 @@ class Bundle:
         return path
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file beside `path` that takes its place when the body is done; after an error `path` is as it was.
-
-    Raises:
-        OutputError: If it cannot be written.
-    """
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
-    except OSError as error:
-        msg = f"{path} cannot be written: {error.strerror or error}. Choose another path with -o."
-        raise OutputError(msg) from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-
-
-def check_output(path: Path, *, overwrite: bool, example: str = "model.pcn") -> None:
-    """Refuse early what `save` could not do after a long build.
-
-    Args:
-        path: The file to be written.
-        overwrite: Whether it may replace another.
-        example: What such a file may be called.
-
-    Raises:
-        OutputError: If the file exists and may not be replaced, or its folder is missing or not writable.
-    """
-    try:
-        exists = path.exists()
-    except OSError as error:
-        msg = f"{path} cannot be a file here: {error.strerror}. Choose another path with -o."
-        raise OutputError(msg) from error
-    if path.is_dir():
-        msg = f"{path} is a folder; -o takes a file name such as {path / example}."
-        raise OutputError(msg)
-    if exists and not overwrite:
-        msg = f"{path} exists. Give --overwrite to replace it, or another path with -o."
-        raise OutputError(msg)
-    if not path.parent.is_dir():
-        msg = f"The folder {path.parent} does not exist. Create it, or choose another path with -o."
-        raise OutputError(msg)
-    if not os.access(path.parent, os.W_OK):
-        msg = f"The folder {path.parent} is not writable. Choose another path with -o."
-        raise OutputError(msg)
-    try:
-        tempfile.TemporaryFile(dir=path.parent, prefix=path.name).close()
-    except OSError as error:
-        msg = f"{path} cannot be written: {error.strerror}. Choose another path with -o."
-        raise OutputError(msg) from error
-
-
 def _read_manifest(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
     try:
         info = archive.getinfo(MANIFEST)
@@ -354,12 +294,6 @@ def _entry(name: str) -> zipfile.ZipInfo:
 
 def _sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def read_calibration(path: Path) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from itertools import chain, zip_longest
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -46,14 +46,15 @@ def each_batch(
     progress(step, total, total, "images")
 
 
-def of_all_batches(own: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.int64]]:
+def of_all_batches(own: list[npt.NDArray[Any]], kind: npt.DTypeLike = np.int64) -> list[npt.NDArray[Any]]:
     """What all processes have found for their batches of a shared pass, in the order of the batches.
 
     Args:
         own: What this process has found for each of its batches, `(..., n)`, all with the same leading axes.
+        kind: Their dtype: whole numbers, or float64.
     """
     every = [json.loads(text) for text in current().gather(json.dumps([each.tolist() for each in own]).encode())]
-    return [np.array(each, np.int64) for each in chain(*zip_longest(*every)) if each is not None]
+    return [np.array(each, kind) for each in chain(*zip_longest(*every)) if each is not None]
 
 
 def _shared(source: ImageSource, size: int) -> Iterator[Batch]:

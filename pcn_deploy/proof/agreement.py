@@ -125,7 +125,7 @@ def check_agreement(
         forms: The network.
         scripted: Whether there is TorchScript too.
         rounded: Whether the ONNX graph rounds: it has codes, or a type smaller than float32.
-        float_graph: Serialises the ONNX graph as it was before anything in it was rounded.
+        float_graph: Makes the ONNX graph in which nothing is rounded; asked where rounding leaves a doubt.
 
     Returns:
         The golden set; of a rounded graph with what the network answers with its weights, and how far from that the
@@ -179,7 +179,7 @@ def _check_widened(
     """Compare the graph without its rounding with the network that has its weights, on every real image.
 
     What its types round besides weights leaves some difference: where that is more than between two float32
-    executions, the graph as it was before its rounding must have less.
+    executions, the graph in which nothing is rounded must have less.
     """
     lives, images = _lives(golden), golden.images[~golden.edge]
     expected, outputs = _rows(forms.stored, images, spec), _widened(bundle.read(GRAPH), images, spec)

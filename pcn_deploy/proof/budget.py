@@ -14,6 +14,7 @@ from pcn_deploy.data.images import ImageSource
 from pcn_deploy.errors import DataError, OptionError, ParityError
 from pcn_deploy.progress import Progress
 from pcn_deploy.tasks.bound import CONFIDENCE, PairedCounts, drop_failures, images_needed, judge_drop
+from pcn_deploy.tasks.changed import ChangedAnswer
 from pcn_deploy.tasks.report import listed
 
 if TYPE_CHECKING:
@@ -196,25 +197,26 @@ def check_count(images: int, budget: float) -> int:
     return needed
 
 
-def prove_budget(engine: Engine, judges: Judges, progress: Progress) -> BudgetProof:
-    """Judge a built engine.
+def prove_budget(engine: Engine, judges: Judges, progress: Progress) -> tuple[BudgetProof, list[ChangedAnswer]]:
+    """Judge a built engine; and tell which images it answers otherwise than the trained network.
 
     Args:
         engine: What answers: the engine, or its graph where it cannot run here.
         judges: The images.
         progress: Told the number of images done.
     """
-    predictions = judges.proof.predict(engine.predict, progress, f"Judging {engine.target}")
-    return BudgetProof(
+    answered = judges.proof.ask(engine.predict, progress, f"Judging {engine.target}")
+    proof = BudgetProof(
         target=engine.target,
         executed_by=engine.executed_by,
         data=judges.proof.source.name,
         held_out=judges.held_out,
         labelled=judges.proof.labelled,
-        counts=judges.proof.count(predictions),
-        unanswered=judges.proof.unanswered(predictions),
+        counts=judges.proof.count(answered.classes),
+        unanswered=judges.proof.unanswered(answered.classes),
         asked=judges.asked,
         top1=judges.proof.top1,
         budget=judges.budget,
         given=judges.total_images,
     )
+    return proof, judges.proof.changed(engine.target, answered)

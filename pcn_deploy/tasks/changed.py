@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pcn_deploy.aliases import Logits
-from pcn_deploy.tasks.metrics import NO_CLASS, answers
+from pcn_deploy.tasks.metrics import NO_CLASS, Answered
 
-COLUMNS = ("image", "true_class", "reference_class", "reference_margin", "engine_class", "engine_margin")
+COLUMNS = ("target", "image", "true_class", "reference_class", "reference_margin", "engine_class", "engine_margin")
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,7 @@ class ChangedAnswer:
     """One image with two answers.
 
     Attributes:
+        target: The engine that answers otherwise.
         image: Its name.
         label: Its true class; None without labels.
         reference: The class that the trained network answers.
@@ -31,6 +31,7 @@ class ChangedAnswer:
         engine_margin: As for the network; NaN without an answer.
     """
 
+    target: str
     image: str
     label: int | None
     reference: int
@@ -45,36 +46,33 @@ class ChangedAnswer:
 
 
 def changed_answers(
-    reference: Logits, engine: Logits, labels: npt.NDArray[np.int64] | None, name: Callable[[int], str]
+    target: str,
+    reference: Answered,
+    engine: Answered,
+    labels: npt.NDArray[np.int64] | None,
+    name: Callable[[int], str],
 ) -> list[ChangedAnswer]:
-    """The images of a batch that an engine answers otherwise.
+    """The images that an engine answers otherwise.
 
     Args:
-        reference: Logits of the trained network, `(N, K)`.
-        engine: Those of the engine.
+        target: The engine.
+        reference: What the trained network answers to N images.
+        engine: What the engine answers to them.
         labels: True classes, `(N,)`, if known.
-        name: From the index in the batch to the name of the image.
+        name: From the index of an image to its name.
     """
-    ours, theirs = answers(engine), answers(reference)
     return [
         ChangedAnswer(
+            target=target,
             image=name(index),
             label=None if labels is None else int(labels[index]),
-            reference=int(theirs[index]),
-            reference_margin=_margin(reference[index]),
-            engine=int(ours[index]),
-            engine_margin=_margin(engine[index]),
+            reference=int(reference.classes[index]),
+            reference_margin=float(reference.margins[index]),
+            engine=int(engine.classes[index]),
+            engine_margin=float(engine.margins[index]),
         )
-        for index in np.flatnonzero(ours != theirs).tolist()
+        for index in np.flatnonzero(engine.classes != reference.classes).tolist()
     ]
-
-
-def _margin(logits: Logits) -> float:
-    """How much the largest of the logits `(K,)` is above the next one; NaN if there is none or not all are finite."""
-    if len(logits) < 2 or not np.isfinite(logits).all():
-        return np.nan
-    below, largest = np.sort(logits.astype(np.float64))[-2:]
-    return float(largest - below)
 
 
 def to_csv(changed: Iterable[ChangedAnswer], class_names: Sequence[str] = ()) -> str:
@@ -87,20 +85,25 @@ def to_csv(changed: Iterable[ChangedAnswer], class_names: Sequence[str] = ()) ->
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(COLUMNS)
-    for one in sorted(changed, key=lambda one: (-one.severity, one.image)):
-        image, label, reference, margin, engine, own_margin = astuple(one)
+    for one in sorted(changed, key=lambda one: (-one.severity, one.image, one.target)):
+        target, image, label, reference, margin, engine, own_margin = astuple(one)
         known = "" if label is None else _called(label, class_names)
         first, second = _called(reference, class_names), _called(engine, class_names)
-        table.writerow([image, known, first, f"{margin:.6g}", second, f"{own_margin:.6g}"])
+        table.writerow([target, image, known, first, f"{margin:.6g}", second, f"{own_margin:.6g}"])
     return text.getvalue()
 
 
 def confusions(changed: Iterable[ChangedAnswer], class_names: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """How often the engine says one class for another of the network's, the most frequent first; plain values."""
-    counts = Counter((one.reference, one.engine) for one in changed)
+    """How often an engine says one class for another of the network's, the most frequent first; plain values."""
+    counts = Counter((one.target, one.reference, one.engine) for one in changed)
     return [
-        {"reference": _called(first, class_names), "engine": _called(second, class_names), "images": count}
-        for (first, second), count in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+        {
+            "target": target,
+            "reference": _called(first, class_names),
+            "engine": _called(second, class_names),
+            "images": count,
+        }
+        for (target, first, second), count in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
     ]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +43,33 @@ def live_classes(logits: Logits) -> npt.NDArray[np.bool_]:
     scale = max(moves, float(np.abs(rows[:, below <= _FAR * moves]).max(initial=0.0)))
     live: npt.NDArray[np.bool_] = below <= _FAR * scale
     return live
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Answers to N images, and how sure they are.
+
+    Attributes:
+        classes: The classes, `(N,)`; `NO_CLASS` where logits are not finite.
+        margins: By how much the logit of each is above the next one, `(N,)`; NaN without an answer or a next one.
+    """
+
+    classes: npt.NDArray[np.int64]
+    margins: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, logits: Logits) -> Answered:
+        """Those of logits `(N, K)`."""
+        if logits.shape[1] < 2:
+            return cls(answers(logits), np.full(len(logits), np.nan))
+        finite = np.asarray(np.isfinite(logits).all(1))
+        below, largest = np.partition(np.where(finite[:, None], logits.astype(np.float64), 0.0), -2, axis=1).T[-2:]
+        return cls(answers(logits), np.where(finite, largest - below, np.nan))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Answered]) -> Answered:
+        """Those of several batches, one after the other."""
+        return cls(np.concatenate([one.classes for one in parts]), np.concatenate([one.margins for one in parts]))
 
 
 def answers(logits: Logits) -> npt.NDArray[np.int64]:

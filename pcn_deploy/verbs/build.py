@@ -28,6 +28,7 @@ from pcn_deploy.proof.budget import BudgetProof, prove_budget
 from pcn_deploy.proof.executions import judged_by, open_to_judge, prove
 from pcn_deploy.proof.reference import Network, eager_outputs, golden_set, with_simulation
 from pcn_deploy.specs import LOGITS, EngineSpec, OutputSpec
+from pcn_deploy.tasks.changed import ChangedAnswer
 from pcn_deploy.tasks.limits import ParityBudget
 from pcn_deploy.tasks.report import ParityReport
 from pcn_deploy.verbs.options import CompileOptions
@@ -57,6 +58,7 @@ class CompileResult:
         reports: One parity report per target.
         search: What the search for the plan found, if there was one.
         proofs: Whether each engine keeps the budget on the evaluation images, one per target if there were any.
+        changed: The images that judged the accuracy and that an engine answers otherwise than the trained network.
         advice: What would help an 8-bit build whose engines differ too much, best first.
     """
 
@@ -65,6 +67,7 @@ class CompileResult:
     reports: tuple[ParityReport, ...]
     search: SearchResult | None = None
     proofs: tuple[BudgetProof, ...] = ()
+    changed: tuple[ChangedAnswer, ...] = ()
     advice: tuple[Attempt, ...] = ()
 
     @property
@@ -172,10 +175,18 @@ def compile_made(
         del simulated, network  # its folded weights are in the graphs now
         bundle.add(GOLDEN, golden.to_npz())
         release_unused()
-        reports, proofs = _prove(bundle, backends, builds, options.budget, judging, widened, progress)
+        reports, proofs, changed = _prove(bundle, backends, builds, options.budget, judging, widened, progress)
     if golden.simulated and not all(reports) and not advice:
         advice = remainder_in_fp32(golden, options)
-    return CompileResult(bundle=bundle, plan=plan, reports=reports, search=judging.search, proofs=proofs, advice=advice)
+    return CompileResult(
+        bundle=bundle,
+        plan=plan,
+        reports=reports,
+        search=judging.search,
+        proofs=proofs,
+        changed=changed,
+        advice=advice,
+    )
 
 
 def take_part(
@@ -346,7 +357,7 @@ def _prove(
     judging: JudgedBy,
     widened: dict[str, Array],
     progress: Progress,
-) -> tuple[tuple[ParityReport, ...], tuple[BudgetProof, ...]]:
+) -> tuple[tuple[ParityReport, ...], tuple[BudgetProof, ...], tuple[ChangedAnswer, ...]]:
     """Add every engine, and run it on the golden set and on the images that judge the accuracy, if there are any.
 
     Where an engine cannot run here, ONNX Runtime runs the graph it was built from, for labelled images with every
@@ -354,6 +365,7 @@ def _prove(
     """
     reports: dict[str, ParityReport] = {}
     proofs: dict[str, BudgetProof] = {}
+    changed: dict[str, list[ChangedAnswer]] = {}
     by = {backend.target: executor(backend) for backend in backends}
     judges = {target: judged_by(bundle, target) for target in by}
     for backend in sorted(backends, key=lambda backend: by[backend.target] != backend.target):
@@ -364,7 +376,7 @@ def _prove(
             reports[executed_by] = prove(bundle, target, budget, progress, widened, builds.add_built_aside)
         if judging.judges is not None and judges[target] not in proofs:
             with open_to_judge(bundle, target) as engine:
-                proofs[judges[target]] = prove_budget(engine, judging.judges, progress)
+                proofs[judges[target]], changed[judges[target]] = prove_budget(engine, judging.judges, progress)
     builds.add_all()
     parity_reports = tuple(replace(reports[executed_by], target=target) for target, executed_by in by.items())
     for report in parity_reports:
@@ -374,7 +386,8 @@ def _prove(
     if shared:
         search = judging.search.to_json() if judging.search else None
         bundle.add_json(BUDGET, {"search": search, "proofs": [proof.to_json() for proof in shared]})
-    return parity_reports, shared
+    otherwise = [replace(one, target=target) for target in by if proofs for one in changed[judges[target]]]
+    return parity_reports, shared, tuple(otherwise)
 
 
 def _versions() -> dict[str, str]:

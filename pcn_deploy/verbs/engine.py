@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from pcn_deploy.artefact.bundle import Bundle, check_output
+from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.engines.base import BackendOptions, GraphSource
 from pcn_deploy.engines.registry import check_options, get_backend
 from pcn_deploy.members import GRAPH, SCRIPT, parity_member
+from pcn_deploy.output_file import check_output
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof.executions import prove
 from pcn_deploy.tasks.report import ParityReport

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pcn_deploy.artefact.bundle import Bundle, check_output, replacing
+from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.manifest import EngineEntry
 from pcn_deploy.data.transform import Transform
 from pcn_deploy.engines.registry import get_backend
 from pcn_deploy.errors import OutputError
+from pcn_deploy.output_file import check_output, replacing
 from pcn_deploy.specs import TensorSpec
 
 SCHEMA = 1

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pcn_deploy.artefact.bundle import Bundle, check_output
+from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.manifest import Slimmed
 from pcn_deploy.members import BUDGET, CALIBRATION, GRAPH, SCRIPT, parity_member
+from pcn_deploy.output_file import check_output
 
 _CHUNK = 2**20
 

@@ -31,6 +31,7 @@ from pcn_deploy.proof.widened import WIDENED
 from pcn_deploy.specs import LOGITS, EngineSpec
 from pcn_deploy.tasks.changed import ChangedAnswer, changed_answers
 from pcn_deploy.tasks.limits import ParityBudget
+from pcn_deploy.tasks.metrics import Answered
 from pcn_deploy.tasks.parity import ParityMeter
 from pcn_deploy.tasks.report import ParityReport
 from pcn_deploy.tasks.roles import get_role
@@ -189,7 +190,13 @@ def _compare(
         if labelled:
             labelling.update(labels, trained[first])
             if changed is not None:
-                differing += changed_answers(trained[first], answered[first], labels, partial(_name, source, images))
+                differing += changed_answers(
+                    engine.target,
+                    Answered.of(trained[first]),
+                    Answered.of(answered[first]),
+                    labels,
+                    partial(_name, source, images),
+                )
         for name, meter in meters.items():
             asked = labels if name == first else None
             meter.update(trained[name], answered[name], asked, partial(_name, source, images))

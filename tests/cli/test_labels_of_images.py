@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from PIL import Image
 
 from pcn_deploy import Transform
 from pcn_deploy.errors import DataError
+from pcn_deploy.proof.budget import prove_budget
 from pcn_deploy.verbs.analyze import analyze
 
 pytest.importorskip("torch")
@@ -124,6 +127,38 @@ def test_a_build_takes_classes_too(bundle: Path, tmp_path: Path) -> None:
     result = invoke(*words, "--classes", tmp_path / "classes.json", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["budget"]["proofs"][0]["top1"] == 100
+
+
+def test_a_build_tells_which_images_are_answered_otherwise(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every fourth answer of the engine is turned round: a fake, for our own table."""
+    data, out = colours(tmp_path / "images", "0_red", "1_green", "2_blue"), tmp_path / "changed.csv"
+    words = ["build", f"{bundle.parent / 'net.py'}:net", "--precision", "fp32", *WORDS, "-o", tmp_path / "out.pcn"]
+    words += ["--changed", out]
+    result = invoke(*words, "--overwrite")
+    assert f"{out} was not written: the accuracy was not judged." in result.stdout
+    assert not out.exists()
+    words += ["--data", data]
+    result = invoke(*words, "--overwrite")
+    assert f"Wrote {out}: 0 answers of the engines differ." in result.stdout
+    refused(invoke(*words[:-4], "--data", data, "-o", tmp_path / "b.pcn", "--changed", out), 1, "path with --changed")
+
+    def spoiled(engine: Any, *given: Any) -> Any:
+        real = engine.predict
+        engine.predict = lambda images: real(images) * np.where(np.arange(len(images)) % 4, 1, -1)[:, None]
+        return prove_budget(engine, *given)
+
+    monkeypatch.setattr("pcn_deploy.verbs.build.prove_budget", spoiled)
+    result = invoke(*words, "--overwrite", "--json")
+    assert result.exit_code == 3, "the drop is broken, and the table is written all the same"
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert len(rows) == sum(entry["images"] for entry in json.loads(result.stdout)["changed"]) == 15
+    assert {row["target"] for row in rows} == {"cpu"}
+    for row in rows:
+        assert Path(row["image"]).parent.name == row["true_class"] == row["reference_class"] != row["engine_class"]
+    spread = [float(row["reference_margin"]) + float(row["engine_margin"]) for row in rows]
+    assert spread == sorted(spread, reverse=True)
 
 
 def test_labels_that_nobody_asked_for_are_left_and_noted(tmp_path: Path) -> None:

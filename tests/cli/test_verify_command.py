@@ -210,5 +210,5 @@ def test_images_with_another_answer(
     counted = json.loads(invoke(*given).stdout)["changed"]
     rows = out.read_text().splitlines()[1:]
     assert 0 < len(rows) == sum(entry["images"] for entry in counted)
-    image, label, *_ = rows[0].split(",")
+    _, image, label, *_ = rows[0].split(",")
     assert Path(image).parent.name == label

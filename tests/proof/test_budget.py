@@ -136,7 +136,11 @@ def test_each_difference_of_two_runs_has_a_digest_of_its_own() -> None:
         source = ImageSource([images(judged)], chosen.transform)
         assert sum(len(batch) for batch, _ in source.batches(8)) == judged
         expected, reference = np.full(judged, labels), np.full(judged, answers)
-        return run_digests(prepared.deployed, prepared.scales, [Answers(source, expected, reference, labelled=True)])
+        return run_digests(
+            prepared.deployed,
+            prepared.scales,
+            [Answers(source, expected, reference, labelled=True, margins=np.ones(judged))],
+        )
 
     first = digests()
     assert digests() == first
@@ -259,7 +263,7 @@ def test_an_image_without_an_answer_is_lost() -> None:
     source = ImageSource(
         [np.arange(4, dtype=np.float32).reshape(4, 1, 1, 1) * np.ones((4, 3, 32, 32), np.float32)], options().transform
     )
-    answers = Answers(source, np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1]), labelled=True)
+    answers = Answers(source, np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1]), labelled=True, margins=np.ones(4))
 
     def forward(batch: Any) -> Any:
         logits = np.tile([1.0, 0.0], (len(batch), 1))
@@ -286,7 +290,7 @@ def test_halves_are_held_out_only_if_each_could_prove_the_budget() -> None:
 
     def judges(count: int) -> Judges:
         source = ImageSource([np.zeros((count, 3, 32, 32), np.float32)], options().transform)
-        found = Answers(source, np.arange(count), np.arange(count), labelled=True)
+        found = Answers(source, np.arange(count), np.arange(count), labelled=True, margins=np.ones(count))
         return Judges.share_out(found, 3.0, searching=True)
 
     enough = judges(2 * needed)
@@ -300,7 +304,9 @@ def test_both_halves_see_all_classes_though_they_come_in_turn() -> None:
     count = 2 * check_count(1000, 3.0)
     source = ImageSource([np.zeros((count, 3, 32, 32), np.float32)], options().transform)
     labels = np.arange(count) % 2
-    found = Judges.share_out(Answers(source, labels, labels, labelled=True), 3.0, searching=True)
+    found = Judges.share_out(
+        Answers(source, labels, labels, labelled=True, margins=np.ones(count)), 3.0, searching=True
+    )
     for half in (found.search, found.proof):
         assert abs(np.bincount(half.expected, minlength=2) - len(half) / 2).max() <= 1
 

@@ -107,7 +107,7 @@ def test_a_spoiled_map_fails(mapped: dict[str, CompileResult], monkeypatch: pyte
     spec = built.manifest.interface
     graphs = GraphSource(onnx=b"", torchscript=b"", spec=spec)
     with engine_builds(bundle, backends, graphs, silent) as builds:
-        reports, _ = compiler._prove(bundle, backends, builds, BUDGETS["fp32"], JudgedBy(), {}, silent)
+        reports, *_ = compiler._prove(bundle, backends, builds, BUDGETS["fp32"], JudgedBy(), {}, silent)
     assert [bool(report) for report in reports] == [False, True]
     assert reports[0].failures
     assert all(failure.startswith("attention map: ") for failure in reports[0].failures)

@@ -13,10 +13,13 @@ from pcn_deploy.artefact.golden import GoldenSet
 from pcn_deploy.engines.base import Array
 from pcn_deploy.members import GRAPH, PLAN, SCRIPT
 from pcn_deploy.progress import Progress
+from pcn_deploy.specs import BatchRange, OutputSpec
 from pcn_deploy.verbs.options import CompileOptions
 from pcn_deploy.verbs.steps.prepared import Prepared
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from pcn_deploy.calibration.plan.rules import PrecisionPlan
 
 
@@ -26,12 +29,12 @@ def add_graphs(
     """Add the TorchScript module where a target runs it, the typed ONNX graph, and the plan with its nodes in FP32.
 
     Returns:
-        The plan; and what serialises the ONNX graph as it was before anything in it was rounded.
+        The plan; and what makes the ONNX graph in which nothing is rounded.
     """
     import torch
 
     from pcn_deploy.calibration.quantized import apply_scales
-    from pcn_deploy.graph.export import export_network, release_weights, serialise, to_onnx
+    from pcn_deploy.graph.export import release_weights, serialise, to_onnx
     from pcn_deploy.graph.keep import keep_nodes
     from pcn_deploy.graph.portable import make_portable
     from pcn_deploy.graph.torchscript import to_torchscript
@@ -43,11 +46,9 @@ def add_graphs(
         bundle.add(SCRIPT, to_torchscript(quantized, torch.from_numpy(golden.images[:2]), options.batch))
         progress("Scripting", 1, 1)
     shape, batch, outputs = options.transform.shape, options.batch, network.outputs
-    exported = network.exported
-    if exported is None or exported.model is not network.deployed:
-        exported = export_network(network.deployed, shape, batch, outputs=outputs)
-    floating = partial(serialise, exported.graph.clone())  # of the same weights
-    graph = to_onnx(network.deployed, shape, batch, network.scales, progress, outputs=outputs, exported=exported)
+    graph = to_onnx(
+        network.deployed, shape, batch, network.scales, progress, outputs=outputs, exported=network.exported
+    )
     plan = network.plan
     if options.graph_type == "fp16":
         observed = _observed(golden, network, options) if network.magnitudes else None
@@ -59,7 +60,19 @@ def add_graphs(
     bundle.add_json(PLAN, plan.to_json())
     bundle.add(GRAPH, serialise(graph))
     release_weights(graph)
-    return plan, floating
+    return plan, partial(_float_graph, network.deployed, shape, batch, outputs)
+
+
+def _float_graph(
+    deployed: nn.Module, shape: tuple[int, int, int], batch: BatchRange, outputs: tuple[OutputSpec, ...]
+) -> bytes:
+    """Export again: few networks need it, and a copy of the graph that was exported would keep memory in all."""
+    from pcn_deploy.graph.export import export_network, release_weights, serialise
+
+    exported = export_network(deployed, shape, batch, outputs=outputs)
+    data = serialise(exported.graph)
+    release_weights(exported.graph)
+    return data
 
 
 def _observed(golden: GoldenSet, network: Prepared, options: CompileOptions) -> Array:

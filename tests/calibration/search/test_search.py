@@ -23,6 +23,8 @@ from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import DataError
 from pcn_deploy.network.deploy import to_deploy
 from pcn_deploy.tasks.bound import PairedCounts
+from pcn_deploy.tasks.changed import ChangedAnswer
+from pcn_deploy.tasks.metrics import Answered
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +150,13 @@ def test_answers_count_against_labels() -> None:
     """Logits that are known, for our own counting."""
     pixels = images(6)
     source = ImageSource([pixels], TRANSFORM)
-    answers = Answers(source, np.array([0, 1, 2, 0, 1, 2]), np.array([0, 1, 0, 0, 2, 2]), labelled=True)
+    expected, reference = np.array([0, 1, 2, 0, 1, 2]), np.array([0, 1, 0, 0, 2, 2])
+    answers = Answers(source, expected, reference, labelled=True, margins=np.arange(6.0))
     assert answers.count(np.array([0, 2, 2, 1, 1, 2])) == PairedCounts(6, lost=2, gained=2)
     chosen = answers.select(np.array([4, 1]))
     assert (chosen.expected.tolist(), chosen.reference.tolist()) == ([1, 1], [2, 1])
+    (changed,) = chosen.changed("cpu", Answered(np.array([2, 0]), np.array([0.5, 0.25])))
+    assert changed == ChangedAnswer("cpu", "array[1]", 1, 1, 1.0, 0, 0.25)
     np.testing.assert_array_equal(next(chosen.source.batches(2))[0], pixels[[4, 1]])
     assert sorted(answers.spread(3).expected.tolist()) == [0, 1, 2], "each class has its share"
 
