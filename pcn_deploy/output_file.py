@@ -49,8 +49,12 @@ def check_output(path: Path, *, overwrite: bool, option: str = "-o", example: st
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, *, option: str = "-o") -> Iterator[IO[bytes]]:
     """A file beside `path` that takes its place when the body is done; after an error `path` is as it was.
+
+    Args:
+        path: The file.
+        option: What the user gave it with.
 
     Raises:
         OutputError: If it cannot be written.
@@ -65,20 +69,25 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         Path(temporary).chmod(0o666 & ~_umask())
         Path(temporary).replace(path)
     except OSError as error:
-        msg = f"{path} cannot be written: {error.strerror or error}. Choose another path."
+        msg = f"{path} cannot be written: {error.strerror or error}. Choose another path with {option}."
         raise OutputError(msg) from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, option: str = "-o") -> None:
     """Write a file whole, in UTF-8.
+
+    Args:
+        path: The file.
+        text: What it is to hold.
+        option: What the user gave it with.
 
     Raises:
         OutputError: If it cannot be written.
     """
-    with replacing(path) as file:
+    with replacing(path, option=option) as file:
         file.write(text.encode())
 
 

@@ -180,7 +180,7 @@ def _build(parameters: dict[str, Any], processes: Processes) -> None:
 def _write_changed(result: CompileResult, path: Path | None) -> None:
     """Write which images are answered otherwise, of a build that fails too."""
     if path is not None and result.proofs:
-        write_text(path, to_csv(result.changed, result.bundle.manifest.class_names))
+        write_text(path, to_csv(result.changed, result.bundle.manifest.class_names), option="--changed")
 
 
 def _create(source: ModelSource, origin: dict[str, Any], progress: Progress) -> nn.Module:

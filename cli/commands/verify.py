@@ -81,7 +81,7 @@ def command(
         silent = quiet or as_json or not processes.first
         report, names = _verify(file, target, data, classes, weights, images, max_drop, answers, quiet=silent)
         if processes.first and changed is not None:
-            write_text(changed, to_csv(answers, names))
+            write_text(changed, to_csv(answers, names), option="--changed")
         if processes.first and as_json:
             display.print_json({**report.to_json(), "changed": confusions(answers, names)})
         elif processes.first:
