@@ -281,7 +281,7 @@ class Backend(ABC):
         """Raise what `build` would raise before it starts.
 
         Raises:
-            DependencyError: If the backend's library is missing; the message holds the pip line.
+            DependencyError: If the backend's library is missing; the message says how to install it.
         """
         state = self.availability()
         if not state.can_build:
@@ -306,7 +306,7 @@ class Backend(ABC):
         """Build an engine.
 
         Raises:
-            DependencyError: If the backend's library is missing; the message holds the pip line.
+            DependencyError: If the backend's library is missing; the message says how to install it.
             BuildError: If the library refuses the graph; its own messages are included.
         """
         self.check_can_build()

@@ -23,6 +23,7 @@ from pcn_deploy.errors import BuildError, DependencyError, IncompatibleError, Pc
 from pcn_deploy.members import GRAPH
 from pcn_deploy.memory import large_blocks_returned, return_freed
 from pcn_deploy.progress import Progress
+from pcn_deploy.remedies import install
 from pcn_deploy.specs import EngineSpec
 
 WRONG = ("ReluQuantRewrite",)
@@ -52,13 +53,13 @@ class OnnxRuntimeBackend(Backend):
     def availability(self) -> Availability:
         """ONNX Runtime builds and runs wherever it is installed."""
         if importlib.util.find_spec("onnxruntime") is None:
-            remedy = "Install it: pip install 'pcn-deploy[runtime]'"
-            return Availability(can_build=False, can_run=False, detail="onnxruntime is not installed", remedy=remedy)
+            detail, remedy = "onnxruntime is not installed", install(self.extra)
+            return Availability(can_build=False, can_run=False, detail=detail, remedy=remedy)
         try:
             import onnxruntime
         except ImportError as error:  # installed, but a library of its own does not load
-            remedy = "Install it again: pip install --force-reinstall 'pcn-deploy[runtime]'"
             detail = f"onnxruntime does not load: {error}"
+            remedy = install(self.extra, only=("onnxruntime",), again=True)
             return Availability(can_build=False, can_run=False, detail=detail, remedy=remedy)
         return Availability(can_build=True, can_run=True, detail=f"ONNX Runtime {onnxruntime.__version__}")
 
@@ -136,7 +137,7 @@ def _session_of(data: bytes, *, optimise: bool = True, lean: bool = False) -> An
             if "bfloat16" not in str(refusal) and "NOT_IMPLEMENTED" not in str(refusal):
                 raise refusal from None
             purpose = "running what ONNX Runtime has no kernels for on the CPU, such as BF16,"
-            raise DependencyError.for_extra(error.name or "onnx", "compile", purpose) from error
+            raise DependencyError.for_extra(error.name or "onnx", "compile", purpose, ("onnx", "onnx-ir")) from error
         if not holds_bf16(data):
             raise
         return _session(round_to_types(data), optimise=optimise, lean=lean)

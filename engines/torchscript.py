@@ -21,6 +21,7 @@ from pcn_deploy.errors import BuildError, IncompatibleError, OptionError, PcnDep
 from pcn_deploy.members import SCRIPT
 from pcn_deploy.memory import temporary_path
 from pcn_deploy.progress import Progress
+from pcn_deploy.remedies import install
 from pcn_deploy.specs import EngineSpec
 
 
@@ -38,8 +39,8 @@ class TorchScriptBackend(Backend):
     def availability(self) -> Availability:
         """PyTorch builds and runs wherever it is installed."""
         if importlib.util.find_spec("torch") is None:
-            remedy = "Install it: pip install 'pcn-deploy[compile]'"
-            return Availability(can_build=False, can_run=False, detail="torch is not installed", remedy=remedy)
+            detail, remedy = "torch is not installed", install(self.extra, only=("torch",))
+            return Availability(can_build=False, can_run=False, detail=detail, remedy=remedy)
         from importlib.metadata import version
 
         return Availability(can_build=True, can_run=True, detail=f"PyTorch {version('torch')}")

@@ -15,11 +15,13 @@ The tree is shallow, so that a caller can catch by cause::
     ├── ExecutionError        an engine that fails while it runs
     ├── StockSessionError     a graph that ONNX Runtime with default options refuses, or crashes on
     ├── ProcessError          another process of the same run that died or cannot be reached
-    └── DependencyError       a package or library that is missing; the message holds the pip line
+    └── DependencyError       a package or library that is missing; the message says how to install it
 
 A message says what was found, what was expected, and what to do next. Anything that is not a
 `PcnDeployError` is a bug of ours.
 """
+
+from pcn_deploy.remedies import install
 
 
 class PcnDeployError(Exception):
@@ -78,15 +80,16 @@ class DependencyError(PcnDeployError):
     """A package or a shared library is missing."""
 
     @classmethod
-    def for_extra(cls, package: str, extra: str, purpose: str) -> "DependencyError":
-        """Name the missing package and the pip line that brings it.
+    def for_extra(cls, package: str, extra: str, purpose: str, only: tuple[str, ...] = ()) -> "DependencyError":
+        """Name the missing package and the line that installs it on this machine, by the rule of `remedies.py`.
 
         Args:
             package: The import that failed, such as `torch`.
             extra: The extra of this distribution that installs it, such as `compile`.
             purpose: What it is needed for, such as "building a bundle".
+            only: Which libraries of the extra it needs; by default all.
 
         Returns:
             The error, ready to be raised.
         """
-        return cls(f"{package} is not installed; {purpose} needs it. Install it: pip install 'pcn-deploy[{extra}]'")
+        return cls(f"{package} is not installed; {purpose} needs it. {install(extra, only=only)}")

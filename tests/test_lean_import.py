@@ -14,6 +14,7 @@ from PIL import Image
 import pcn_deploy
 from pcn_deploy import BatchRange, CompileOptions, Transform
 from pcn_deploy.cli.main import COMMANDS
+from pcn_deploy.remedies import install
 
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 DEVICE = tuple(name for name in HEAVY if name != "onnxruntime")
@@ -129,12 +130,12 @@ def missing(done: subprocess.CompletedProcess[str], *words: str) -> None:
 def test_what_needs_torch_says_so(path: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.pcn"
     done = command("build", "patchconvnet", "--random-weights", "-q", "-o", out)
-    missing(done, "torch is not installed", "pip install 'pcn-deploy[compile]'")
+    missing(done, "torch is not installed", install("compile"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_needs_onnx_runtime_says_so(path: Path) -> None:
-    missing(command("verify", path, "-q", blocked=HEAVY), "onnxruntime", "pip install 'pcn-deploy[runtime]'")
+    missing(command("verify", path, "-q", blocked=HEAVY), "onnxruntime", install("runtime"))
     assert json.loads(succeeded(command("inspect", path, "--json", blocked=HEAVY)))["engines"]
 
 

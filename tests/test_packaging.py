@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import pcn_deploy
+from pcn_deploy.remedies import LIBRARIES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -79,9 +80,12 @@ def test_extras_named_in_messages_exist() -> None:
     named = set()
     for folder in MAPPED.values():
         for module in (ROOT / folder).rglob("*.py"):
-            named |= set(re.findall(r"pcn-deploy\[([a-z-]+)\]", module.read_text()))
-    assert named
-    assert named <= extras
+            text = module.read_text()
+            named |= set(re.findall(r"install\([\"']([a-z-]+)[\"']", text))
+            named |= set(re.findall(r"for_extra\([^)]*?, \"([a-z-]+)\",", text))
+            named |= set(re.findall(r"^    extra = \"([a-z-]+)\"", text, re.MULTILINE))
+    assert named == {"compile", "plot", "runtime", "tensorrt", "tensorrt-rtx"}
+    assert named == set(LIBRARIES) <= extras
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def command(as_json: bool) -> None:
     ]
     display.print_table("Targets", ["target", "builds", "runs", "found", "to mend it"], targets)
     if not diagnosis.can_compile:
-        click.echo("To build bundles from checkpoints: pip install 'pcn-deploy[compile]'")
+        click.echo(f"This machine cannot build bundles from checkpoints. {diagnosis.to_compile}.")
 
 
 def _yes(value: bool) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pcn_deploy.remedies import install
+
 PORTABLE = ("SM80", "SM86", "SM89", "SM120")
 """Compute capabilities of Ampere, Ada and Blackwell: what TensorRT-RTX builds for unless told otherwise.
 
@@ -34,8 +36,8 @@ class Flavour:
 
     @property
     def remedy(self) -> str:
-        """The pip line that installs this flavour."""
-        return f"Install it: pip install 'pcn-deploy[{self.extra}]'"
+        """How this flavour is installed here."""
+        return install(self.extra)
 
 
 TENSORRT = Flavour(target="tensorrt", title="TensorRT", extra="tensorrt", module="tensorrt")

@@ -22,11 +22,14 @@ from pcn_deploy.memory import return_freed
 from pcn_deploy.progress import Progress, silent
 from pcn_deploy.proof.judgement import verify_golden
 from pcn_deploy.proof.widened import WIDENED, has_widened, judge_widened, verify_widened
+from pcn_deploy.remedies import install
 from pcn_deploy.specs import EngineSpec
 from pcn_deploy.tasks.limits import ParityBudget
 from pcn_deploy.tasks.report import ParityReport
 
 LEAN = OpenOptions(lean=True)
+_TO_EXECUTE = ("onnx", "onnx-ir", "onnxruntime")
+"""What the executions below need; a device need not have torch for them."""
 ROUNDED = "rounded"
 """What reports call the execution that rounds every tensor to its type."""
 
@@ -173,7 +176,7 @@ def with_executions(
     if missing:
         note = (
             f"the graph was not executed as {', '.join(missing)}, by which a build proves it too: "
-            f"{', '.join(sorted(set(missing.values())))} is not installed. pip install 'pcn-deploy[compile]'."
+            f"{', '.join(sorted(set(missing.values())))} is not installed. {install('compile', only=_TO_EXECUTE)}."
         )
         report = replace(report, notes=(*report.notes, note))
     return report

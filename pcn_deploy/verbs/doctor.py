@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pcn_deploy.engines.base import Availability
 from pcn_deploy.engines.registry import TARGETS, get_backend
+from pcn_deploy.remedies import install
 
 PACKAGES = {
     "numpy": "the runtime",
@@ -39,6 +40,11 @@ class Diagnosis:
     def can_compile(self) -> bool:
         """Whether a bundle can be built from a checkpoint here."""
         return all(self.packages[name] for name, use in PACKAGES.items() if use == "building bundles")
+
+    @property
+    def to_compile(self) -> str:
+        """What to type where that cannot be done."""
+        return install("compile")
 
 
 def diagnose() -> Diagnosis:

@@ -12,6 +12,7 @@ from pcn_deploy.cli.main import main
 from pcn_deploy.engines.base import Availability
 from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend
 from pcn_deploy.engines.registry import TARGETS
+from pcn_deploy.remedies import install
 from pcn_deploy.verbs import doctor
 
 
@@ -39,5 +40,5 @@ def test_what_is_missing_comes_with_its_remedy(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(doctor, "_version", lambda package: None)
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == 0
-    for words in ("it is gone", "pip install it", "missing", "pip install 'pcn-deploy[compile]'"):
+    for words in ("it is gone", "pip install it", "missing", f"from checkpoints. {install('compile')}."):
         assert words in result.stdout

@@ -234,7 +234,7 @@ class ContractTemplate(ABC):
         state = self.backend.availability()
         assert (state.can_build, state.can_run) == (False, False)
         for attempt in (lambda: self.backend.build(self.source()), lambda: self.backend.open(b"", SPEC)):
-            with pytest.raises(DependencyError, match=rf"pip install 'pcn-deploy\[{self.backend.extra}\]'"):
+            with pytest.raises(DependencyError, match=rf"not installed\. Install it: pip install '?{self.missing}"):
                 attempt()
 
 
