@@ -4,7 +4,7 @@ The rule, the first that applies:
 
 1. On a Jetson TensorRT comes with JetPack, so it is installed with apt; TensorRT-RTX is not made for it.
 2. Where pcn-deploy itself was installed by its name from a package index, `pip install 'pcn-deploy[extra]'`.
-3. Elsewhere, as in a checkout, that name may install nothing, or something of a stranger: libraries have their own names.
+3. Elsewhere, as in a checkout, that name may install nothing, or what is not ours: libraries have their own names.
 """
 
 from __future__ import annotations
