@@ -14,7 +14,10 @@ from pcn_deploy.cli.main import COMMANDS, main
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     path
-    for path in [*(ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "CONTRIBUTING")), *ROOT.glob("docs/*.md")]
+    for path in [
+        *(ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "CONTRIBUTING")),
+        *ROOT.glob("docs/**/*.md"),
+    ]
     if path.is_file()
 )
 documents = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
