@@ -1,4 +1,4 @@
-"""What a person sees: progress bars and notes on stderr, tables and JSON on stdout."""
+"""What a person sees: progress bars and notes on stderr, tables, sentences and JSON on stdout."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from pcn_deploy.artefact.manifest import Manifest
 from pcn_deploy.cli.steps import Bars, Lines, columns, ticking
+from pcn_deploy.cli.tables import print_table as print_table
+from pcn_deploy.cli.text import for_stderr, for_stdout
+from pcn_deploy.cli.verdict import counted as counted
+from pcn_deploy.cli.verdict import explain_sqnr
+from pcn_deploy.data.classes import first_of
 from pcn_deploy.progress import Progress as ProgressCallable
 from pcn_deploy.progress import silent
 
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from pcn_deploy.calibration.search.search import SearchResult
     from pcn_deploy.proof.budget import BudgetProof
     from pcn_deploy.tasks.role import Column
+    from pcn_deploy.verbs.steps.advice import Attempt
 from pcn_deploy.tasks.report import ParityReport
 from pcn_deploy.tasks.roles import get_role
 
@@ -70,7 +75,12 @@ def user_code() -> Iterator[None]:
 def note(text: str, *, quiet: bool) -> None:
     """Tell something on stderr that is not an error."""
     if not quiet:
-        click.echo(f"Note: {text}", err=True)
+        click.echo(for_stderr(f"Note: {text}"), err=True)
+
+
+def tell(text: str) -> None:
+    """Print sentences on stdout, as wide as the screen."""
+    click.echo(for_stdout(text))
 
 
 def print_json(data: dict[str, Any]) -> None:
@@ -78,33 +88,41 @@ def print_json(data: dict[str, Any]) -> None:
     click.echo(json.dumps(data, indent=2, allow_nan=False))
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table on stdout; columns whose name ends in a unit in brackets, or is a number, align right."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for column in columns:
-        numeric = all(_is_number(row[columns.index(column)]) for row in rows) if rows else False
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=int(os.environ.get("COLUMNS", "120")))
-    console.print(table, markup=False)
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(",", "").replace(".", "").replace("-", "").replace("+", "").isdecimal() or text == "-"
-
-
 def size(count: int) -> str:
     """Bytes as MiB."""
     return f"{count / 2**20:.1f} MiB" if count >= 2**18 else f"{count / 2**10:.1f} KiB"
 
 
-def print_parity(title: str, reports: Sequence[ParityReport]) -> None:
-    """Print one row per parity report, and one for each further comparison that it holds."""
+def print_parity(title: str, reports: Sequence[ParityReport], precision: str) -> None:
+    """Print one row per parity report, one for each further comparison that it holds, and what the dB mean."""
     columns = [*_PARITY_COLUMNS, *(column.title for column in _columns(reports))]
     print_table(title, columns, parity_rows(reports))
+    if meaning := explain_sqnr(precision, reports):
+        tell(meaning)
+
+
+def print_plan(layers: Sequence[Sequence[str]], *, explain: bool) -> None:
+    """Print how many layers have which precision, and why; `explain` prints each of them first.
+
+    Args:
+        layers: Name, kind, precision and reason of each.
+        explain: Print every layer too.
+    """
+    if explain:
+        print_table("Precision per layer", ["layer", "kind", "precision", "reason"], [list(layer) for layer in layers])
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for _, kind, precision, reason in layers:
+        alike.setdefault((precision, kind, _NUMBER.sub("", reason)), []).append(reason)
+    rows = [
+        [str(len(reasons)), kind, precision, reasons[0] + (" (figures of the first)" if len(set(reasons)) > 1 else "")]
+        for (precision, kind, _), reasons in sorted(alike.items(), key=lambda each: -len(each[1]))
+    ]
+    title = "Precision" if explain else "Precision (every layer: --explain)"
+    print_table(title, ["layers", "kind", "precision", "reason"], rows)
+
+
+_NUMBER = re.compile(r"\d[\d.e+%-]*")
+"""Figures in a reason, that differ from layer to layer where the reason is the same."""
 
 
 def parity_rows(reports: Sequence[ParityReport]) -> list[list[str]]:
@@ -163,7 +181,7 @@ _FIGURES = re.compile(r"-?\d[\d.]*(?= dB| of )| of the worst image, .+?,(?= is b
 """In a failure, what differs from one execution to another that breaks the same limit."""
 
 
-PROOF_COLUMNS = ["target", "executed by", "images", "lost", "gained", "drop", "95 % bound", "budget", "verdict"]
+PROOF_COLUMNS = ["target", "images", "lost", "gained", "drop", "95 % bound", "budget", "verdict"]
 
 
 _VERDICTS = {"proven": "proven", "broken": "BROKEN", "open": "open"}
@@ -173,8 +191,7 @@ def proof_row(proof: BudgetProof) -> list[str]:
     """One row per proof of the budget; see `PROOF_COLUMNS`."""
     counts = proof.counts
     return [
-        proof.target,
-        proof.executed_by,
+        proof.target + ("" if proof.executed_by == proof.target else f" (run by {proof.executed_by})"),
         str(counts.images),
         str(counts.lost),
         str(counts.gained),
@@ -206,22 +223,37 @@ def basis(manifest: Manifest, proofs: Sequence[BudgetProof]) -> list[str]:
     return lines
 
 
-def counted(count: int, thing: str) -> str:
-    """A number of things in words: 1 image, 2 images."""
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
-
-
 def recovery_summary(recovery: dict[str, int]) -> str:
     """What each recovery changed."""
     changed = ", ".join(f"{name} ({counted(count, 'layer')})" for name, count in recovery.items())
     return f"Recovery: {changed}."
 
 
+SHOWN = 5
+"""Names that a sentence holds; `--explain` shows all."""
+
+
 def search_summary(search: SearchResult, quantized: int) -> str:
     """What a search found."""
     left = search.unquantized
-    names = f": {', '.join(left)}" if left else ""
+    names = f": {first_of(left)} (all: --explain)" if len(left) > SHOWN else f": {', '.join(left)}" if left else ""
     return (
         f"Search: {counted(len(left), 'layer')} left unquantised{names}; {quantized} quantised. "
         f"{counted(search.evaluations, 'plan')} judged, simulated drop {search.counts.drop:.2f} points."
     )
+
+
+def tried(advice: Sequence[Attempt], *, explain: bool) -> str:
+    """What was tried, best first; of many layers the first are named unless `explain` asks for all."""
+    shown = []
+    for attempt in advice:
+        layers = str(attempt).split(_NEXT_LAYER)
+        if len(layers) > SHOWN and not explain:
+            result = str(attempt).removeprefix(attempt.words)
+            more = f" and {len(layers) - SHOWN} more layers (all: --explain){result}"
+            layers = [*layers[: SHOWN - 1], layers[SHOWN - 1] + more]
+        shown.append(_NEXT_LAYER.join(layers))
+    return "; ".join(shown)
+
+
+_NEXT_LAYER = ", [layers."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import logging
 import sys
 from importlib import import_module
@@ -12,6 +13,7 @@ from typing import Any
 import click
 
 from pcn_deploy import __version__
+from pcn_deploy.cli.text import for_stderr
 from pcn_deploy.data.processes import is_first
 from pcn_deploy.errors import (
     BuildError,
@@ -89,9 +91,14 @@ class LazyGroup(click.Group):
         """Run, and report errors of ours on stderr."""
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            shown = io.StringIO()
+            error.show(shown)
+            click.echo(for_stderr(shown.getvalue()), nl=False, err=True)
+            ctx.exit(error.exit_code)
         except PcnDeployError as error:
             if is_first() or isinstance(error, ProcessError):
-                click.echo(f"Error: {error}", err=True)
+                click.echo(for_stderr(f"Error: {error}"), err=True)
             ctx.exit(next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1))
 
 
@@ -101,8 +108,9 @@ def main() -> None:
     """Compile attention-augmented convolutional networks into TensorRT engines, with the proof of parity inside.
 
     \b
-    Exit codes: 0 done, 1 error, 2 usage, 3 parity failed, 4 engine does not fit this device,
-    5 bundle corrupt or not trusted, 6 engine build failed, 7 dependency missing.
+    Exit codes: 0 done, 1 error, 2 usage, 3 parity failed,
+    4 engine does not fit this device, 5 bundle corrupt or not trusted,
+    6 engine build failed, 7 dependency missing.
     """  # noqa: D301 - click reads the backspace character
 
 

@@ -6,10 +6,14 @@ import os
 import shutil
 import sys
 import textwrap
+from functools import partial
 from typing import TextIO
 
 PIPE = 120
 """Width of tables where there is no screen."""
+
+
+_GOES_ON = " \\"
 
 
 def screen(stream: TextIO) -> int | None:
@@ -24,7 +28,8 @@ def wrapped(text: str, columns: int | None) -> str:
     """A text in lines of at most so many columns; a word that is longer has a line of its own, unbroken.
 
     Args:
-        text: What to wrap; its own lines stay lines, and what follows in one keeps its indent.
+        text: What to wrap; its own lines stay lines, and what follows in one keeps its indent. A line that is a command
+            goes on behind a backslash, so that it can be copied.
         columns: Width of the screen; None leaves the text as it is.
     """
     if columns is None:
@@ -34,9 +39,11 @@ def wrapped(text: str, columns: int | None) -> str:
 
 def _lines(line: str, columns: int) -> list[str]:
     indent = line[: len(line) - len(line.lstrip())]
-    return textwrap.wrap(line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [
-        ""
-    ]
+    wrap = partial(textwrap.wrap, line, break_long_words=False, break_on_hyphens=False)
+    if line.lstrip().startswith("pcn-compile ") and len(line) > columns:
+        *first, last = wrap(columns - len(_GOES_ON), subsequent_indent=f"{indent}    ")
+        return [*(f"{part}{_GOES_ON}" for part in first), last]
+    return wrap(columns, subsequent_indent=indent) or [""]
 
 
 def for_stdout(text: str) -> str:

@@ -11,11 +11,13 @@ import click
 from pcn_deploy.calibration.search.analysis import Analysis
 from pcn_deploy.cli import display, options
 from pcn_deploy.cli.main import set_verbosity
+from pcn_deploy.cli.verdict import error_share
 from pcn_deploy.data.processes import Processes, join
 from pcn_deploy.errors import DataError, OutputError
 from pcn_deploy.models.registry import MadeModel
 from pcn_deploy.output_file import check_output, write_text
 from pcn_deploy.show.analysis import check_picture, draw
+from pcn_deploy.tasks.limits import BUDGETS
 from pcn_deploy.verbs.analyze import SAMPLE, analyze_made
 from pcn_deploy.verbs.options import CompileOptions
 from pcn_deploy.verbs.steps.sources import synthetic_source
@@ -64,8 +66,8 @@ def command(**parameters: Any) -> None:
 
     \b
     Example:
-      pcn-compile analyze patchconvnet_s60 --weights s60_224_1k.pth --calibration imagenet/val \\
-          -o s60.json --picture s60.png
+      pcn-compile analyze patchconvnet_s60 --weights s60_224_1k.pth \\
+          --calibration imagenet/val -o s60.json --picture s60.png
     """  # noqa: D301 - click reads the backspace character
     with join() as processes:
         _analyze(parameters, processes)
@@ -125,13 +127,13 @@ def _analyze(parameters: dict[str, Any], processes: Processes) -> None:
     if parameters["as_json"]:
         display.print_json(measurements)
     else:
-        _print(analysis, parameters["output"])
+        _print(analysis, parameters["output"], parameters["picture"])
 
 
-def _print(analysis: Analysis, output: Path) -> None:
+def _print(analysis: Analysis, output: Path, picture: Path | None) -> None:
     sensitivity = analysis.sensitivity
     every = sensitivity.all_quantized
-    columns = ["layer", "kind", "alone, dB", "weights, dB", "input, dB", "all but it, dB", "same top-1 %"]
+    columns = ["layer", "kind", "alone", "weights", "input", "all but it", "same top-1 %"]
     rows = [
         [
             one.op,
@@ -144,13 +146,20 @@ def _print(analysis: Analysis, output: Path) -> None:
         ]
         for one in sensitivity.layers[:SHOWN]
     ]
-    title = f"SQNR of the logits: the {len(rows)} layers that cost most, of {len(sensitivity.layers)}"
+    title = f"SQNR of the logits in dB: the {len(rows)} layers that cost most, of {len(sensitivity.layers)}"
     display.print_table(title, columns, rows)
+    least = BUDGETS["int8"].sqnr_db
+    display.tell(
+        f"The fewer dB a layer leaves, the more it costs. At {least:g} dB, the least an INT8 engine must keep, the "
+        f"error is {error_share(least)} of the answer; 20 dB more make it a tenth of that."
+    )
     drop = "" if every.top1_drop is None else f", top-1 drops by {every.top1_drop:.2f} points"
-    click.echo(
+    display.tell(
         f"All in INT8: {every.sqnr_db:.1f} dB, same answer on {every.top1_agreement:.2f} %{drop} "
         f"({display.counted(sensitivity.images, 'image')} of {analysis.data})."
     )
     if analysis.resumed:
-        click.echo(f"{analysis.resumed} measurements were taken over from the run before.")
-    click.echo(f"Wrote {output}.")
+        display.tell(f"{analysis.resumed} measurements were taken over from the run before.")
+    display.tell(f"Wrote {output}: the measurements of all layers.")
+    if picture is not None:
+        display.tell(f"Wrote {picture}.")

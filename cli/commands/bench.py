@@ -78,4 +78,4 @@ def _show(latencies: dict[str, Latency], skipped: dict[str, str]) -> None:
     if rows:
         display.print_table("Latency", ["target", "batch", "runs", "p50 ms", "p90 ms", "p99 ms", "images/s"], rows)
     for name, detail in skipped.items():
-        click.echo(f"{name} was not measured: {detail}.")
+        display.tell(f"{name} was not measured: {detail}.")

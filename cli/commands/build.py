@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from pcn_deploy.artefact.provenance import ModelSource
 from pcn_deploy.calibration.plan.recipe import read_recipe
 from pcn_deploy.calibration.plan.rules import CODES, PRECISIONS, REMAINDERS
-from pcn_deploy.cli import display, options
+from pcn_deploy.cli import display, options, verdict
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.data.processes import Processes, join
 from pcn_deploy.engines.registry import TARGETS
@@ -110,8 +110,9 @@ def command(**parameters: Any) -> None:
 
     \b
     Example:
-      pcn-compile build patchconvnet_s60 --weights s60_224_1k.pth --precision int8 \\
-          --calibration imagenet/val --target cpu --target tensorrt-rtx -o s60.pcn
+      pcn-compile build patchconvnet_s60 --weights s60_224_1k.pth \\
+          --precision int8 --calibration imagenet/val \\
+          --target cpu --target tensorrt-rtx -o s60.pcn
     """  # noqa: D301 - click reads the backspace character
     with join() as processes:
         _build(parameters, processes)
@@ -136,7 +137,8 @@ def _build(parameters: dict[str, Any], processes: Processes) -> None:
             with suppress(*IMPOSSIBLE if chosen is not each[-1] else ()), display.user_code():
                 take_part(source.create, chosen, calibration, parameters["data"])
         return
-    choice, searched = None, []
+    searched = []
+    wrote_cache = bool(parameters["calibration_cache"]) and not parameters["calibration_cache"].exists()
     record = parameters["output"].with_name(f"{parameters['output'].name}.search")
     with display.user_code(), display.progress_bars(quiet=quiet) as progress:
 
@@ -155,7 +157,7 @@ def _build(parameters: dict[str, Any], processes: Processes) -> None:
             return built
 
         if parameters["precision"] == AUTO:
-            result, choice = compile_fastest(build, compile_options, progress)
+            result, _ = compile_fastest(build, compile_options, progress)
         else:
             result = build(compile_options)
     for text in result.notes:
@@ -164,16 +166,16 @@ def _build(parameters: dict[str, Any], processes: Processes) -> None:
         result.bundle.save(parameters["output"], overwrite=parameters["overwrite"])
     if any(searched):  # the record is that of this build, and the build is over
         record.unlink(missing_ok=True)
-    as_json = parameters["as_json"]
-    if choice and not as_json:
-        click.echo(f"Kept {choice.precision}: {choice.reason}.")
     _write_changed(result, parameters["changed"])
-    _report(result, parameters["output"], parameters["changed"], explain=parameters["explain"], as_json=as_json)
+    reasons = display.failures((*result.reports, *result.proofs))
+    if parameters["as_json"]:
+        _print_json(result, parameters["output"], explain=parameters["explain"])
+    else:
+        _show(result, reasons, parameters, wrote_cache=wrote_cache)
     if not result:
-        reasons = display.failures((*result.reports, *result.proofs))
-        message = f"Parity failed, so {parameters['output']} was not written: {reasons}."
-        if result.advice:
-            message += f" Tried on the golden images: {'; '.join(map(str, result.advice))}."
+        tried = display.tried(result.advice, explain=parameters["explain"])
+        advice = f" Tried on the golden images: {tried}." if tried else ""
+        message = f"Parity failed, so {parameters['output']} was not written: {reasons}.{advice}"
         raise ParityError(message)
 
 
@@ -227,60 +229,65 @@ def _options(parameters: dict[str, Any]) -> CompileOptions:
     )
 
 
-def _report(result: CompileResult, output: Path, changed: Path | None, *, explain: bool, as_json: bool) -> None:
-    bundle, reports = result.bundle, [report.to_json() for report in result.reports]
-    if as_json:
-        display.print_json(
-            {
-                "passed": bool(result),
-                "bundle": str(output),
-                "bytes": output.stat().st_size if result else None,
-                "precision": bundle.manifest.precision,
-                "choice": bundle.manifest.choice,
-                "engines": [asdict(entry) for entry in bundle.engines],
-                "parity": reports,
-                "notes": list(result.notes),
-                "advice": [asdict(attempt) for attempt in result.advice],
-                "judged": asdict(bundle.manifest.judged),
-                "changed": confusions(result.changed, bundle.manifest.class_names),
-                "budget": bundle.read_json(BUDGET) if result.proofs else None,
-                "layers": result.plan.to_json()["entries"] if explain else None,
-            }
-        )
-        return
-    if explain:
-        rows = [[entry.op, entry.kind, entry.precision, entry.reason] for entry in result.plan.entries]
-        display.print_table("Precision per layer", ["layer", "kind", "precision", "reason"], rows)
-    summary = [[str(count), kind, precision, reason] for precision, kind, reason, count in result.plan.summary()]
-    display.print_table("Precision", ["layers", "kind", "precision", "reason"], summary)
+def _print_json(result: CompileResult, output: Path, *, explain: bool) -> None:
+    bundle = result.bundle
+    display.print_json(
+        {
+            "passed": bool(result),
+            "bundle": str(output),
+            "bytes": output.stat().st_size if result else None,
+            "precision": bundle.manifest.precision,
+            "choice": bundle.manifest.choice,
+            "engines": [asdict(entry) for entry in bundle.engines],
+            "parity": [report.to_json() for report in result.reports],
+            "notes": list(result.notes),
+            "advice": [asdict(attempt) for attempt in result.advice],
+            "judged": asdict(bundle.manifest.judged),
+            "changed": confusions(result.changed, bundle.manifest.class_names),
+            "budget": bundle.read_json(BUDGET) if result.proofs else None,
+            "layers": result.plan.to_json()["entries"] if explain else None,
+        }
+    )
+
+
+def _show(result: CompileResult, failed: str, parameters: dict[str, Any], *, wrote_cache: bool) -> None:
+    """The verdict, the tables it rests on, and the files that were written."""
+    output, bundle = parameters["output"], result.bundle
+    display.tell(verdict.of_build(bundle.manifest, result.reports, result.proofs, failed))
+    if choice := bundle.manifest.choice:
+        display.tell(f"Kept {bundle.manifest.precision}: {choice['reason']}.")
+    layers = [[entry.op, entry.kind, entry.precision, entry.reason] for entry in result.plan.entries]
+    display.print_plan(layers, explain=parameters["explain"])
     engines = [[entry.target, entry.member, display.size(entry.bytes)] for entry in bundle.engines]
     display.print_table("Engines", ["target", "member", "size"], engines)
-    display.print_parity("Parity with the eager network", result.reports)
+    display.print_parity("Parity with the eager network", result.reports, bundle.manifest.precision)
     if result.search:
-        click.echo(display.search_summary(result.search, len(result.plan.quantized_entries)))
+        display.tell(display.search_summary(result.search, len(result.plan.quantized_entries)))
     if result.proofs:
         rows = [display.proof_row(proof) for proof in result.proofs]
         display.print_table("Drop of top-1, in percentage points", display.PROOF_COLUMNS, rows)
-    if changed is not None:
+    if changed := parameters["changed"]:
         answers = display.counted(len(result.changed), "answer")
         written, none = f"Wrote {changed}: {answers} of the engines differ.", f"{changed} was not written: the accuracy"
-        click.echo(written if result.proofs else f"{none} was not judged.")
+        display.tell(written if result.proofs else f"{none} was not judged.")
     seen = bundle.manifest.calibration
     for line in display.basis(bundle.manifest, result.proofs):
-        click.echo(line)
+        display.tell(line)
     if seen:
         images = display.counted(seen["images"], "image")
-        click.echo(f"Ranges: {seen['calibrator']} on {images}; {seen['unreadable']} could not be read.")
+        display.tell(f"Ranges: {seen['calibrator']} on {images}; {seen['unreadable']} could not be read.")
         if "recovery" in seen:
-            click.echo(display.recovery_summary(seen["recovery"]))
+            display.tell(display.recovery_summary(seen["recovery"]))
     elif bundle.manifest.precision in CODES:
-        click.echo("Ranges: all from the recipe; no image was calibrated on.")
+        display.tell("Ranges: all from the recipe; no image was calibrated on.")
     for report in result.reports:
         if report.executed_by != report.target:
-            click.echo(
+            display.tell(
                 f"The {report.target} engine was built, not executed: this machine cannot run it; "
-                f"{report.executed_by} executed its graph. "
-                f"On the device: pcn-compile verify {output} --target {report.target}"
+                f"{report.executed_by} executed its graph. On the device:\n"
+                f"  pcn-compile verify {output} --target {report.target}"
             )
+    if wrote_cache and parameters["calibration_cache"].exists():
+        display.tell(f"Wrote {parameters['calibration_cache']}: what calibration saw, for builds to come.")
     if result:
-        click.echo(f"Wrote {output}, {display.size(output.stat().st_size)}.")
+        display.tell(f"Wrote {output}, {display.size(output.stat().st_size)}.")

@@ -19,7 +19,7 @@ def command(as_json: bool) -> None:
     if as_json:
         display.print_json({**asdict(diagnosis), "can_compile": diagnosis.can_compile})
         return
-    click.echo(diagnosis.system)
+    display.tell(diagnosis.system)
     packages = [[name, version or "missing", PACKAGES[name]] for name, version in diagnosis.packages.items()]
     display.print_table("Packages", ["package", "version", "needed for"], packages)
     targets = [
@@ -28,7 +28,7 @@ def command(as_json: bool) -> None:
     ]
     display.print_table("Targets", ["target", "builds", "runs", "found", "to mend it"], targets)
     if not diagnosis.can_compile:
-        click.echo(f"This machine cannot build bundles from checkpoints. {diagnosis.to_compile}.")
+        display.tell(f"This machine cannot build bundles from checkpoints. {diagnosis.to_compile}.")
 
 
 def _yes(value: bool) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from pcn_deploy.cli import display, options
+from pcn_deploy.artefact.bundle import Bundle
+from pcn_deploy.cli import display, options, verdict
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.errors import ParityError
@@ -47,9 +48,14 @@ def command(
     if as_json:
         display.print_json(report.to_json())
     else:
-        display.print_parity("Parity with the eager network", [report])
+        manifest = Bundle.open(file).manifest
+        display.tell(verdict.of_verify(manifest, report, given=False))
+        display.print_parity("Parity with the eager network", [report], manifest.precision)
         for text in report.notes:
             display.note(text, quiet=quiet)
     if not report:
         message = f"Parity failed, so {output or file} was left as it is: {display.failures([report])}."
         raise ParityError(message)
+    if not as_json:
+        written = output or file
+        display.tell(f"Wrote {written}, {display.size(written.stat().st_size)}.")

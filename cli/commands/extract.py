@@ -35,9 +35,9 @@ def command(file: Path, target: str, output: Path, overwrite: bool, as_json: boo
         display.print_json(written.to_json())
         return
     content = written.content
-    click.echo(
+    display.tell(
         f"Wrote {written.plan}: the {target} engine, {content['precision']}, {display.size(content['bytes'])}, "
         f"SHA-256 {content['sha256'][:16]}."
     )
-    click.echo(f"Wrote {written.description}: inputs and outputs, preprocessing, class names, versions.")
-    click.echo(content["runs_with"])
+    display.tell(f"Wrote {written.description}: inputs and outputs, preprocessing, class names, versions.")
+    display.tell(content["runs_with"])

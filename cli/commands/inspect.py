@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -42,26 +41,23 @@ def command(file: Path, explain: bool, recipe: bool, as_json: bool) -> None:
         display.print_json(description)
         return
     display.print_table(str(file), ["what", "value"], _overview(description))
-    if explain:
-        rows = [[layer["op"], layer["kind"], layer["precision"], layer["reason"]] for layer in description["layers"]]
-        display.print_table("Precision per layer", ["layer", "kind", "precision", "reason"], rows)
-    else:
-        counts = Counter((x["precision"], x["kind"], x["reason"]) for x in description["layers"])
-        rows = [[str(n), kind, precision, reason] for (precision, kind, reason), n in counts.most_common()]
-        display.print_table("Precision", ["layers", "kind", "precision", "reason"], rows)
+    layers = [[layer["op"], layer["kind"], layer["precision"], layer["reason"]] for layer in description["layers"]]
+    display.print_plan(layers, explain=explain)
     engines = [
         [entry["target"], display.size(entry["bytes"]), entry["sha256"][:16], _pairs(entry["built_with"])]
         for entry in description["engines"]
     ]
     display.print_table("Engines", ["target", "size", "sha256", "built with"], engines)
     display.print_parity(
-        "Parity with the eager network", [report_from_json(one) for one in description["parity"].values()]
+        "Parity with the eager network",
+        [report_from_json(one) for one in description["parity"].values()],
+        description["precision"],
     )
     if description["budget"]:
         rows = [display.proof_row(proof_from_json(proof)) for proof in description["budget"]["proofs"]]
         display.print_table("Drop of top-1, in percentage points", display.PROOF_COLUMNS, rows)
     for note in description["notes"]:
-        click.echo(f"Note: {note}")
+        display.tell(f"Note: {note}")
 
 
 def _overview(description: dict[str, Any]) -> list[list[str]]:

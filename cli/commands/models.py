@@ -33,4 +33,4 @@ def command(as_json: bool) -> None:
         for info in models
     ]
     display.print_table("Architectures", ["model", "M parameters", "GMACs", "resolution", "checkpoints"], rows)
-    click.echo("Your own network: package.module:factory or file.py:factory.")
+    display.tell("Your own network: package.module:factory or file.py:factory.")

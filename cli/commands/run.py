@@ -112,6 +112,6 @@ def _tell_picture(prediction: Prediction, names: list[str] | None) -> None:
     if names and seen.class_index is not None:
         whose += f" ({names[seen.class_index]})"
     weights = f"weights {seen.smallest:.2g} to {seen.largest:.2g}, {seen.uniform:.2g} if all were equal"
-    click.echo(f"Wrote {prediction.heatmap}: the map of {whose}, {weights}.")
+    display.tell(f"Wrote {prediction.heatmap}: the map of {whose}, {weights}.")
     if seen.nearly_flat:
         display.note(f"the map of {prediction.image} is nearly flat: it singles out no place.", quiet=False)

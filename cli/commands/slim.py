@@ -48,8 +48,8 @@ def command(
         display.print_json(result.to_json())
         return
     sizes = f"{display.size(result.bytes_after)} instead of {display.size(result.bytes_before)}"
-    click.echo(f"Wrote {result.path}: {sizes}. Engines: {', '.join(result.targets)}.")
+    display.tell(f"Wrote {result.path}: {sizes}. Engines: {', '.join(result.targets)}.")
     left_out = ", ".join(f"{name} ({display.size(size)})" for name, size in result.left_out.items())
-    click.echo(f"Left out: {left_out}." if left_out else "Nothing was left out: its engines need every member.")
+    display.tell(f"Left out: {left_out}." if left_out else "Nothing was left out: its engines need every member.")
     for sentence in result.consequences:
-        click.echo(sentence)
+        display.tell(sentence)

@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from pcn_deploy.artefact.engine import Engine
+from pcn_deploy.artefact.manifest import Manifest
 from pcn_deploy.artefact.provenance import check_readable, make_again
-from pcn_deploy.cli import display, options
+from pcn_deploy.cli import display, options, verdict
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.data.classes import Classes
 from pcn_deploy.data.images import ImageSource, check_place
@@ -79,15 +80,15 @@ def command(
     answers: list[ChangedAnswer] = []
     with join() as processes:
         silent = quiet or as_json or not processes.first
-        report, names = _verify(file, target, data, classes, weights, images, max_drop, answers, quiet=silent)
+        report, manifest = _verify(file, target, data, classes, weights, images, max_drop, answers, quiet=silent)
         if processes.first and changed is not None:
-            write_text(changed, to_csv(answers, names), option="--changed")
+            write_text(changed, to_csv(answers, manifest.class_names), option="--changed")
         if processes.first and as_json:
-            display.print_json({**report.to_json(), "changed": confusions(answers, names)})
+            display.print_json({**report.to_json(), "changed": confusions(answers, manifest.class_names)})
         elif processes.first:
-            _print(report)
+            _show(report, manifest, given=data is not None)
             if changed is not None:
-                click.echo(f"Wrote {changed}: {display.counted(len(answers), 'image')} with another answer.")
+                display.tell(f"Wrote {changed}: {display.counted(len(answers), 'image')} with another answer.")
         if not report:
             message = f"Parity failed: {'; '.join(report.failures)}."
             raise ParityError(message)
@@ -104,8 +105,8 @@ def _verify(
     changed: list[ChangedAnswer],
     *,
     quiet: bool,
-) -> tuple[ParityReport, tuple[str, ...]]:
-    """The report, and the names of the classes; images with another answer are put into `changed`."""
+) -> tuple[ParityReport, Manifest]:
+    """The report, and what the bundle says of itself; images with another answer are put into `changed`."""
     named = None if classes is None else Classes.of(classes)
     with (
         display.user_code(),
@@ -139,7 +140,7 @@ def _verify(
     for text in report.notes:
         if text not in early:
             display.note(text, quiet=quiet)
-    return report, engine.class_names
+    return report, manifest
 
 
 def _open_images(data: Path, engine: Engine, limit: int | None, classes: Classes | None) -> ImageSource:
@@ -151,9 +152,10 @@ def _open_images(data: Path, engine: Engine, limit: int | None, classes: Classes
     return source
 
 
-def _print(report: ParityReport) -> None:
-    display.print_parity(f"Parity with the eager network on {report.data}", [report])
+def _show(report: ParityReport, manifest: Manifest, *, given: bool) -> None:
+    display.tell(verdict.of_verify(manifest, report, given=given))
+    display.print_parity(f"Parity with the eager network on {report.data}", [report], manifest.precision)
     if report.unreadable:
-        click.echo(f"{display.counted(report.unreadable, 'image')} could not be read, left out.")
+        display.tell(f"{display.counted(report.unreadable, 'image')} could not be read, left out.")
     for sentence in get_role(report.role).sentences(report.metrics, report.task, report.budget):
-        click.echo(sentence)
+        display.tell(sentence)

@@ -141,14 +141,7 @@ def compile_made(
 ) -> CompileResult:
     """As `compile`, of a network that is made only once the images are known to be there.
 
-    Args:
-        make: Makes the network; it may fill `provenance`.
-        options: As for `compile`, like all others.
-        calibration: Images for INT8 ranges and for the golden set.
-        evaluation: Images that judge the accuracy.
-        search_record: Keeps what a search measured.
-        provenance: Where the network comes from; read once the network is made.
-        progress: Told how far each step is.
+    `make` makes it, and may fill `provenance`, which is read after that; all else is as for `compile`.
 
     Raises:
         PcnDeployError: As `compile`, and what `make` raises.

@@ -43,7 +43,7 @@ def test_file_table_and_picture(files: dict[str, Path], tmp_path: Path) -> None:
     assert alone == sorted(alone)
     assert "blocks.0.norm1" in found["unquantized"]
     assert found["layers"][0]["op"] in result.stdout
-    assert f"Wrote {output}." in result.stdout
+    assert f"Wrote {output}: the measurements" in result.stdout
     with Image.open(picture) as drawn:
         pixels = np.asarray(drawn.convert("RGB"))
     assert pixels.shape[0] > 400 < pixels.shape[1]
