@@ -6,6 +6,7 @@ import copy
 import gc
 import importlib.util
 import logging
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ DATA = Path(__file__).parent / "fixtures"
 def piped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables have the width they have in a pipe, whatever runs the tests (workers of pytest-xdist set one)."""
     monkeypatch.delenv("COLUMNS", raising=False)
+    os.unsetenv("COLUMNS")  # readline, which pytest loads, sets it for processes that a test starts
 
 
 @pytest.fixture(autouse=True)
