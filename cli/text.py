@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -34,13 +35,22 @@ def wrapped(text: str, columns: int | None) -> str:
     """
     if columns is None:
         return text
-    return "\n".join("\n".join(_lines(line, columns)) for line in text.split("\n"))
+    lines = (_lines(_TOGETHER.sub(_BOUND, line), columns) for line in text.split("\n"))
+    return "\n".join("\n".join(each) for each in lines).replace(_BOUND, " ")
+
+
+_TOGETHER = re.compile(
+    r"(?<=\d) (?=(?:dB|%|points|[KM]iB|ms|s)(?!\w))|(?<=\bpip) (?=install )|(?<=\bpcn-compile) (?=[a-z])"
+)
+"""Spaces at which no line ends: between a number and its unit, a command and its verb."""
+
+_BOUND = "\0"
 
 
 def _lines(line: str, columns: int) -> list[str]:
     indent = line[: len(line) - len(line.lstrip())]
     wrap = partial(textwrap.wrap, line, break_long_words=False, break_on_hyphens=False)
-    if line.lstrip().startswith("pcn-compile ") and len(line) > columns:
+    if line.lstrip().startswith(f"pcn-compile{_BOUND}") and len(line) > columns:
         *first, last = wrap(columns - len(_GOES_ON), subsequent_indent=f"{indent}    ")
         return [*(f"{part}{_GOES_ON}" for part in first), last]
     return wrap(columns, subsequent_indent=indent) or [""]

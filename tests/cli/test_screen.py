@@ -271,7 +271,9 @@ def test_what_fits_is_a_table_and_what_does_not_is_records(capsys: pytest.Captur
 def test_words_longer_than_the_screen_and_commands_stay_whole() -> None:
     assert wrapped("see /a/very/long/path now", 10) == "see\n/a/very/long/path\nnow"
     assert wrapped("  one two three", 9) == "  one two\n  three"
-    assert wrapped("Try it:\n  pcn-compile verify x.pcn", 20) == "Try it:\n  pcn-compile \\\n      verify x.pcn"
+    assert wrapped("Try it:\n  pcn-compile verify x.pcn", 24) == "Try it:\n  pcn-compile verify \\\n      x.pcn"
+    assert wrapped("pip install x", 5) == "pip install\nx"
+    assert wrapped("at 31.5 dB of 4 MiB", 9) == "at\n31.5 dB\nof 4 MiB"
     assert wrapped("a b", None) == "a b"
     assert wrapped("", 10) == ""
 
