@@ -47,7 +47,7 @@ class OnnxRuntimeBackend(Backend):
     exact = True
     runs_with = (
         "ONNX Runtime and Triton's onnxruntime backend run it as it is. trtexec and TensorRT's builder make an engine "
-        "from it; it is strongly typed, so give neither --fp16 nor --int8."
+        "from it: --stronglyTyped before TensorRT 11, and neither --fp16 nor --int8."
     )
 
     def availability(self) -> Availability:

@@ -18,6 +18,7 @@ from pcn_deploy import Bundle
 from pcn_deploy.cli.main import main
 from pcn_deploy.engines.onnxruntime import OnnxRuntimeBackend
 from pcn_deploy.errors import BuildError
+from pcn_deploy.remedies import install
 
 torch = pytest.importorskip("torch")
 
@@ -378,4 +379,4 @@ def test_a_missing_dependency(weights: Path, out: Path, monkeypatch: pytest.Monk
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "onnxruntime" else real(name))
     result = invoke("patchconvnet", "--weights", weights, *SMALL, "-o", out, "-q")
-    refused(result, 7, "pip install 'pcn-deploy[runtime]'", out=out)
+    refused(result, 7, install("runtime"), out=out)
