@@ -179,7 +179,8 @@ def parse_recipe(text: str, source: str = "the recipe") -> Recipe:
         else:
             import tomli as tomllib
     except ModuleNotFoundError as error:
-        raise DependencyError.for_extra(error.name or "tomli", "compile", "reading a recipe on Python 3.10") from error
+        purpose = "reading a recipe on Python 3.10"
+        raise DependencyError.for_extra(error.name or "tomli", "compile", purpose, ("tomli",)) from error
     try:
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # what is no TOML, or more than Python takes

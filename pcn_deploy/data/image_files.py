@@ -66,7 +66,7 @@ def read_image(path: Path, transform: Transform) -> npt.NDArray[np.float32]:
     try:
         from PIL import Image, UnidentifiedImageError
     except ModuleNotFoundError as error:
-        raise DependencyError.for_extra(error.name or "Pillow", "runtime", "reading images") from error
+        raise DependencyError.for_extra(error.name or "Pillow", "runtime", "reading images", ("pillow",)) from error
     try:
         with Image.open(path) as image:
             return transform(image)
