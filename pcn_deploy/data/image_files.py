@@ -187,18 +187,21 @@ def about_sizes(sizes: Counter[tuple[int, int]], transform: Transform) -> list[s
     scaled, (height, width) = transform.scaled(size), transform.resolution
     enlarged = sum(number for one, number in sizes.items() if transform.scaled(one)[0] > one[0])
     if 2 * most > count and scaled != size:
-        kept = 100 * width * height / (scaled[0] * scaled[1])
         what = (
             f"{most} of {count} images looked at are {size[0]}x{size[1]} (width x height): they become "
-            f"{scaled[0]}x{scaled[1]}, of which the middle {width}x{height} is kept ({kept:.0f} % of the area)."
+            f"{scaled[0]}x{scaled[1]}"
         )
-        as_they_are = f"--resolution {size[1]}x{size[0]} --crop-pct 1 takes such images as they are, "
+        as_they_are = f"--resolution {size[1]}x{size[0]} --crop-pct 1 takes such images as they are"
+        if scaled == (width, height):
+            return [f"{what}. If the network was trained on others, {as_they_are}."]
+        kept = 100 * width * height / (scaled[0] * scaled[1])
+        what += f", of which the middle {width}x{height} is kept ({kept:.0f} % of the area)."
     elif 2 * enlarged > count:
         what = f"{enlarged} of {count} images looked at are smaller than {width}x{height} needs, and are enlarged."
-        as_they_are = "--resolution HxW is the size it takes, "
+        as_they_are = "--resolution HxW is the size it takes"
     else:
         return []
     return [
-        f"{what} Give what the network was trained with: {as_they_are}--crop-pct 1 cuts less, --crop-mode squash keeps "
+        f"{what} Give what the network was trained with: {as_they_are}, --crop-pct 1 cuts less, --crop-mode squash keeps "
         "no proportions."
     ]

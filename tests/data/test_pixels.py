@@ -212,7 +212,7 @@ def test_notes_tell_what_is_done_and_what_to_give(tmp_path: Path) -> None:
         ((256, 256), {"resolution": (224, 224), "crop_pct": 0.875}, ""),
         ((32, 32), {"resolution": (32, 32), "crop_pct": 1.0}, ""),
         ((64, 48), {"resolution": (48, 64), "crop_pct": 1.0}, ""),
-        ((64, 64), {"resolution": (32, 32), "crop_pct": 1.0}, "become 32x32"),
+        ((64, 64), {"resolution": (32, 32), "crop_pct": 1.0}, "become 32x32. If the network was trained on others"),
     ],
 )
 def test_a_note_tells_that_images_have_another_size(

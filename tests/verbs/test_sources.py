@@ -12,6 +12,7 @@ from small_builds import images, network, options
 import pcn_deploy
 from pcn_deploy.errors import DataError
 from pcn_deploy.verbs.analyze import analyze
+from pcn_deploy.verbs.steps.sources import open_images
 
 torch = pytest.importorskip("torch")
 
@@ -44,3 +45,11 @@ def test_a_cache_made_with_the_images_that_are_to_judge_is_refused_in_words(labe
     words = "all 90 calibration images; without --data and --max-drop 18 of them are held out"
     with pytest.raises(DataError, match=words):
         pcn_deploy.compile(network(), cached, calibration=labelled)
+
+
+def test_what_holds_for_all_images_is_said_once() -> None:
+    small, other = np.zeros((6, 16, 16, 3), np.uint8), np.zeros((9, 8, 8, 3), np.uint8)
+    alike = open_images(small, small[:4], options(precision="int8"))
+    (note,) = alike.notes
+    assert note.startswith("6 of 6 images looked at are 16x16")
+    assert len(open_images(small, other, options(precision="int8")).notes) == 2

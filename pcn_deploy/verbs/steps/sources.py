@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,9 @@ HELD_OUT_OF = 5
 LEAST_CALIBRATION = 64
 """With fewer images left to calibrate, none is held out."""
 
+_COUNTED = re.compile(r"^\d+ of \d+ (?=images looked at)")
+"""The counts at the beginning of a note."""
+
 NO_IMAGES = (
     "INT8 and FP8 need calibration images: without them the ranges would be guesses. "
     "Give --calibration DIR or FILE.npz with a few hundred images like those the network will see."
@@ -63,8 +67,12 @@ class BuildImages:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of them."""
-        return [note for source in (self.calibrating, self.judging) if source for note in source.notes]
+        """What the user should know of them; what holds for both alike is said of the calibration images alone."""
+        notes: dict[str, str] = {}
+        for source in filter(None, (self.calibrating, self.judging)):
+            for note in source.notes:
+                notes.setdefault(_COUNTED.sub("", note), note)
+        return list(notes.values())
 
 
 def as_source(images: CalibrationImages, options: CompileOptions, limit: int | None = None) -> ImageSource:
