@@ -202,6 +202,6 @@ def about_sizes(sizes: Counter[tuple[int, int]], transform: Transform) -> list[s
     else:
         return []
     return [
-        f"{what} Give what the network was trained with: {as_they_are}, --crop-pct 1 cuts less, --crop-mode squash keeps "
-        "no proportions."
+        f"{what} Give what the network was trained with: {as_they_are}, --crop-pct 1 cuts less, --crop-mode squash "
+        "keeps no proportions."
     ]
