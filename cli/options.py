@@ -1,6 +1,6 @@
 """Options shared by commands, one name each, and the parameter types that read them.
 
-Options of the network, of its transform and of calibration: build, analyze.
+Options of the network and of calibration: build, analyze. Those of its transform: `transforms.py`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from pcn_deploy.artefact.provenance import ModelSource
 from pcn_deploy.calibration.calibrators import AUTO, CALIBRATORS, PERCENTILE, WEIGHT_CALIBRATORS
 from pcn_deploy.calibration.recovery import RECOVERIES
 from pcn_deploy.data.images import MAX_UNREADABLE_SHARE
-from pcn_deploy.data.pixels import ALPHAS, CHANNEL_ORDERS, EXIFS
-from pcn_deploy.data.transform import CROP_MODES, IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Transform
 from pcn_deploy.engines.base import BackendOptions
 from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.engines.tensorrt.flavour import PORTABLE
 from pcn_deploy.errors import OptionError
-from pcn_deploy.models.registry import check_weights_choice, find_model
+from pcn_deploy.models.registry import check_weights_choice
 from pcn_deploy.specs import BatchRange
 
 ALL_RECOVERIES = "all"
@@ -29,21 +27,6 @@ CHECKPOINT_WEIGHTS = ("auto", "ema", "raw")
 """`models.containers.CHOICES`, which needs torch."""
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class Resolution(click.ParamType[tuple[int, int]]):
-    """`HxW`, or one number for a square."""
-
-    name = "HxW"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """Return height and width in pixels."""
-        if isinstance(value, tuple):
-            return value
-        sides = str(value).lower().split("x")
-        if len(sides) not in (1, 2) or not all(side.isdecimal() and int(side) > 0 for side in sides):
-            self.fail(f"{value!r} is not HxW in pixels, such as 224x224 or 192x256.", param, ctx)
-        return int(sides[0]), int(sides[-1])
 
 
 class Batch(click.ParamType[BatchRange]):
@@ -59,21 +42,6 @@ class Batch(click.ParamType[BatchRange]):
             return BatchRange.parse(str(value))
         except OptionError as error:
             self.fail(str(error), param, ctx)
-
-
-class Floats(click.ParamType[tuple[float, ...]]):
-    """Numbers separated by commas."""
-
-    name = "R,G,B"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """Return the numbers."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(float(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not numbers separated by commas, such as 0.485,0.456,0.406.", param, ctx)
 
 
 bundle_argument = click.argument("file", type=click.Path(path_type=Path), metavar="FILE.pcn")
@@ -132,7 +100,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")
 
 
-def _with(command: Command, decorators: Sequence[Callable[[Any], Any]]) -> Command:
+def with_decorators(command: Command, decorators: Sequence[Callable[[Any], Any]]) -> Command:
+    """Decorate a command so that its help lists the options in the order given."""
     for decorator in reversed(decorators):
         command = decorator(command)
     return command
@@ -146,92 +115,12 @@ def verbosity_options(command: Command) -> Command:
 
 def backend_options(command: Command) -> Command:
     """How engines are built, where their target leaves a choice."""
-    return _with(command, (compute_capability_option, tf32_option))
+    return with_decorators(command, (compute_capability_option, tf32_option))
 
 
 def backend_of(parameters: dict[str, Any]) -> BackendOptions:
     """Take the `backend_options` out of the arguments of a command."""
     return BackendOptions(compute_capabilities=parameters.pop("compute_capabilities"), tf32=parameters.pop("tf32"))
-
-
-_TRANSFORM = (
-    click.option(
-        "--resolution",
-        type=Resolution(),
-        help="Height and width of the input, in pixels. [default: by model]",
-    ),
-    click.option(
-        "--crop-pct",
-        type=float,
-        default=0.875,
-        show_default=True,
-        metavar="SHARE",
-        help="Share of the resized image that the centre crop keeps.",
-    ),
-    click.option(
-        "--crop-mode",
-        type=click.Choice(CROP_MODES),
-        default="center",
-        show_default=True,
-        help="Keep the proportions and cut what is too much, or squash to the very size.",
-    ),
-    click.option(
-        "--channels",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Channels of the input; files have 1 or 3, arrays any number. [default: as many as --mean has]",
-    ),
-    click.option(
-        "--mean",
-        type=Floats(),
-        help="Mean per channel, of values in [0, 1]; with --channels one for all. [default: ImageNet's, or 0]",
-    ),
-    click.option(
-        "--std",
-        type=Floats(),
-        help="Standard deviation per channel; with --channels one for all. [default: ImageNet's, or 1]",
-    ),
-    click.option(
-        "--channel-order",
-        type=click.Choice(CHANNEL_ORDERS),
-        default="rgb",
-        show_default=True,
-        help="bgr for a network trained on what OpenCV reads; --mean and --std are in this order.",
-    ),
-    click.option(
-        "--interpolation",
-        type=click.Choice(INTERPOLATIONS),
-        default="bicubic",
-        show_default=True,
-        help="How images are resized.",
-    ),
-    click.option(
-        "--exif",
-        type=click.Choice(EXIFS),
-        default="ignore",
-        show_default=True,
-        help="Orientation in EXIF: ignored as in torchvision and timm, or applied as in OpenCV.",
-    ),
-    click.option(
-        "--alpha",
-        type=click.Choice(ALPHAS),
-        default="drop",
-        show_default=True,
-        help="Transparency: dropped as in torchvision, or laid over white or black.",
-    ),
-    click.option(
-        "--white",
-        type=float,
-        metavar="VALUE",
-        help="Which value is white in images of more than 8 bits. [default: 65535 for 16 bits; floats and 32 bits "
-        "need it]",
-    ),
-)
-
-
-def transform_options(command: Command) -> Command:
-    """The evaluation transform; stored in the bundle and used by every later command."""
-    return _with(command, _TRANSFORM)
 
 
 def network_options(command: Command) -> Command:
@@ -248,7 +137,11 @@ def network_options(command: Command) -> Command:
         ),
         click.option("--random-weights", is_flag=True, help="Use freshly initialised weights instead of --weights."),
         click.option(
-            "--num-classes", type=click.IntRange(min=1), metavar="N", help="Logits. [default: as the checkpoint]"
+            "--num-classes",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Number of classes, which the checkpoint must have too; your own factory is called with "
+            "num_classes=N. [default: as the checkpoint has, or as your own factory makes]",
         ),
         click.option(
             "--seed",
@@ -258,7 +151,7 @@ def network_options(command: Command) -> Command:
             help="Seed of random weights and images.",
         ),
     ]
-    return _with(command, decorators)
+    return with_decorators(command, decorators)
 
 
 def calibration_options(command: Command) -> Command:
@@ -318,7 +211,7 @@ def calibration_options(command: Command) -> Command:
             help="Stop if more than this share of the images cannot be read.",
         ),
     ]
-    return _with(command, decorators)
+    return with_decorators(command, decorators)
 
 
 def calibration_of(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -342,40 +235,6 @@ def calibration_of(parameters: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def transform_of(parameters: dict[str, Any]) -> Transform:
-    """The transform that `transform_options` describe; the resolution is that of the model if none is given.
-
-    Raises:
-        OptionError: If values are impossible, or mean and std are not one for each channel.
-    """
-    info = find_model(parameters["model"])
-    return Transform(
-        resolution=parameters["resolution"] or (info.resolution if info else (224, 224)),
-        crop_pct=parameters["crop_pct"],
-        crop_mode=parameters["crop_mode"],
-        mean=_per_channel(parameters["mean"], IMAGENET_MEAN, 0.0, parameters["channels"], "--mean"),
-        std=_per_channel(parameters["std"], IMAGENET_STD, 1.0, parameters["channels"], "--std"),
-        interpolation=parameters["interpolation"],
-        channel_order=parameters["channel_order"],
-        alpha=parameters["alpha"],
-        exif=parameters["exif"],
-        white=parameters["white"],
-    )
-
-
-def _per_channel(
-    values: tuple[float, ...] | None, imagenet: tuple[float, ...], neutral: float, channels: int | None, option: str
-) -> tuple[float, ...]:
-    """One value for each channel, from as many or, where their number is given, from one or none."""
-    if channels is None:
-        return values or imagenet
-    values = values or (imagenet if channels == len(imagenet) else (neutral,))
-    if len(values) not in (1, channels):
-        msg = f"{option} has {len(values)} values; --channels is {channels}. Give one for each, or one for all."
-        raise OptionError(msg)
-    return values if len(values) == channels else values * channels
-
-
 def source_of(parameters: dict[str, Any]) -> ModelSource:
     """The network that `network_options` and the argument MODEL describe.
 
@@ -383,9 +242,7 @@ def source_of(parameters: dict[str, Any]) -> ModelSource:
         OptionError: If weights are missing, or there are weights and --random-weights.
         CheckpointError, ModelError: If a file that they name is not there.
     """
-    check_weights_choice(
-        find_model(parameters["model"]), parameters["weights"], random_weights=parameters["random_weights"]
-    )
+    check_weights_choice(parameters["model"], parameters["weights"], random_weights=parameters["random_weights"])
     source = ModelSource(
         model=parameters["model"],
         weights=parameters["weights"],

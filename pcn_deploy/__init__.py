@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pcn_deploy.data.images import ImageSource as ImageSource
     from pcn_deploy.data.transform import Transform as Transform
     from pcn_deploy.errors import PcnDeployError as PcnDeployError
+    from pcn_deploy.models.libraries import configured_transform as configured_transform
     from pcn_deploy.models.registry import create_model as create_model
     from pcn_deploy.models.registry import list_models as list_models
     from pcn_deploy.specs import BatchRange as BatchRange
@@ -38,6 +39,7 @@ _HOMES = {
     "PcnDeployError": "errors",
     "Transform": "data.transform",
     "compile": "verbs.build",
+    "configured_transform": "models.libraries",
     "create_model": "models.registry",
     "list_models": "models.registry",
     "load": "verbs.load",

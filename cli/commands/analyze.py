@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pcn_deploy.calibration.search.analysis import Analysis
-from pcn_deploy.cli import display, options
+from pcn_deploy.cli import display, options, transforms
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.cli.verdict import error_share
 from pcn_deploy.data.processes import Processes, join
@@ -52,7 +52,7 @@ SHOWN = 15
     metavar="N",
     help="Measure on at most so many images, spread over all of them.",
 )
-@options.transform_options
+@transforms.transform_options
 @options.overwrite_option
 @options.json_option
 @options.verbosity_options
@@ -84,11 +84,11 @@ def _analyze(parameters: dict[str, Any], processes: Processes) -> None:
         if parameters["picture"] == parameters["output"]:
             message = f"--picture and -o name the same file, {parameters['output']}. Name two."
             raise OutputError(message)
-    source = options.source_of(parameters)
+    source, transform = transforms.network_of(parameters)
     compile_options = CompileOptions(
         precision="int8",
         **options.calibration_of(parameters),
-        transform=options.transform_of(parameters),
+        transform=transform,
         seed=parameters["seed"],
         classes=parameters["classes"],
     )

@@ -14,9 +14,10 @@ from click.core import ParameterSource
 from pcn_deploy.artefact.provenance import ModelSource
 from pcn_deploy.calibration.plan.recipe import read_recipe
 from pcn_deploy.calibration.plan.rules import CODES, PRECISIONS, REMAINDERS
-from pcn_deploy.cli import display, options, verdict
+from pcn_deploy.cli import display, options, transforms, verdict
 from pcn_deploy.cli.main import set_verbosity
 from pcn_deploy.data.processes import Processes, join
+from pcn_deploy.data.transform import Transform
 from pcn_deploy.engines.registry import TARGETS
 from pcn_deploy.errors import OptionError, ParityError
 from pcn_deploy.members import BUDGET
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
     help="Precision and ranges of the layers it names, as `inspect --recipe` prints them.",
 )
 @options.calibration_options
-@options.transform_options
+@transforms.transform_options
 @click.option("--batch", type=options.Batch(), default="1:1:16", show_default=True, help="Batch sizes to take.")
 @click.option(
     "--target",
@@ -106,7 +107,7 @@ if TYPE_CHECKING:
 def command(**parameters: Any) -> None:
     """Compile MODEL into a bundle of engines with a parity report for each.
 
-    MODEL is a name from `pcn-compile models`, package.module:factory, or file.py:factory.
+    MODEL is a name from `pcn-compile models`, timm:NAME, torchvision:NAME, package.module:factory, or file.py:factory.
 
     \b
     Example:
@@ -125,8 +126,8 @@ def _build(parameters: dict[str, Any], processes: Processes) -> None:
         check_output(parameters["output"], overwrite=parameters["overwrite"])
         if parameters["changed"]:
             check_output(parameters["changed"], overwrite=parameters["overwrite"], option="--changed")
-    source = options.source_of(parameters)
-    compile_options = _options(_with_recipe(parameters))
+    source, transform = transforms.network_of(parameters)
+    compile_options = _options(_with_recipe(parameters), transform)
     calibration = parameters["calibration"]
     if calibration is None and compile_options.quantizes and parameters["random_weights"] and not parameters["recipe"]:
         display.note("the weights are random, so synthetic images calibrate them.", quiet=quiet)
@@ -210,14 +211,14 @@ def _with_recipe(parameters: dict[str, Any]) -> dict[str, Any]:
     return {**parameters, **{key: decided[key] for key in left}, "recipe": recipe}
 
 
-def _options(parameters: dict[str, Any]) -> CompileOptions:
+def _options(parameters: dict[str, Any], transform: Transform) -> CompileOptions:
     batch = parameters["batch"]
     return CompileOptions(
         precision="int8" if parameters["precision"] == AUTO else parameters["precision"],
         remainder=parameters["remainder"],
         targets=parameters["targets"],
         **options.calibration_of(parameters),
-        transform=options.transform_of(parameters),
+        transform=transform,
         batch=batch if isinstance(batch, BatchRange) else BatchRange.parse(batch),
         max_drop=parameters["max_drop"],
         output_names=parameters["output_names"],

@@ -8,6 +8,7 @@ import click
 
 from pcn_deploy.cli import display
 from pcn_deploy.cli.options import json_option
+from pcn_deploy.models.libraries import LIBRARIES
 from pcn_deploy.models.registry import list_models
 
 
@@ -20,7 +21,7 @@ def command(as_json: bool) -> None:
     """
     models = list_models()
     if as_json:
-        display.print_json({"models": [asdict(info) for info in models]})
+        display.print_json({"models": [asdict(info) for info in models], "libraries": list(LIBRARIES)})
         return
     rows = [
         [
@@ -33,4 +34,5 @@ def command(as_json: bool) -> None:
         for info in models
     ]
     display.print_table("Architectures", ["model", "M parameters", "GMACs", "resolution", "checkpoints"], rows)
+    display.tell("Classifiers of other libraries, which must be installed: timm:NAME, torchvision:NAME.")
     display.tell("Your own network: package.module:factory or file.py:factory.")

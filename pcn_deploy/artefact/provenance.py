@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcn_deploy.artefact.manifest import Manifest
 from pcn_deploy.errors import CheckpointError, DataError, ModelError
-from pcn_deploy.models.registry import MadeModel, find_model, make_model
+from pcn_deploy.models.registry import MadeModel, is_own_factory, make_model
 from pcn_deploy.network.evaluation_mode import in_evaluation_mode
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class ModelSource:
     """Everything `create_model` needs, and the hash of the weights.
 
     Attributes:
-        model: A registry name, `package.module:factory` or `file.py:factory`.
+        model: A registry name, `timm:NAME`, `torchvision:NAME`, `package.module:factory` or `file.py:factory`.
         weights: Checkpoint, or None for random weights.
         num_classes: Number of logits, if the user gave it.
         seed: Seed of random weights.
@@ -32,6 +32,7 @@ class ModelSource:
         random_weights: Whether the user asked for random weights; without them and without a checkpoint the user's own
             factory brings the weights.
         checkpoint_weights: Which weights of the checkpoint to take, one of `containers.CHOICES`.
+        notes: What was decided about it before it is made, for the notes of the network.
     """
 
     model: str
@@ -41,6 +42,7 @@ class ModelSource:
     architecture: dict[str, Any] = field(default_factory=dict)
     random_weights: bool = False
     checkpoint_weights: str = "auto"
+    notes: tuple[str, ...] = ()
 
     def check_files(self) -> None:
         """Refuse files that are not there, before anything is made or torch is imported.
@@ -58,8 +60,8 @@ class ModelSource:
 
     def make(self) -> MadeModel:
         """Make the network; raises what `create_model` raises."""
-        factory_brings_them = find_model(self.model) is None and not self.random_weights
-        return make_model(
+        factory_brings_them = is_own_factory(self.model) and not self.random_weights
+        made = make_model(
             self.model,
             weights=self.weights,
             random_weights=self.weights is None and not factory_brings_them,
@@ -68,6 +70,7 @@ class ModelSource:
             checkpoint_weights=self.checkpoint_weights,
             **self.architecture,
         )
+        return replace(made, notes=(*self.notes, *made.notes))
 
     def create(self) -> nn.Module:
         """Make the network alone."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
-CROP_MODES = ("center", "squash")
+CROP_MODES = ("center", "squash", "border")
 
 _BEYOND_WHITE = 2.0
 """A mean above this is of images whose white is 255, not 1."""
@@ -38,7 +38,7 @@ class Transform:
         std: Standard deviation per channel, above 0.
         interpolation: One of `INTERPOLATIONS`; Pillow's, with antialiasing.
         crop_mode: `center` resizes so that the image covers the crop, `squash` to the very height and width, without
-            regard to its proportions (the names are timm's).
+            regard to its proportions, `border` so that all of the image is in it, on the mean colour (timm's names).
         channel_order: `bgr` for networks trained on what OpenCV reads.
         alpha: What becomes of transparency: `drop` as torchvision does, or laid over `white` or `black`.
         exif: Whether an EXIF orientation is applied; `ignore` is what torchvision and timm do.
@@ -118,6 +118,9 @@ class Transform:
         wanted = (int(width / self.crop_pct), int(height / self.crop_pct))
         if self.crop_mode == "squash":
             return wanted
+        if self.crop_mode == "border":
+            ratio = max(size[0] / wanted[0], size[1] / wanted[1])
+            return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
         if wanted[1] * size[0] >= wanted[0] * size[1]:
             return max(width, int(wanted[1] * size[0] / size[1])), wanted[1]
         return wanted[0], max(height, int(wanted[0] * size[1] / size[0]))
@@ -134,7 +137,7 @@ class Transform:
         Raises:
             DataError: If nothing says how bright the image is, or the network takes other channels than images have.
         """
-        return self.normalise(self._cropped(to_pixels(image, self)))
+        return self.normalise(self._cropped(to_pixels(image, self), self._colour))
 
     def of_array(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Transform pixels `(H, W, C)`; C is what the network takes, but grey, RGB and RGBA become what it takes.
@@ -153,20 +156,42 @@ class Transform:
         if channels != len(self.mean):
             msg = f"has {channels} channels; the network takes {len(self.mean)}. Give a mean and std for each channel."
             raise DataError(msg)
-        planes = [self._cropped(Image.fromarray(np.ascontiguousarray(pixels[..., one]))) for one in range(channels)]
+        planes = [
+            self._cropped(Image.fromarray(np.ascontiguousarray(pixels[..., one])), (self.mean[one],))
+            for one in range(channels)
+        ]
         return self.normalise(np.concatenate(planes, axis=2))
 
-    def _cropped(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        """Resize and crop; uint8 `(H, W, C)`."""
+    @property
+    def _colour(self) -> tuple[float, ...]:
+        """The mean in the order of the channels of image files."""
+        return self.mean[::-1] if self.channel_order == "bgr" else self.mean
+
+    def _cropped(self, image: Image.Image, colour: tuple[float, ...]) -> npt.NDArray[np.uint8]:
+        """Resize and crop, laid over a colour in [0, 1] where the image is smaller; uint8 `(H, W, C)`."""
         from PIL import Image
 
         height, width = self.resolution
         size = self.scaled(image.size)
         if size != image.size:
             image = image.resize(size, Image.Resampling[self.interpolation.upper()])
+        if size[0] < width or size[1] < height:
+            image = self._padded(image, colour)
+            size = image.size
         left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
         crop = image.crop((left, top, left + width, top + height))
         return np.asarray(crop).reshape(height, width, -1)
+
+    def _padded(self, image: Image.Image, colour: tuple[float, ...]) -> Image.Image:
+        """An image as large as the crop where it was smaller, in the middle of a colour in [0, 1]."""
+        from PIL import Image
+
+        (height, width), (wide, high) = self.resolution, image.size
+        size = max(width, wide), max(height, high)
+        fill = tuple(round(255 * value) for value in colour)
+        whole = Image.new(image.mode, size, fill if len(fill) > 1 else fill[0])
+        whole.paste(image, ((size[0] - wide) // 2, (size[1] - high) // 2))
+        return whole
 
     def normalise(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Order the channels, scale to [0, 1], take off their mean and divide by their standard deviation.

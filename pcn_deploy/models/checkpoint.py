@@ -10,7 +10,8 @@ import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -47,12 +48,16 @@ def read_checkpoint(path: Path, which: str = AUTO) -> Taken:
         CheckpointError: If the file is missing, corrupt, holds other objects than tensors and plain values,
             holds no tensors or none of the kind asked for, or holds NaN or infinite values.
     """
-    if not path.is_file():
-        msg = f"Weights file {str(path)!r} does not exist. Check the path given to --weights."
-        raise CheckpointError(msg)
+    _check_exists(path)
     taken = _unwrap(_read_safetensors(path) if _is_safetensors(path) else _read_pickle(path), path, which)
     check_finite(taken.state, str(path))
     return taken
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        msg = f"Weights file {str(path)!r} does not exist. Check the path given to --weights."
+        raise CheckpointError(msg)
 
 
 def read_state_dict(path: Path) -> StateDict:
@@ -107,12 +112,38 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise CheckpointError(msg) from error
 
 
+def read_training_arguments(path: Path) -> dict[str, Any]:
+    """The arguments of the training script, which timm, DeiT and torchvision's references keep under `args`.
+
+    Args:
+        path: A checkpoint; its tensors are not read.
+
+    Returns:
+        Plain values by name; empty where the file holds none.
+
+    Raises:
+        CheckpointError: If the file is missing, corrupt, or holds other objects than tensors and plain values.
+    """
+    _check_exists(path)
+    if _is_safetensors(path):
+        return {}
+    content = _unpickle(path, mapped=zipfile.is_zipfile(path))
+    arguments = content.get("args") if isinstance(content, dict) else None
+    if isinstance(arguments, argparse.Namespace):
+        arguments = vars(arguments)
+    return dict(arguments) if isinstance(arguments, dict) else {}
+
+
 def _read_pickle(path: Path) -> Any:
     _check_archive(path)
+    return _unpickle(path)
+
+
+def _unpickle(path: Path, *, mapped: bool = False) -> Any:
     try:
         # Training scripts of the DeiT family store their argparse.Namespace beside the weights; it is plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         match = re.search(r"GLOBAL (\S+)", str(error))
         named = f" (it refers to {match.group(1)})" if match else ""
@@ -179,6 +210,15 @@ def without_prefix(state: StateDict, expected: Iterable[str] = ()) -> StateDict:
     return state
 
 
+def inner_states(state: StateDict) -> Iterator[tuple[str, StateDict]]:
+    """The part of a checkpoint under the first word that most of its names have, with that word; if there is one."""
+    heads = Counter(key.partition(".")[0] for key in state)
+    for head, count in heads.most_common(1):
+        if 2 * count > len(state):
+            prefix = f"{head}."
+            yield head, {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
 def load_strict(model: nn.Module, state: StateDict, origin: str) -> None:
     """Load a state dict whose keys and shapes must match exactly; weights become float32.
 
@@ -191,7 +231,7 @@ def load_strict(model: nn.Module, state: StateDict, origin: str) -> None:
         CheckpointError: If a key is missing, extra or misshapen; all three lists are in the message.
     """
     model = unwrapped(model)
-    state = _with_counters(model, _named_as(model, state))
+    state = _with_counters(model, named_as(model, state))
     full = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     mismatches = differences(model, state)
     if mismatches and not any("misshapen" in line for line in mismatches):
@@ -210,7 +250,7 @@ def _load(model: nn.Module, state: StateDict) -> None:
     model.load_state_dict(state, strict=True, assign=any(parameter.is_meta for parameter in model.parameters()))
 
 
-def _named_as(model: nn.Module, state: StateDict) -> StateDict:
+def named_as(model: nn.Module, state: StateDict) -> StateDict:
     """A state dict under the names that a network has, where they differ by what all of them begin with.
 
     A weight that the network has under several names may be in the file under one of them, as safetensors saves it.

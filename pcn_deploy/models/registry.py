@@ -8,7 +8,6 @@ import importlib.util
 import inspect
 import logging
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pcn_deploy.errors import CheckpointError, DependencyError, ModelError, OptionError
 from pcn_deploy.models.catalogue import MODELS, ModelInfo
+from pcn_deploy.models.libraries import LIBRARIES, find_library, make_library_network
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,10 +38,10 @@ def find_model(name: str) -> ModelInfo | None:
     """Look a name up.
 
     Args:
-        name: A registry name, `package.module:factory` or `file.py:factory`.
+        name: A registry name, `timm:NAME`, `torchvision:NAME`, `package.module:factory` or `file.py:factory`.
 
     Returns:
-        The entry, or None for the user's own factory.
+        The entry, or None for a network of a library and the user's own factory.
 
     Raises:
         ModelError: If it is neither; the closest names are in the message.
@@ -52,8 +52,17 @@ def find_model(name: str) -> ModelInfo | None:
         return None
     close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.4)
     hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(MODELS)}."
-    msg = f"Unknown model {name!r}. {hint} Your own network is given as package.module:factory or file.py:factory."
+    libraries = ", ".join(f"{prefix}:NAME" for prefix in LIBRARIES)
+    msg = (
+        f"Unknown model {name!r}. {hint} Networks of libraries are given as {libraries}, your own as "
+        "package.module:factory or file.py:factory."
+    )
     raise ModelError(msg)
+
+
+def is_own_factory(name: str) -> bool:
+    """Whether a name is that of the user's own factory, which may bring weights of its own; raises as `find_model`."""
+    return find_model(name) is None and find_library(name) is None
 
 
 def create_model(
@@ -69,15 +78,17 @@ def create_model(
     """Make a network in evaluation mode, float32, on the CPU.
 
     Args:
-        name: A registry name, `package.module:factory` or `file.py:factory`.
+        name: A registry name, `timm:NAME`, `torchvision:NAME`, `package.module:factory` or `file.py:factory`.
         weights: Checkpoint, `.safetensors` or a PyTorch file; loaded strictly.
         random_weights: Use freshly initialised weights. One of the two must be given; only the user's own factory may
             bring weights of its own instead.
-        num_classes: Number of logits; by default what the checkpoint holds, else the architecture's own.
+        num_classes: Number of logits; by default what the checkpoint holds, else the architecture's own. The user's own
+            factory is called with it, and is refused if it does not take it.
         seed: Seed of the random weights.
         checkpoint_weights: Of a checkpoint that holds an average too, take the `raw` or the averaged (`ema`) weights;
             by default those that the tools of the field evaluate (`containers.py`), and a warning says which.
-        **architecture: Further arguments of the network, such as `width`, `depth` and `patch` of a PatchConvNet.
+        **architecture: Further arguments of the network, such as `width`, `depth` and `patch` of a PatchConvNet, or
+            what timm's and torchvision's own functions take.
 
     Returns:
         The network.
@@ -86,7 +97,7 @@ def create_model(
         OptionError: If neither or both of `weights` and `random_weights` are given, or the shape is impossible.
         ModelError: If the name is unknown or the user's factory fails.
         CheckpointError: If the checkpoint is unreadable, unsafe or does not fit.
-        DependencyError: If torch is missing.
+        DependencyError: If torch, or the library that has the network, is missing.
     """
     made = make_model(
         name,
@@ -134,8 +145,8 @@ def make_model(
     **architecture: Any,
 ) -> MadeModel:
     """As `create_model`, and tell which weights the network has; raises the same."""
-    info = find_model(name)
-    check_weights_choice(info, weights, random_weights=random_weights)
+    info, library = find_model(name), find_library(name)
+    check_weights_choice(name, weights, random_weights=random_weights)
     try:
         import torch
 
@@ -146,37 +157,36 @@ def make_model(
     state = taken.state if taken else None
     if num_classes is not None:
         architecture["num_classes"] = num_classes
+    notes: tuple[str, ...] = (taken.note,) if taken and taken.note else ()
+    class_names = taken.class_names if taken else ()
     with torch.random.fork_rng(devices=[]), _default_dtype_kept():
         torch.manual_seed(seed)
-        if info is None:
+        if library:
+            made = make_library_network(name, Path(weights) if weights is not None else None, state, architecture)
+            model, notes, class_names = made.network, (*notes, *made.notes), class_names or made.class_names
+        elif info is None:
             model = _call_user_factory(name, architecture)
             if state is not None:
                 _load_into_user_network(model, state, str(weights))
         elif state is None:
             model = _make(info, _arguments(info, {}, architecture))
         else:
-            state = checkpoint.without_prefix(state)
-            try:
-                model, state = _shaped_by(info, state, architecture)
-                checkpoint.load_strict(model, state, str(weights))
-            except CheckpointError as error:
-                raise CheckpointError("\n".join([str(error), *_advice(info, state)])) from error
+            model = _load_registered(info, state, str(weights), architecture)
     try:
         model.eval()
     except NotImplementedError as error:
         msg = f"{name!r} returned a program of torch.export, which has no modules. Return the network it was made from."
         raise ModelError(msg) from error
     if taken:
-        notes = (taken.note,) if taken.note else ()
         return MadeModel(
             network=model,
             weights_from="file",
             checkpoint_weights=taken.kind,
             checkpoint_key=taken.where,
-            class_names=taken.class_names,
+            class_names=class_names,
             notes=notes,
         )
-    if info or random_weights:
+    if info or library or random_weights:
         return MadeModel(network=model, weights_from="random")
     note = f"no --weights were given: the network has the weights that {name} makes or loads itself."
     return MadeModel(network=model, weights_from="factory", notes=(note,))
@@ -194,6 +204,19 @@ def _default_dtype_kept() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def _load_registered(info: ModelInfo, state: StateDict, origin: str, architecture: dict[str, Any]) -> nn.Module:
+    """A registered network with the weights of a checkpoint."""
+    from pcn_deploy.models.checkpoint import load_strict, without_prefix
+
+    state = without_prefix(state)
+    try:
+        model, state = _shaped_by(info, state, architecture)
+        load_strict(model, state, origin)
+    except CheckpointError as error:
+        raise CheckpointError("\n".join([str(error), *_advice(info, state)])) from error
+    return model
+
+
 def _shaped_by(info: ModelInfo, state: StateDict, architecture: dict[str, Any]) -> tuple[nn.Module, StateDict]:
     """A registered network without values, of the shape that a checkpoint tells, and the checkpoint in our layout."""
     import torch
@@ -204,36 +227,29 @@ def _shaped_by(info: ModelInfo, state: StateDict, architecture: dict[str, Any]) 
 
 
 def _load_into_user_network(model: nn.Module, state: StateDict, origin: str) -> None:
-    from pcn_deploy.models.checkpoint import differences, load_strict
+    from pcn_deploy.models.checkpoint import differences, inner_states, load_strict
 
     try:
         load_strict(model, state, origin)
     except CheckpointError as error:
         fitting = [
             f"Its {len(inner)} tensors under '{head}.' fit: save those only."
-            for head, inner in _inner_states(state)
+            for head, inner in inner_states(state)
             if not differences(model, inner)
         ]
         raise CheckpointError("\n".join([str(error), *fitting])) from error
 
 
-def _inner_states(state: StateDict) -> Iterator[tuple[str, StateDict]]:
-    """The part of a checkpoint under the first word that most of its names have, with that word; if there is one."""
-    heads = Counter(key.partition(".")[0] for key in state)
-    for head, count in heads.most_common(1):
-        if 2 * count > len(state):
-            prefix = f"{head}."
-            yield head, {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
 def _advice(info: ModelInfo, state: StateDict) -> list[str]:
     """What a checkpoint that does not fit is: another registered network, or one of them beside other tensors."""
+    from pcn_deploy.models.checkpoint import inner_states
+
     fitting = _that_fit(state)
     if info.name in fitting:
         return [f"It fits {info.name} as it is: leave --num-classes and arguments of the architecture out."]
     if fitting:
         return [f"It fits {' and '.join(fitting)}: give that as the model."]
-    for head, inner in _inner_states(state):
+    for head, inner in inner_states(state):
         fitting = _that_fit(inner)
         if fitting:
             return [f"Its {len(inner)} tensors under '{head}.' fit {' and '.join(fitting)}: save those only."]
@@ -257,13 +273,14 @@ def _that_fit(state: StateDict) -> list[str]:
     return names
 
 
-def check_weights_choice(info: ModelInfo | None, weights: object, *, random_weights: bool) -> None:
-    """Random weights are never silent: a registered network needs either a checkpoint or the word.
+def check_weights_choice(name: str, weights: object, *, random_weights: bool) -> None:
+    """Random weights are never silent: a network known by its name needs either a checkpoint or the word.
 
     Raises:
-        OptionError: If neither or both are given; the user's own factory (`info` is None) may do without.
+        ModelError: As `find_model`.
+        OptionError: If neither or both are given; the user's own factory may do without.
     """
-    if (weights is not None and random_weights) or (info is not None and weights is None and not random_weights):
+    if (weights is not None and random_weights) or not (is_own_factory(name) or weights is not None or random_weights):
         msg = "Give exactly one of weights (--weights FILE) and random_weights (--random-weights)."
         raise OptionError(msg)
 
@@ -341,6 +358,12 @@ def _check_signature(spec: str, factory: Any, arguments: dict[str, Any]) -> None
         signature.bind(**arguments)
     except TypeError as error:
         keywords = ", ".join(f"{name}={value!r}" for name, value in arguments.items()) or "no arguments"
+        if list(arguments) == ["num_classes"]:
+            msg = (
+                f"{spec!r} takes {signature}, so it cannot be told --num-classes {arguments['num_classes']}, which is "
+                "passed to it as num_classes. Leave the option out, or let the function take num_classes."
+            )
+            raise ModelError(msg) from error
         msg = (
             f"{spec!r} takes {signature}, but is called with {keywords}: {error}.\nWay round: write a function that "
             "takes just that and calls it, and name the function instead: "

@@ -117,7 +117,7 @@ def test_what_an_older_bundle_does_not_say_was_as_by_default() -> None:
         ({"mean": (103.53, 116.28, 123.675), "std": (1.0,) * 3, "channel_order": "bgr"}, "divide mean and std by 255"),
         ({"mean": (0.5,) * 2, "std": (0.5,) * 2, "channel_order": "bgr"}, "2 channels have no order bgr"),
         ({"channel_order": "gbr"}, "'gbr' is unknown"),
-        ({"crop_mode": "border"}, "'border' is unknown"),
+        ({"crop_mode": "fill"}, "'fill' is unknown"),
         ({"alpha": "grey"}, "'grey' is unknown"),
         ({"exif": "rotate"}, "'rotate' is unknown"),
         ({"white": 0.0}, "white 0.0 is not above 0"),
