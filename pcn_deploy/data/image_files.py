@@ -181,7 +181,7 @@ def about_sizes(sizes: Counter[tuple[int, int]], transform: Transform) -> list[s
         transform: What they go through.
     """
     count = sum(sizes.values())
-    if not count:
+    if not count or transform.crop_mode == "border":  # all of each image is in it
         return []
     size, most = sizes.most_common(1)[0]
     scaled, (height, width) = transform.scaled(size), transform.resolution

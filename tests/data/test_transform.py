@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from pcn_deploy.data.image_files import about_sizes
 from pcn_deploy.data.transform import IMAGENET_MEAN, IMAGENET_STD, Transform, drawn_images
 from pcn_deploy.errors import OptionError
 
@@ -67,6 +69,38 @@ def test_interpolation_is_the_one_asked_for() -> None:
     for name, method in (("nearest", Image.Resampling.NEAREST), ("lanczos", Image.Resampling.LANCZOS)):
         transform = Transform(resolution=(16, 16), crop_pct=1.0, interpolation=name)
         check(transform(image), normalised(image.resize((16, 16), method), IMAGENET_MEAN, IMAGENET_STD))
+
+
+@pytest.mark.parametrize(
+    ("given", "resized", "offset"),
+    [
+        ((40, 20), (30, 15), (0, 2)),
+        ((10, 40), (5, 20), (12, 0)),
+        ((60, 40), (30, 20), (0, 0)),
+        ((7, 9), (16, 20), (7, 0)),
+    ],
+)
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_a_border_keeps_all_of_the_image_on_the_mean_colour(
+    given: tuple[int, int], resized: tuple[int, int], offset: tuple[int, int], order: str
+) -> None:
+    image, mean = picture(*given), (0.1, 0.3, 0.7)
+    whole = Image.new("RGB", (30, 20), (26, 76, 178) if order == "rgb" else (178, 76, 26))
+    whole.paste(image.resize(resized, Image.Resampling.BICUBIC), offset)
+    if order == "bgr":
+        whole = Image.fromarray(np.asarray(whole)[..., ::-1])
+    border = Transform(resolution=(20, 30), crop_pct=1.0, crop_mode="border", mean=mean, channel_order=order)
+    check(border(image), normalised(whole, mean, IMAGENET_STD))
+
+
+def test_a_border_of_arrays_has_the_mean_of_each_channel_and_may_be_cut() -> None:
+    pixels = np.full((10, 40, 4), 255, np.uint8)
+    mean = (0.0, 0.2, 0.4, 0.6)
+    border = Transform(resolution=(20, 20), crop_pct=0.5, crop_mode="border", mean=mean, std=(1.0,) * 4)
+    found = border.of_array(pixels)
+    np.testing.assert_allclose(found[:, 0, 0], 0, atol=1 / 255)
+    np.testing.assert_allclose(found[:, 10], np.tile(1 - np.array(mean, np.float32)[:, None], 20), atol=1e-6)
+    assert about_sizes(Counter({(40, 10): 6}), border) == []
 
 
 def test_grey_is_repeated_and_transparency_dropped() -> None:

@@ -75,7 +75,7 @@ def test_images_are_those_of_timm(name: str) -> None:
     assert (transform.crop_pct, transform.interpolation, transform.crop_mode) == (share, interpolation, mode)
     assert transform.resolution == (side, side)
     with torch.device("meta"):
-        network = timm.make(name, pretrained=False)
+        network = timm.create_model(name, pretrained=False)
     same_images(transform, timm.data.create_transform(**timm.data.resolve_model_data_config(network)))
 
 
@@ -101,7 +101,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from timm.utils import CheckpointSaver, ModelEmaV3
 
     folder = tmp_path_factory.mktemp("timm")
-    network, other = (timm.make("test_resnet", num_classes=3) for _ in range(2))
+    network, other = (timm.create_model("test_resnet", num_classes=3) for _ in range(2))
     saver = CheckpointSaver(
         network,
         torch.optim.SGD(network.parameters(), lr=0.1),
@@ -136,8 +136,16 @@ def test_a_file_of_its_trainer_decides_classes_and_images(written: Path) -> None
     same_images(evaluation.transform, timm.data.create_transform(**data))
 
 
+def test_a_file_of_deit_is_cut_as_its_script_does(tmp_path: Path) -> None:
+    args = argparse.Namespace(model="test_resnet", input_size=96, eval_crop_ratio=0.75)
+    state = timm.create_model("test_resnet", num_classes=3).state_dict()
+    torch.save({"model": state, "args": args}, tmp_path / "net.pth")
+    transform = configured_transform("timm:test_resnet", tmp_path / "net.pth")
+    assert (transform.shape, transform.crop_pct) == ((3, 96, 96), 0.75)
+
+
 def test_arguments_of_another_architecture_are_not_used(tmp_path: Path) -> None:
-    network = timm.make("test_resnet", num_classes=3)
+    network = timm.create_model("test_resnet", num_classes=3)
     args = argparse.Namespace(**{**TRAINED, "model": "test_vit"})
     torch.save({"state_dict": network.state_dict(), "args": args}, tmp_path / "net.pth")
     evaluation = configured_evaluation("timm:test_resnet", tmp_path / "net.pth")
@@ -151,7 +159,7 @@ def test_arguments_of_another_architecture_are_not_used(tmp_path: Path) -> None:
 
 def test_what_its_trainer_made_otherwise_is_made_so(tmp_path: Path) -> None:
     told = {"input_size": [1, 96, 96], "gp": "max", "model_kwargs": {"act_layer": "silu", "checkpoint_path": "/none"}}
-    network = timm.make("test_resnet", num_classes=3, in_chans=1, global_pool="max", act_layer="silu").eval()
+    network = timm.create_model("test_resnet", num_classes=3, in_chans=1, global_pool="max", act_layer="silu").eval()
     args = argparse.Namespace(**{**TRAINED, **told, "mean": None})
     torch.save({"state_dict": network.state_dict(), "args": args}, tmp_path / "net.pth")
     again = make("timm:test_resnet", weights=tmp_path / "net.pth")
@@ -162,7 +170,7 @@ def test_what_its_trainer_made_otherwise_is_made_so(tmp_path: Path) -> None:
 
 
 def test_the_epsilon_of_norms_is_that_of_the_training(tmp_path: Path) -> None:
-    network = timm.make("test_efficientnet", num_classes=3, bn_eps=0.5)
+    network = timm.create_model("test_efficientnet", num_classes=3, bn_eps=0.5)
     args = argparse.Namespace(**{**TRAINED, "model": "test_efficientnet", "bn_eps": 0.5})
     torch.save({"state_dict": network.state_dict(), "args": args}, tmp_path / "net.pth")
     assert make("timm:test_efficientnet", weights=tmp_path / "net.pth").bn1.eps == 0.5
@@ -172,7 +180,7 @@ def test_a_vit_is_made_for_the_size_of_its_images(tmp_path: Path) -> None:
     assert arguments_at("timm:test_vit", (160, 160)) == {}
     assert arguments_at("timm:resnet18", (96, 64)) == {}
     assert arguments_at("timm:test_vit", (96, 64)) == {"img_size": [96, 64]}
-    network = timm.make("test_vit", num_classes=3, img_size=96)
+    network = timm.create_model("test_vit", num_classes=3, img_size=96)
     args = argparse.Namespace(**{**TRAINED, "model": "test_vit", "img_size": 96})
     torch.save({"state_dict": network.state_dict(), "args": args}, tmp_path / "net.pth")
     torch.save(network.state_dict(), tmp_path / "plain.pth")
