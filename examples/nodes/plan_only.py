@@ -57,14 +57,30 @@ def cropped(image: Image.Image, how: dict[str, Any]) -> np.ndarray:
     w, h = image.size
     if how["crop_mode"] == "squash":
         size = (wide, high)
+    elif how["crop_mode"] == "border":
+        ratio = max(w / wide, h / high)
+        size = (max(1, round(w / ratio)), max(1, round(h / ratio)))
     elif high * w >= wide * h:
         size = (max(width, int(high * w / h)), high)
     else:
         size = (wide, max(height, int(wide * h / w)))
     if size != image.size:
         image = image.resize(size, Image.Resampling[how["interpolation"].upper()])
+    if size[0] < width or size[1] < height:  # only with a border
+        image = on_mean_colour(image, how)
+        size = image.size
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
     return np.asarray(image.crop((left, top, left + width, top + height))).reshape(height, width, -1)
+
+
+def on_mean_colour(image: Image.Image, how: dict[str, Any]) -> Image.Image:
+    """In the middle of the mean colour, at least as large as the crop."""
+    mean = how["mean"][::-1] if how["channel_order"] == "bgr" else how["mean"]
+    colour = tuple(round(255 * value) for value in mean)
+    size = max(image.width, how["width"]), max(image.height, how["height"])
+    whole = Image.new(image.mode, size, colour if len(colour) > 1 else colour[0])
+    whole.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+    return whole
 
 
 def open_engine(data: bytes, about: dict[str, Any]) -> Run:

@@ -134,6 +134,8 @@ def _planned(shape: tuple[int, int], transform: Transform) -> tuple[Band, ...]:
 
     Pillow chooses by the size which direction it resizes first, and it may choose otherwise for a part: noise shows it.
     """
+    if transform.crop_mode == "border":  # what is beside the image is no part of it
+        return ()
     from PIL import Image
 
     size, (height, width) = (shape[1], shape[0]), transform.resolution

@@ -148,6 +148,13 @@ def _to_size(transform: Transform, wide: int, high: int) -> list[str]:
     method = f"by {transform.interpolation} interpolation with antialiasing, as Pillow's Image.resize does"
     if transform.crop_mode == "squash":
         rule = f"Resize the image to {wide} x {high} (width x height) without regard to its proportions, {method}."
+    elif transform.crop_mode == "border":
+        rule = (
+            f"Resize the image of w x h pixels (width x height), {method}, to max(1, round(w / r)) x "
+            f"max(1, round(h / r)), where r = max(w / {wide}, h / {high}) and a half is rounded to the even number. Where "
+            f"that is smaller than {width} x {height}, lay it on the mean colour, round(255 mean) of each channel: "
+            "floor(missing columns / 2) of them to its left, floor(missing rows / 2) above."
+        )
     else:
         rule = (
             f"Resize the image of w x h pixels (width x height), {method}: if {high} w >= {wide} h, to "

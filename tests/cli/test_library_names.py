@@ -106,7 +106,7 @@ def test_what_is_wrong_is_told_before_anything_is_made(weights: Path, tmp_path: 
     out = ["-o", tmp_path / "net.pcn"]
     refused(invoke("build", "fake:nett", "--random-weights", *out), 1, "Did you mean fake:net?")
     refused(invoke("build", "fake:net", *out), 2, "--random-weights")
-    refused(invoke("build", "fake:net", "--weights", tmp_path / "no.pth", *out), 1, "does not exist")
+    refused(invoke("build", "fake:net", "--weights", tmp_path / "no.pth", *out), 1, "no.pth' cannot be read")
     refused(
         invoke("build", "fake:net", "--weights", weights, "--num-classes", 4, "--resolution", 16, *out), 1, "3 classes"
     )

@@ -62,6 +62,14 @@ def test_any_size_is_resized_as_pillow_does_it_whole(data: st.DataObject) -> Non
     np.testing.assert_array_equal(found, transform(Image.fromarray(image)))
 
 
+@pytest.mark.parametrize("shape", [(72, 128), (40, 20), (64, 64)])
+def test_a_border_is_that_of_files(shape: tuple[int, int]) -> None:
+    transform, image = Transform(resolution=(64, 64), crop_pct=1.0, crop_mode="border"), pixels(*shape, 3)
+    expected = transform(Image.fromarray(image))
+    np.testing.assert_array_equal(preprocess(image, transform)[0], expected)
+    np.testing.assert_array_equal(preprocess(image[..., ::-1], transform, color="bgr")[0], expected)
+
+
 @pytest.mark.parametrize("shape", [(720, 1280), (480, 640), (1280, 720)])
 def test_rows_of_a_large_frame_are_shared_among_threads(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch

@@ -153,6 +153,8 @@ TRANSFORMS = {
     "wide": Transform(resolution=(96, 160), crop_pct=0.9, interpolation="bilinear"),
     "high": Transform(resolution=(160, 96), crop_pct=0.95, interpolation="lanczos"),
     "squash": Transform(resolution=(64, 80), crop_pct=0.875, crop_mode="squash"),
+    "border": Transform(resolution=(64, 81), crop_pct=0.9, crop_mode="border", channel_order="bgr"),
+    "grey border": Transform(resolution=(64, 81), crop_pct=1.0, crop_mode="border", mean=(0.3,), std=(0.25,)),
     "bgr": Transform(resolution=(63, 65), crop_pct=1.0, channel_order="bgr", mean=(0.1, 0.2, 0.3), std=(1, 2, 3)),
     "alpha": Transform(resolution=(32, 32), alpha="white", interpolation="nearest"),
     "grey": Transform(resolution=(33, 31), mean=(0.5,), std=(0.25,)),
