@@ -152,8 +152,8 @@ def _to_size(transform: Transform, wide: int, high: int) -> list[str]:
         rule = (
             f"Resize the image of w x h pixels (width x height), {method}, to max(1, round(w / r)) x "
             f"max(1, round(h / r)), where r = max(w / {wide}, h / {high}) and a half is rounded to the even number. "
-            f"Where that is smaller than {width} x {height}, lay it on the mean colour, round(255 mean) of each channel: "
-            "floor(missing columns / 2) of them to its left, floor(missing rows / 2) above."
+            f"Where that is smaller than {width} x {height}, lay it on the mean colour, round(255 mean) of each "
+            "channel: floor(missing columns / 2) of them to its left, floor(missing rows / 2) above."
         )
     else:
         rule = (
