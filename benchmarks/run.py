@@ -1,6 +1,7 @@
 """Run every benchmark, one after the other, each in a process of its own, and keep what they print.
 
-Usage: python benchmarks/run.py [NAME...]; names: startup, latency, calibration, build. Results: `out/benchmarks.txt`.
+Usage: python benchmarks/run.py [NAME...]; names: startup, frames, latency, calibration, build.
+Results: `out/benchmarks.txt`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-BENCHMARKS = ("startup", "latency", "calibration", "build")
+BENCHMARKS = ("startup", "frames", "latency", "calibration", "build")
 
 
 def main() -> int:

@@ -103,8 +103,9 @@ def test_the_command_says_which_was_kept_and_why(tmp_path: Path) -> None:
     words += ["--precision", "auto", "--calibration", tmp_path / "images.npz", "-o", tmp_path / "out.pcn"]
     result = invoke(*words, "-q")
     assert result.exit_code == 0, result.output
-    kept = result.stdout.split()[1].rstrip(":")
-    assert result.stdout.startswith(f"Kept {kept}: ")
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("Kept ")]
+    kept = line.split()[1].rstrip(":")
+    assert line.startswith(f"Kept {kept}: ")
     manifest = pcn_deploy.Bundle.open(tmp_path / "out.pcn").manifest
     assert (manifest.precision, manifest.choice["precision"]) == (kept, kept)
 
