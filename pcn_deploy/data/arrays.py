@@ -33,6 +33,12 @@ data set with a length."""
 _FAR = 10.0
 """Floats so many times beyond black and white were not normalised (0 to 255 is 96 times with ImageNet's statistics)."""
 
+MOST_KEPT = 100_000
+"""Images of a stream that are all kept in memory; more are taken from a folder."""
+
+MOST_SEEN = 1_000_000
+"""Images of a stream of which some are kept: each of them is looked at, so it must end."""
+
 _IMAGE_KEYS = ("images", "image", "pixel_values", "img", "inputs", "input", "x")
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
@@ -73,13 +79,16 @@ def open_arrays(source: ArraysLike, transform: Transform, limit: int | None) -> 
         limit: Of a stream, keep no more than twice as many, whichever they are; more of them need not fit into memory.
 
     Raises:
-        DataError: If something in it is no image.
+        DataError: If something in it is no image, or a stream does not end.
     """
-    size = 2 * limit if limit is not None and is_stream(source) else None
+    streamed = is_stream(source)
+    size = 2 * limit if limit is not None and streamed else None
     kept: Reservoir[ArrayImage] = Reservoir(size)
     for element in _elements(source, limit):
         for image in _images(element, transform, "array"):
             place = kept.place()
+            if streamed:
+                _check_end(kept.seen, kept_all=size is None)
             if place is None:
                 continue
             pixels = image.pixels
@@ -87,6 +96,33 @@ def open_arrays(source: ArraysLike, transform: Transform, limit: int | None) -> 
                 pixels = pixels.copy()  # a view would keep all of its batch in memory
             kept.put(place, replace(image, pixels=pixels, name=f"array[{kept.seen - 1}]"))
     return kept.items()
+
+
+def all_of(images: Iterator[Any]) -> list[Any]:
+    """What an iterator gives, to be gone through twice.
+
+    Raises:
+        DataError: If it does not end.
+    """
+    kept: list[Any] = []
+    for image in images:
+        kept.append(image)
+        _check_end(len(kept), kept_all=True)
+    return kept
+
+
+def _check_end(seen: int, *, kept_all: bool) -> None:
+    """Refuse a stream that goes on and on.
+
+    Raises:
+        DataError: If it has given more than `MOST_KEPT` images, all of which are kept, or more than `MOST_SEEN`.
+    """
+    if seen > (MOST_KEPT if kept_all else MOST_SEEN):
+        msg = (
+            f"The images have not ended after {seen - 1:,}. Give something that ends, such as "
+            "itertools.islice(images, 5000), or a folder."
+        )
+        raise DataError(msg)
 
 
 def survey_arrays(items: Sequence[ArrayImage], transform: Transform) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pcn_deploy.data import arrays
+from pcn_deploy.data.arrays import all_of
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.data.transform import Transform
 from pcn_deploy.errors import DataError, OptionError
@@ -288,3 +291,16 @@ def test_a_note_tells_that_pixels_have_another_size(name: str) -> None:
     notes = ImageSource(PICTURES[name](), Transform()).notes
     assert len(notes) == 1 and "6 of 6 images looked at are 8x8 (width x height): they become 256x256" in notes[0]
     assert ImageSource(PICTURES[name](), transform()).notes == ()
+
+
+@pytest.mark.parametrize("kept_all", [True, False])
+def test_a_stream_that_does_not_end_is_refused(kept_all: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "MOST_KEPT", 20)
+    monkeypatch.setattr(arrays, "MOST_SEEN", 50)
+    endless, most = itertools.repeat(PIXELS[0]), 20 if kept_all else 50
+    with pytest.raises(DataError, match=rf"not ended after {most}\. Give something that ends"):
+        ImageSource(endless, transform(), limit=None if kept_all else 4)
+    assert len(ImageSource(itertools.islice(endless, most), transform(), limit=None if kept_all else 4)) > 3
+    with pytest.raises(DataError, match="not ended after 20"):
+        all_of(endless)
+    assert len(all_of(itertools.islice(endless, 20))) == 20

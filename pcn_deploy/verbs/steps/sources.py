@@ -15,7 +15,7 @@ from pcn_deploy.aliases import Indices
 from pcn_deploy.artefact.bundle import read_calibration
 from pcn_deploy.artefact.golden import NOISE
 from pcn_deploy.calibration.record import from_json
-from pcn_deploy.data.arrays import ArraysLike, is_stream
+from pcn_deploy.data.arrays import ArraysLike, all_of, is_stream
 from pcn_deploy.data.classes import REMEDY, Classes
 from pcn_deploy.data.images import ImageSource
 from pcn_deploy.data.processes import current
@@ -91,8 +91,12 @@ def as_source(images: CalibrationImages, options: CompileOptions, limit: int | N
 
 
 def repeatable(images: CalibrationImages | None) -> CalibrationImages | None:
-    """Images that can be gone through twice: what a generator yields, in a list."""
-    return list(images) if isinstance(images, Iterator) else images
+    """Images that can be gone through twice: what a generator yields, in a list.
+
+    Raises:
+        DataError: If it does not end.
+    """
+    return all_of(images) if isinstance(images, Iterator) else images
 
 
 def open_source(calibration: CalibrationImages | None, options: CompileOptions) -> ImageSource | None:
