@@ -132,8 +132,8 @@ def network_options(command: Command) -> Command:
             type=click.Choice(CHECKPOINT_WEIGHTS),
             default="auto",
             show_default=True,
-            help="Of a checkpoint that holds an average (EMA) too: the averaged or the raw weights; auto takes those "
-            "that the tools of the field evaluate, and says which.",
+            help="Which weights to take from a checkpoint that also holds an average (EMA): the averaged or the raw "
+            "ones. auto takes those that the library which wrote the file evaluates, and says which.",
         ),
         click.option("--random-weights", is_flag=True, help="Use freshly initialised weights instead of --weights."),
         click.option(
@@ -169,7 +169,7 @@ def calibration_options(command: Command) -> Command:
             default=512,
             show_default=True,
             metavar="N",
-            help="Use at most so many calibration images, spread over all of them.",
+            help="Use at most N calibration images, spread over all of them.",
         ),
         click.option(
             "--calibrator",
@@ -194,7 +194,7 @@ def calibration_options(command: Command) -> Command:
             "--calibration-cache",
             type=click.Path(path_type=Path),
             metavar="FILE.json",
-            help="Keep what calibration sees in this file; if it is there, run nothing. A bundle can be read too.",
+            help="Save the calibration to this file, or reuse it if the file exists. A bundle can be reused too.",
         ),
         click.option(
             "--recover",

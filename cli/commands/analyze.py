@@ -50,7 +50,7 @@ SHOWN = 15
     default=SAMPLE,
     show_default=True,
     metavar="N",
-    help="Measure on at most so many images, spread over all of them.",
+    help="Measure on at most N images, spread over all of them.",
 )
 @transforms.transform_options
 @options.overwrite_option

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     type=click.Choice(REMAINDERS),
     default="fp16",
     show_default=True,
-    help="With int8 and fp8: the type of what is not quantised.",
+    help="Type of the layers that int8 and fp8 do not quantise.",
 )
 @click.option(
     "--recipe",

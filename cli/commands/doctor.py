@@ -14,7 +14,7 @@ from pcn_deploy.verbs.doctor import PACKAGES, diagnose
 @click.command("doctor")
 @json_option
 def command(as_json: bool) -> None:
-    """Show what this machine can build and run, and the command that would mend the rest."""
+    """Show what this machine can build and run, and how to fix the rest."""
     diagnosis = diagnose()
     if as_json:
         display.print_json({**asdict(diagnosis), "can_compile": diagnosis.can_compile})

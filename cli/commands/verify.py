@@ -39,7 +39,7 @@ from pcn_deploy.verbs.verify import verify
 @options.classes_option
 @options.weights_option
 @click.option(
-    "--images", type=click.IntRange(min=1), metavar="N", help="Use at most so many images, taken from all over them."
+    "--images", type=click.IntRange(min=1), metavar="N", help="Use at most N images, spread over all of them."
 )
 @options.changed_option
 @options.overwrite_option
