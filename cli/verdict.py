@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pcn_deploy.artefact.manifest import Manifest
 from pcn_deploy.proof.budget import BudgetProof
+from pcn_deploy.tasks.bound import DROPS
 from pcn_deploy.tasks.limits import BUDGETS
 from pcn_deploy.tasks.metrics import SQNR_CEILING_DB
 from pcn_deploy.tasks.report import ParityReport
@@ -27,7 +28,10 @@ def of_build(manifest: Manifest, reports: Sequence[ParityReport], proofs: Sequen
     """
     judged = manifest.judged
     accuracy = _of_proofs(proofs) if proofs else f"the accuracy was not judged ({_first_sentence(judged.accuracy)})"
-    return _sentence(manifest.precision, reports, judged.golden_images, judged.edge_images, accuracy, failed)
+    unproven = all(reports) and all(proof.verdict != "broken" for proof in proofs)
+    return _sentence(
+        manifest.precision, reports, judged.golden_images, judged.edge_images, accuracy, failed, unproven=unproven
+    )
 
 
 def of_verify(manifest: Manifest, report: ParityReport, *, given: bool) -> str:
@@ -41,15 +45,30 @@ def of_verify(manifest: Manifest, report: ParityReport, *, given: bool) -> str:
         why = "the images have no labels" if given else "the golden set has no labels: --data DIR takes images that do"
         accuracy = f"the accuracy was not judged ({why})"
     edges = 0 if given else judged.edge_images
-    return _sentence(manifest.precision, [report], report.images, edges, accuracy, "; ".join(report.failures))
+    unproven = report.task == "open" and all(text.startswith(DROPS) for text in report.failures)
+    failed = "; ".join(report.failures)
+    return _sentence(manifest.precision, [report], report.images, edges, accuracy, failed, unproven=unproven)
 
 
 def _sentence(
-    precision: str, reports: Sequence[ParityReport], images: int, edges: int, accuracy: str, failed: str
+    precision: str,
+    reports: Sequence[ParityReport],
+    images: int,
+    edges: int,
+    accuracy: str,
+    failed: str,
+    *,
+    unproven: bool,
 ) -> str:
+    """The verdict; `unproven` where nothing failed but the proof of a drop that was asked for."""
     targets = " and ".join(report.target for report in reports)
     several = len(reports) > 1
     engines = f"the {precision.upper()} engine{'s' if several else ''} for {targets}"
+    if failed and unproven:
+        keep, breaks = ("keep", "break") if several else ("keeps", "breaks")
+        return (
+            f"Not proven: {failed}. These images do not show whether {engines} {keep} the largest drop or {breaks} it."
+        )
     if failed:
         do = "do" if several else "does"
         return f"Failed: {failed}. So {engines} {do} not answer as the trained network does."

@@ -15,6 +15,9 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
+DROPS = "top-1 drops by"
+"""How a failure begins that speaks of the drop alone."""
+
 CONFIDENCE = 0.95
 _Z = NormalDist().inv_cdf(CONFIDENCE)
 _HALVINGS = 60
@@ -88,13 +91,13 @@ def drop_failures(counts: PairedCounts, budget: float, *, to_prove: bool, total_
     task = judge_drop(counts, budget)
     if task == "broken":
         shown = f"with {CONFIDENCE:.0%} confidence by more than {counts.drop_shown:.2f}"
-        return [f"top-1 drops by {counts.drop:.2f} points on {counts.images} images, {shown}: above {budget:.2f}"]
+        return [f"{DROPS} {counts.drop:.2f} points on {counts.images} images, {shown}: above {budget:.2f}"]
     if task == "open" and to_prove:
         needed = images_needed(counts, budget)
         needed = needed and math.ceil(needed * (total_images or counts.images) / counts.images)
         remedy = f"{needed} images would prove it at this rate" if needed else "more images will not help at this rate"
         return [
-            f"top-1 drops by {counts.drop:.2f} points on {counts.images} images, with {CONFIDENCE:.0%} confidence by "
+            f"{DROPS} {counts.drop:.2f} points on {counts.images} images, with {CONFIDENCE:.0%} confidence by "
             f"no more than {counts.drop_bound:.2f}, which is above {budget:.2f}; {remedy}"
         ]
     return []

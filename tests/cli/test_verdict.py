@@ -100,6 +100,19 @@ def test_what_failed_says_why_first() -> None:
     assert told.startswith("Failed: cpu: too far. So the INT8 engines for cpu and torchscript do not answer as the ")
 
 
+def test_what_so_few_images_cannot_prove_is_not_called_wrong() -> None:
+    """A drop that was asked for and is open: the engine may be right."""
+    few = report(labels=True, to_prove=True, budget=replace(budget_for("int8"), top1_drop=0.1))
+    assert (few.task, len(few.failures)) == ("open", 1)
+    told = verdict.of_verify(manifest(), few, given=True)
+    assert told.startswith(f"Not proven: {few.failures[0]}. These images do not show whether the INT8 engine for cpu")
+    wide = proof(0, 100, asked=True)
+    told = verdict.of_build(manifest(), [report()], [wide], wide.failures[0])
+    assert told.startswith("Not proven: top-1 drops by 0.00 points on 100 images")
+    for reports, proofs in (([report(error=3.0)], [wide]), ([report()], [wide, proof(20, 100, asked=True)])):
+        assert verdict.of_build(manifest(), reports, proofs, "why").startswith("Failed: why. So the INT8 engine")
+
+
 def test_a_constant_is_no_proof() -> None:
     told = verdict.of_verify(manifest(), replace(report(), constant=True), given=False)
     assert told.startswith("Passed, but the network answers the same to every image: nothing else was judged")
