@@ -14,6 +14,7 @@ from pcn_deploy.artefact.bundle import Bundle
 from pcn_deploy.artefact.manifest import Manifest
 from pcn_deploy.calibration.plan.rules import in_fp32
 from pcn_deploy.data.frames import Frames, preprocess
+from pcn_deploy.data.transform import FAR
 from pcn_deploy.engines.base import OPEN, Array, Backend, OpenOptions, Session
 from pcn_deploy.engines.onnxruntime import open_plain, truncates_half
 from pcn_deploy.engines.registry import get_backend
@@ -21,9 +22,6 @@ from pcn_deploy.errors import DataError, OptionError, ParityError, PcnDeployErro
 from pcn_deploy.members import GRAPH
 from pcn_deploy.specs import LOGITS
 from pcn_deploy.tasks.classification import ClassScore, most_likely
-
-FAR = 10.0
-"""Values so many times beyond those of the golden images were not normalised: 255 is 96 times with ImageNet's."""
 
 SPACING = 8
 """Every so many-th row and column is looked at for that."""

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from pcn_deploy.data.image_files import about_sizes
 from pcn_deploy.data.sampling import Reservoir, spread, surveyed
-from pcn_deploy.data.transform import Transform
+from pcn_deploy.data.transform import FAR, Transform
 from pcn_deploy.errors import DataError
 
 
@@ -29,9 +29,6 @@ class DataSet(Protocol):
 ArraysLike: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]] | DataSet
 """Arrays, tensors or pictures, single or in batches, alone or with labels; a function that returns or yields them; a
 data set with a length."""
-
-_FAR = 10.0
-"""Floats so many times beyond black and white were not normalised (0 to 255 is 96 times with ImageNet's statistics)."""
 
 MOST_KEPT = 100_000
 """Images of a stream that are all kept in memory; more are taken from a folder."""
@@ -142,7 +139,7 @@ def _about_range(floats: list[npt.NDArray[np.float32]], transform: Transform) ->
     low, high = min(float(image.min()) for image in floats), max(float(image.max()) for image in floats)
     black, white = transform.range
     plain = low >= 0 and high <= 1 and (black, white) != (0.0, 1.0)
-    if not plain and max(-low, high) <= _FAR * max(-black, white):
+    if not plain and max(-low, high) <= FAR * max(-black, white):
         return []
     return [
         f"the floats looked at run from {low:.3g} to {high:.3g}, normalised images from {black:.3g} to {white:.3g}. "

@@ -113,9 +113,7 @@ def _write(
     start: int,
 ) -> None:
     """Resize, crop and normalise a band of rows."""
-    from PIL import Image
-
-    rows = band.of(Image.fromarray(pixels[band.rows[0] : band.rows[1]]), transform.interpolation)
+    rows = band.of(pixels, transform.interpolation)
     for channel, values in enumerate(table):
         plane = rows[..., 2 - channel if swapped else channel]
         np.take(values, plane, out=out[channel, start : start + len(rows)], mode="clip")
@@ -136,20 +134,14 @@ def _planned(shape: tuple[int, int], transform: Transform) -> tuple[Band, ...]:
     """
     if transform.crop_mode == "border":  # what is beside the image is no part of it
         return ()
-    from PIL import Image
-
-    size, (height, width) = (shape[1], shape[0]), transform.resolution
+    size = shape[1], shape[0]
     resized = transform.scaled(size)
-    left, top = round((resized[0] - width) / 2), round((resized[1] - height) / 2)
     count = min(MOST_THREADS, os.cpu_count() or 1) if size[0] * size[1] >= LARGE else 1
-    crop = (left, top, left + width, top + height)
     noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     expected = transform.of_array(noise)
     for some in sorted({count, 1}, reverse=True):
-        planned = bands(size, resized, crop, transform.interpolation, some)
-        made = [
-            band.of(Image.fromarray(noise[band.rows[0] : band.rows[1]]), transform.interpolation) for band in planned
-        ]
+        planned = bands(size, resized, transform.centre(resized), transform.interpolation, some)
+        made = [band.of(noise, transform.interpolation) for band in planned]
         if np.array_equal(transform.normalise(np.concatenate(made)), expected):
             return planned
     return ()

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 SUPPORT = {"bilinear": 1, "bicubic": 2, "lanczos": 3}
 """Radius of Pillow's filters, in pixels of the smaller of the two images."""
@@ -40,15 +40,16 @@ class Band:
     size: tuple[int, int]
     kept: tuple[int, int, int, int]
 
-    def of(self, image: Image.Image, interpolation: str) -> npt.NDArray[np.uint8]:
+    def of(self, pixels: npt.NDArray[np.uint8], interpolation: str) -> npt.NDArray[np.uint8]:
         """These rows of the crop, uint8 `(H, W)` or `(H, W, C)`.
 
         Args:
-            image: The rows of the image that are read.
+            pixels: The whole image, uint8 `(H, W)` or `(H, W, C)`.
             interpolation: As `bands` was told.
         """
         from PIL import Image
 
+        image = Image.fromarray(pixels[self.rows[0] : self.rows[1]])
         if self.size != image.size or self.box != (0, 0, *image.size):
             image = image.resize(self.size, Image.Resampling[interpolation.upper()], box=self.box)
         return np.asarray(image.crop(self.kept))
@@ -87,7 +88,7 @@ def bands(
     found = []
     for first, last in pairwise(edges):
         lines = _span(size[1], resized[1], first, last)
-        box = [_edge(*size[:1], *resized[:1], at) for at in columns], [_edge(size[1], resized[1], at) for at in lines]
+        box = [_edge(size[0], resized[0], at) for at in columns], [_edge(size[1], resized[1], at) for at in lines]
         reach = ceil(SUPPORT[interpolation] * max(size[1] / resized[1], 1.0)) + 1
         rows = max(0, floor(box[1][0]) - reach), min(size[1], ceil(box[1][1]) + reach)
         found.append(

@@ -23,6 +23,9 @@ CROP_MODES = ("center", "squash", "border")
 _BEYOND_WHITE = 2.0
 """A mean above this is of images whose white is 255, not 1."""
 
+FAR = 10.0
+"""Floats so many times beyond black and white were not normalised (0 to 255 is 96 times with ImageNet's statistics)."""
+
 _ALWAYS = ("resolution", "crop_pct", "mean", "std", "interpolation")
 """What every bundle says of its transform."""
 
@@ -178,9 +181,13 @@ class Transform:
         if size[0] < width or size[1] < height:
             image = self._padded(image, colour)
             size = image.size
+        return np.asarray(image.crop(self.centre(size))).reshape(height, width, -1)
+
+    def centre(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of the crop, of an image that was resized to a width and height."""
+        height, width = self.resolution
         left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
-        crop = image.crop((left, top, left + width, top + height))
-        return np.asarray(crop).reshape(height, width, -1)
+        return left, top, left + width, top + height
 
     def _padded(self, image: Image.Image, colour: tuple[float, ...]) -> Image.Image:
         """An image as large as the crop where it was smaller, in the middle of a colour in [0, 1]."""
